@@ -1,0 +1,114 @@
+//! What the kernel program and the daemon share through maps: their names, keys, values, and the verdict.
+//!
+//! | map | kind | key | value | written by |
+//! | --- | --- | --- | --- | --- |
+//! | [`MAP_SOCKETS`] | `SOCKHASH` | worker u32 | the worker's socket; 0: the dead-letter socket | daemon |
+//! | [`MAP_SENDERS`] | `HASH` | [`Connection`] | [`Sender`] | daemon |
+//! | [`MAP_MEMBERS`] | `HASH` | worker u32 | [`Member`] | daemon |
+//! | [`MAP_COUNTERS`] | `HASH` | worker u32 | [`Counters`] | daemon (zero), program |
+
+use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
+
+use crate::frame::{Frame, Refusal};
+use crate::id::{JobId, WorkerId};
+
+/// The SK_MSG program's name in the object.
+pub const PROGRAM: &str = "lifl_verdict";
+/// The sockets by worker.
+pub const MAP_SOCKETS: &str = "SOCKETS";
+/// Who sends on a connection.
+pub const MAP_SENDERS: &str = "SENDERS";
+/// Which job a worker is in.
+pub const MAP_MEMBERS: &str = "MEMBERS";
+/// What a worker has sent.
+pub const MAP_COUNTERS: &str = "COUNTERS";
+
+/// Workers that the maps hold unless the daemon asks for another number.
+pub const DEFAULT_MAX_WORKERS: u32 = 4096;
+
+/// A TCP connection as `struct sk_msg_md` shows it (`include/uapi/linux/bpf.h`): the identity of a sending socket,
+/// unique within a network namespace.
+///
+/// Addresses and the remote port are in network byte order, the local port in the host's.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(C)]
+pub struct Connection {
+    /// IPv4 address of the sending end.
+    pub local_ip4: u32,
+    /// IPv4 address of the far end.
+    pub remote_ip4: u32,
+    /// Port of the sending end.
+    pub local_port: u32,
+    /// Port of the far end.
+    pub remote_port: u32,
+}
+
+/// The worker behind a sending socket.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(C)]
+pub struct Sender {
+    /// The worker.
+    pub worker: WorkerId,
+    /// Its job.
+    pub job: JobId,
+}
+
+/// A worker that frames may be sent to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(C)]
+pub struct Member {
+    /// Its job.
+    pub job: JobId,
+}
+
+/// What a worker has sent since it registered.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[cfg_attr(feature = "std", derive(serde::Serialize, serde::Deserialize))]
+#[repr(C)]
+pub struct Counters {
+    /// Frames delivered to another worker.
+    pub frames: u64,
+    /// Bytes of the objects that those frames refer to.
+    pub referenced_bytes: u64,
+    /// Frames sent to the dead-letter socket.
+    pub refused: u64,
+    /// `CLOCK_MONOTONIC` nanoseconds of the last frame, 0 for none.
+    pub last_ns: u64,
+}
+
+/// Decides on a frame; both planes ask here.
+///
+/// `sender` is who the socket belongs to, `member` what is known of the frame's destination. The caller still finds
+/// out whether the destination's socket is open.
+///
+/// # Errors
+/// The reason for which the frame is a dead letter.
+#[inline(always)]
+pub fn verdict(frame: &Frame, sender: Option<&Sender>, member: Option<&Member>) -> Result<(), Refusal> {
+    let Some(sender) = sender else { return Err(Refusal::UnknownSender) };
+    if frame.from.0 != sender.worker.0 {
+        return Err(Refusal::ForgedSource);
+    }
+    let Some(member) = member else { return Err(Refusal::UnknownWorker) };
+    if member.job.0 != sender.job.0 {
+        return Err(Refusal::OtherJob);
+    }
+    Ok(())
+}
+
+#[cfg(all(test, feature = "std"))]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_frame_passes_only_from_its_own_socket_to_its_own_job() {
+        let frame = Frame { to: WorkerId(2), from: WorkerId(1), ..Frame::default() };
+        let sender = |worker, job| Sender { worker: WorkerId(worker), job: JobId(job) };
+        let member = |job| Member { job: JobId(job) };
+        assert_eq!(verdict(&frame, Some(&sender(1, 1)), Some(&member(1))), Ok(()));
+        assert_eq!(verdict(&frame, None, Some(&member(1))), Err(Refusal::UnknownSender));
+        assert_eq!(verdict(&frame, Some(&sender(3, 1)), Some(&member(1))), Err(Refusal::ForgedSource));
+        assert_eq!(verdict(&frame, Some(&sender(1, 1)), None), Err(Refusal::UnknownWorker));
+        assert_eq!(verdict(&frame, Some(&sender(1, 1)), Some(&member(2))), Err(Refusal::OtherJob));
+    }
+}

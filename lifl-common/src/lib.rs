@@ -1,0 +1,22 @@
+//! What all sides of LIFL agree on.
+//!
+//! Without the `std` feature this crate holds only what the kernel program shares with user space: [`id`]s, the
+//! [`frame`] and the [`kernel`] map values. With it come the [`arena`]s that updates lie in, the [`update`]
+//! format, the [`control`] messages between a worker and its daemon, the worker's [`client`], and the job file
+//! ([`config`]).
+#![cfg_attr(not(feature = "std"), no_std)]
+
+pub mod frame;
+pub mod id;
+pub mod kernel;
+
+#[cfg(feature = "std")]
+pub mod arena;
+#[cfg(feature = "std")]
+pub mod client;
+#[cfg(feature = "std")]
+pub mod config;
+#[cfg(feature = "std")]
+pub mod control;
+#[cfg(feature = "std")]
+pub mod update;

@@ -1,0 +1,298 @@
+//! A safetensors image in a slot: header, then the tensors' data, aligned to 64 bytes.
+//!
+//! ```text
+//! 0          8                                  data (multiple of 64)        length
+//! ├ u64 n ───┼ n bytes of JSON, space-padded ───┼ tensors, schema order ─────┤
+//! ```
+//!
+//! The format is safetensors' (README of huggingface/safetensors, "Format"). A slot that is written out is a
+//! checkpoint as it stands. What the maker knows of the object travels in `__metadata__` ([`Metadata`]), whose room
+//! is the same for every image of a schema, so that it can be written after the data.
+
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+
+use super::schema::Schema;
+use crate::id::Generation;
+
+/// The data's alignment within the image, and so in memory: slots are page-aligned.
+pub const DATA_ALIGN: usize = 64;
+
+/// Room for `__metadata__` in an image of ours.
+const METADATA_ROOM: usize = 1024;
+
+/// The largest header that is read from another worker's image.
+const MAX_HEADER_BYTES: usize = 16 << 20;
+
+/// What an image says of itself in `__metadata__`; there every value is a string.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Metadata {
+    /// Who wrote it, at most 128 bytes of it are kept.
+    pub maker: String,
+    /// The round it was made in; for a model the round that it is the result of, 0 for the first.
+    pub round: u32,
+    /// The slot's generation.
+    pub generation: Generation,
+    /// Training samples behind it.
+    pub samples: u64,
+    /// Sample-weighted mean training loss, when there is one.
+    pub loss: Option<f64>,
+    /// Updates that have been folded in its making, on all levels below and in itself.
+    pub folded: u64,
+    /// Bytes of lent objects that were copied in its making, on all levels below and in itself.
+    pub bytes_copied: u64,
+}
+
+/// Why bytes are not an image of the job's schema.
+#[derive(Debug, thiserror::Error)]
+pub enum ImageError {
+    /// The object is shorter than a header, or its header than it says.
+    #[error("the image ends within its header: {have} bytes, {need} needed")]
+    HeaderCut {
+        /// Bytes there.
+        have: usize,
+        /// Bytes needed.
+        need: u64,
+    },
+    /// A header that nobody needs.
+    #[error("the header is {0} bytes, more than {MAX_HEADER_BYTES}")]
+    HeaderTooLarge(u64),
+    /// Not safetensors' JSON.
+    #[error("the header is not safetensors' JSON")]
+    HeaderSyntax(#[source] serde_json::Error),
+    /// Data that vector code cannot read in place.
+    #[error("the data begins at byte {0}, which is not a multiple of {DATA_ALIGN}")]
+    Misaligned(usize),
+    /// Tensors other than the job's.
+    #[error("tensor {name:?}: {found}, but the job has {expected}")]
+    OtherTensor {
+        /// The first tensor that differs.
+        name: String,
+        /// What the image has.
+        found: String,
+        /// What the job's schema has.
+        expected: String,
+    },
+    /// Too few or too many bytes behind the header.
+    #[error("{found} bytes of data, the job's tensors have {expected}")]
+    DataLength {
+        /// Bytes there.
+        found: usize,
+        /// Bytes expected.
+        expected: usize,
+    },
+    /// `__metadata__` without what LIFL needs.
+    #[error("__metadata__.{0} is missing or not a number")]
+    Metadata(&'static str),
+}
+
+/// Where the data begins in images that [`write_header`] makes for this schema.
+pub fn data_offset(schema: &Schema) -> usize {
+    (8 + tensors_json(schema).len() + METADATA_ROOM).next_multiple_of(DATA_ALIGN)
+}
+
+/// Bytes of an image of this schema, and so of a slot for it.
+pub fn image_bytes(schema: &Schema) -> usize {
+    data_offset(schema) + schema.data_bytes()
+}
+
+/// Writes the header in front of the data.
+///
+/// # Panics
+/// If `image` is shorter than [`image_bytes`].
+pub fn write_header(image: &mut [u8], schema: &Schema, metadata: &Metadata) {
+    let tensors = tensors_json(schema);
+    let offset = (8 + tensors.len() + METADATA_ROOM).next_multiple_of(DATA_ALIGN);
+    assert!(image.len() >= offset + schema.data_bytes(), "slot too small for the schema");
+    let mut maker = metadata.maker.clone();
+    while maker.len() > 128 {
+        maker.pop();
+    }
+    let mut fields = BTreeMap::from([
+        ("format", "lifl".to_owned()),
+        ("maker", maker),
+        ("round", metadata.round.to_string()),
+        ("generation", metadata.generation.0.to_string()),
+        ("samples", metadata.samples.to_string()),
+        ("folded", metadata.folded.to_string()),
+        ("bytes_copied", metadata.bytes_copied.to_string()),
+    ]);
+    if let Some(loss) = metadata.loss {
+        fields.insert("loss", loss.to_string());
+    }
+    let fields = serde_json::to_string(&fields).expect("strings are JSON");
+    let header = &mut image[..offset];
+    header.fill(b' ');
+    header[..8].copy_from_slice(&((offset - 8) as u64).to_le_bytes());
+    // `tensors` is a JSON object: its opening brace gives way to the metadata.
+    let json = [r#"{"__metadata__":"#, &fields, ",", &tensors[1..]].concat();
+    header[8..8 + json.len()].copy_from_slice(json.as_bytes());
+}
+
+/// Checks that `image` holds exactly the schema's tensors, laid out as the schema lays them out, and gives its
+/// metadata and where its data begins.
+///
+/// The image may lie in memory that another process writes: the header is copied out before it is looked at, and
+/// nothing read later depends on a value that is still out there.
+///
+/// # Errors
+/// If it is not a safetensors image of this schema.
+pub fn check(image: &[u8], schema: &Schema) -> Result<(Metadata, usize), ImageError> {
+    let have = image.len();
+    let length = image.first_chunk::<8>().ok_or(ImageError::HeaderCut { have, need: 8 })?;
+    let length = u64::from_le_bytes(*length);
+    if length > MAX_HEADER_BYTES as u64 {
+        return Err(ImageError::HeaderTooLarge(length));
+    }
+    let offset = 8 + length as usize;
+    let header = image.get(8..offset).ok_or(ImageError::HeaderCut { have, need: offset as u64 })?.to_vec();
+    if !offset.is_multiple_of(DATA_ALIGN) {
+        return Err(ImageError::Misaligned(offset));
+    }
+    let header: safetensors::tensor::Metadata =
+        serde_json::from_slice(&header).map_err(ImageError::HeaderSyntax)?;
+    check_tensors(&header, schema)?;
+    let found = have - offset;
+    if found != schema.data_bytes() {
+        return Err(ImageError::DataLength { found, expected: schema.data_bytes() });
+    }
+    let fields = header.metadata().as_ref();
+    let text = |name: &'static str| fields.and_then(|fields| fields.get(name));
+    let number = |name: &'static str| -> Result<u64, ImageError> {
+        text(name).and_then(|n| n.parse().ok()).ok_or(ImageError::Metadata(name))
+    };
+    let metadata = Metadata {
+        maker: text("maker").cloned().unwrap_or_default(),
+        round: u32::try_from(number("round")?).map_err(|_| ImageError::Metadata("round"))?,
+        generation: Generation(number("generation")?),
+        samples: number("samples")?,
+        loss: text("loss").and_then(|loss| loss.parse().ok()).filter(|loss: &f64| loss.is_finite()),
+        folded: number("folded")?,
+        bytes_copied: number("bytes_copied")?,
+    };
+    Ok((metadata, offset))
+}
+
+fn check_tensors(header: &safetensors::tensor::Metadata, schema: &Schema) -> Result<(), ImageError> {
+    for (tensor, range) in schema.iter() {
+        let expected = || format!("{} {:?} at byte {}", tensor.dtype, tensor.shape, range.start);
+        let differs = |found| ImageError::OtherTensor { name: tensor.name.clone(), found, expected: expected() };
+        let info = header.info(&tensor.name).ok_or_else(|| differs("missing".to_owned()))?;
+        let same = info.dtype == tensor.dtype.to_safetensors()
+            && info.shape == tensor.shape
+            && info.data_offsets == (range.start, range.end);
+        if !same {
+            return Err(differs(format!("{:?} {:?} at byte {}", info.dtype, info.shape, info.data_offsets.0)));
+        }
+    }
+    let names = header.offset_keys();
+    if let Some(name) = names.into_iter().find(|name| schema.get(name).is_none()) {
+        return Err(ImageError::OtherTensor { name, found: "present".to_owned(), expected: "none".to_owned() });
+    }
+    Ok(())
+}
+
+/// The tensors' part of the header as a JSON object.
+fn tensors_json(schema: &Schema) -> String {
+    let mut json = String::from("{");
+    for (tensor, range) in schema.iter() {
+        if json.len() > 1 {
+            json.push(',');
+        }
+        let info = safetensors::tensor::TensorInfo {
+            dtype: tensor.dtype.to_safetensors(),
+            shape: tensor.shape.clone(),
+            data_offsets: (range.start, range.end),
+        };
+        json.push_str(&serde_json::to_string(&tensor.name).expect("a string is JSON"));
+        json.push(':');
+        json.push_str(&serde_json::to_string(&info).expect("a tensor's place is JSON"));
+    }
+    json.push('}');
+    json
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::update::{DType, TensorSpec};
+
+    fn schema() -> Schema {
+        Schema::new(vec![
+            TensorSpec::new("dense.weight", DType::F32, [3, 2]),
+            TensorSpec::new("steps", DType::I64, []),
+        ])
+        .expect("a schema")
+    }
+
+    fn metadata() -> Metadata {
+        Metadata {
+            maker: "leaf-aggregator-1".into(),
+            round: 3,
+            generation: Generation(9),
+            samples: 600,
+            loss: Some(0.25),
+            folded: 4,
+            bytes_copied: 0,
+        }
+    }
+
+    fn image(schema: &Schema) -> Vec<u8> {
+        let mut image = vec![0; image_bytes(schema)];
+        write_header(&mut image, schema, &metadata());
+        image
+    }
+
+    #[test]
+    fn an_image_is_read_back_by_us_and_by_safetensors() {
+        let schema = schema();
+        let image = image(&schema);
+        let (read, offset) = check(&image, &schema).expect("our own image");
+        assert_eq!((read, offset), (metadata(), data_offset(&schema)));
+        assert_eq!(offset % DATA_ALIGN, 0);
+        let theirs = safetensors::SafeTensors::deserialize(&image).expect("safetensors reads it");
+        assert_eq!(theirs.tensor("dense.weight").expect("there").shape(), [3, 2]);
+    }
+
+    #[test]
+    fn another_shape_is_named() {
+        let other = Schema::new(vec![
+            TensorSpec::new("dense.weight", DType::F32, [2, 3]),
+            TensorSpec::new("steps", DType::I64, []),
+        ]);
+        let error = check(&image(&schema()), &other.expect("a schema")).expect_err("shapes differ");
+        assert!(error.to_string().contains("dense.weight"), "{error}");
+    }
+
+    #[test]
+    fn a_tensor_too_many_is_named() {
+        let fewer = Schema::new(vec![TensorSpec::new("steps", DType::I64, [])]).expect("a schema");
+        let error = check(&image(&schema()), &fewer).expect_err("one tensor more");
+        assert!(error.to_string().contains("dense.weight"), "{error}");
+    }
+
+    #[test]
+    fn a_cut_image_is_refused() {
+        let schema = schema();
+        let image = image(&schema);
+        for length in [0, 7, 8, 100, image.len() - 1] {
+            assert!(check(&image[..length], &schema).is_err(), "{length} bytes");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn changed_bytes_never_panic(at in 0_usize..1200, byte in any::<u8>(), cut in 0_usize..1400) {
+            let schema = schema();
+            let mut image = image(&schema);
+            let at = at % image.len();
+            image[at] = byte;
+            let end = cut.min(image.len());
+            let _ = check(&image[..end], &schema);
+            let _ = check(&image, &schema);
+        }
+    }
+}

@@ -1,0 +1,11 @@
+//! Updates: which tensors a job's models have ([`Schema`]), and how one lies in a slot ([`image`]).
+//!
+//! A model, an update and an aggregate are the same thing: the job's tensors, as a
+//! [safetensors](https://github.com/huggingface/safetensors) image. All of a job's have the same layout, so
+//! arithmetic on them runs over flat regions of one element type ([`Schema::regions`]).
+
+pub mod image;
+mod schema;
+
+pub use image::{ImageError, Metadata};
+pub use schema::{DType, Region, Schema, SchemaError, TensorSpec, Tensors, TensorsMut};
