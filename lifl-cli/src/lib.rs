@@ -1,0 +1,3 @@
+//! The command `lifl`, as a library so that tests and benchmarks reach its parts.
+
+pub mod learn;

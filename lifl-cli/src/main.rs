@@ -1,0 +1,3 @@
+//! The command `lifl`.
+
+fn main() {}

@@ -1,0 +1,169 @@
+//! The job as understood: what every other part of LIFL works from.
+//!
+//! Only this module's [`load`](super) makes one from a person's files; a run's folder holds it as `job.json`, from
+//! which the workers of that run read it back.
+
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+
+use crate::update::DType;
+
+/// One job, checked.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct JobSpec {
+    /// Flame's `job.id`.
+    pub id: String,
+    /// Flame's `job.name`.
+    pub name: String,
+    /// Rounds to run, at least 1.
+    pub rounds: u32,
+    /// What every random choice of the run comes from.
+    pub seed: u64,
+    /// When an aggregator folds.
+    pub timing: Timing,
+    /// What trainers send up.
+    pub updates: UpdateKind,
+    /// The tree's workers without the coordinator: the top first, then level by level, each level in file order.
+    pub workers: Vec<WorkerSpec>,
+    /// The model.
+    pub model: ModelSpec,
+    /// A safetensors file to start from (`baseModel.name`), instead of a fresh model.
+    pub base_model: Option<PathBuf>,
+    /// What trainers do.
+    pub training: TrainingSpec,
+    /// Where samples come from; `None` for a model without data.
+    pub data: Option<DataSource>,
+    /// Flame's `maxRunTime` in seconds.
+    pub max_run_time_s: u64,
+}
+
+/// When an aggregator folds an update.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Timing {
+    /// When it comes: in arrival order, so equal runs agree within rounding.
+    Eager,
+    /// When all have come: in a fixed order, so equal runs agree bit for bit.
+    Lazy,
+}
+
+/// What trainers send up, and so what aggregators average.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum UpdateKind {
+    /// The trained weights. Saves the top one pass over the model.
+    Weights,
+    /// Trained weights minus the round's model, as Flame's trainers send.
+    Deltas,
+}
+
+/// A worker's place in the tree.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Kind {
+    /// Makes the global model.
+    Top,
+    /// A middle or leaf aggregator.
+    Aggregator,
+    /// Trains.
+    Trainer,
+}
+
+/// One group of one channel: the upper ends in it are the possible parents of the lower ends in it.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct Group {
+    /// The channel's name.
+    pub channel: String,
+    /// The group's.
+    pub group: String,
+}
+
+/// One worker of the tree.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct WorkerSpec {
+    /// Unique in the job: the role with a running number from 1, `leaf-aggregator-2`.
+    pub name: String,
+    /// Flame's role.
+    pub role: String,
+    /// Flame's taskid, from a worker file.
+    pub task_id: Option<String>,
+    /// Its place.
+    pub kind: Kind,
+    /// Steps from the top, which is 0.
+    pub level: u32,
+    /// Where it finds its parent; `None` for the top.
+    pub up: Option<Group>,
+    /// Where it finds its children; `None` for a trainer.
+    pub down: Option<Group>,
+    /// For a trainer: which of the data's shares is its own, from 0.
+    pub share: Option<u32>,
+}
+
+/// Which model is trained, by its built-in trainer.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum ModelSpec {
+    /// Softmax regression.
+    Softmax,
+    /// One hidden layer.
+    Mlp {
+        /// Its width.
+        hidden: u32,
+    },
+    /// The network of Flame's MNIST example.
+    Cnn,
+    /// That many parameters and no data.
+    Synthetic {
+        /// Elements of the one tensor.
+        parameters: u64,
+        /// Their type.
+        dtype: DType,
+    },
+}
+
+/// What a trainer does in a round (Flame's `hyperparameters`).
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct TrainingSpec {
+    /// Passes over its samples.
+    pub epochs: u32,
+    /// Samples in a step.
+    pub batch_size: u32,
+    /// Of plain SGD.
+    pub learning_rate: f64,
+    /// L2 penalty; 0 for none.
+    pub weight_decay: f64,
+}
+
+/// Where samples come from and who gets which.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct DataSource {
+    /// Flame's `dataset`: an http(s) URL, a file or folder, or `builtin:digits`.
+    pub dataset: String,
+    /// What the file at a URL must hash to, in hex.
+    pub sha256: Option<String>,
+    /// Training samples to use, from the front; all of them when not given.
+    pub train_samples: Option<u64>,
+    /// Test samples to use: of the dataset's own test set, or, where it has none, held out from its end.
+    pub test_samples: Option<u64>,
+    /// Who gets which.
+    pub partition: Partition,
+}
+
+/// How the training samples are divided among the trainers.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase", tag = "sort")]
+pub enum Partition {
+    /// At random, in equal shares.
+    Iid,
+    /// Sorted by label, cut into `per_trainer` pieces for each trainer, dealt at random (McMahan et al. 2017).
+    Shards {
+        /// Pieces for each trainer.
+        per_trainer: u32,
+    },
+    /// Each label's samples divided by a Dirichlet draw (Hsu et al. 2019).
+    Dirichlet {
+        /// The draw's concentration; small is uneven.
+        alpha: f64,
+    },
+}

@@ -1,0 +1,1 @@
+//! LIFL's node daemon, as a library so that `lifl run` can run one inside itself.

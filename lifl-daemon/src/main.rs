@@ -1,0 +1,3 @@
+//! The command `lifl-daemon`.
+
+fn main() {}

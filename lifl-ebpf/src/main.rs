@@ -1,0 +1,3 @@
+//! LIFL's SK_MSG program.
+
+fn main() {}

@@ -1,0 +1,3 @@
+//! Tasks of LIFL's developers.
+
+fn main() {}
