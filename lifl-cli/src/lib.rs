@@ -1,3 +1,16 @@
 //! The command `lifl`, as a library so that tests and benchmarks reach its parts.
+//!
+//! A run's processes are all this one program: `lifl run` is the coordinator ([`coordinate`]), which starts
+//! `lifl worker` once for each aggregator and trainer ([`work`]). Aggregators average with [`aggregate`], trainers
+//! train with [`learn`] on [`data`].
 
+pub mod aggregate;
+pub mod cli;
+mod commands;
+pub mod coordinate;
+pub mod data;
+pub mod doctor;
+mod exit;
 pub mod learn;
+pub mod memory;
+pub mod work;

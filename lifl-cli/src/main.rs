@@ -1,3 +1,7 @@
 //! The command `lifl`.
 
-fn main() {}
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    lifl_cli::cli::main()
+}

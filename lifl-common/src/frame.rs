@@ -93,7 +93,8 @@ numbered!(
         /// Coordinator to everyone who takes part in the round, after the `Child`ren: `value` is the parent's id
         /// (0 for the top), `covers` the number of `Child` frames before it.
         Begin = 3,
-        /// Parent to child, and top to coordinator at a round's end: the global model, lent.
+        /// Parent to child, and top to coordinator at a round's end: the global model, lent. From the top to the
+        /// coordinator, `covers` is the number of trainers whose updates it contains.
         Model = 4,
         /// Child to parent: an update or an aggregate, lent. `value`: mean training loss, f64 bits.
         Update = 5,
@@ -103,8 +104,6 @@ numbered!(
         Release = 7,
         /// Parent to child: the update is given back uncounted; `refusal` says why.
         Refuse = 8,
-        /// Coordinator to everyone: the job is done; clean up and exit.
-        Finish = 9,
     }
 );
 
@@ -184,7 +183,12 @@ mod tests {
 
     #[test]
     fn fields_lie_where_the_table_says() {
-        let frame = Frame { to: WorkerId(7), kind: FrameKind::Update as u16, samples: 600, ..Frame::default() };
+        let frame = Frame {
+            to: WorkerId(7),
+            kind: FrameKind::Update as u16,
+            samples: 600,
+            ..Frame::default()
+        };
         let bytes = frame.as_bytes();
         assert_eq!(bytes[..4], 7_u32.to_ne_bytes());
         assert_eq!(bytes[8..10], 5_u16.to_ne_bytes());

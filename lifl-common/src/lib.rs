@@ -19,4 +19,8 @@ pub mod config;
 #[cfg(feature = "std")]
 pub mod control;
 #[cfg(feature = "std")]
+pub mod plane;
+#[cfg(feature = "std")]
 pub mod update;
+#[cfg(feature = "std")]
+pub mod watch;

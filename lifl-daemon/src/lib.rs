@@ -1,1 +1,148 @@
 //! LIFL's node daemon, as a library so that `lifl run` can run one inside itself.
+//!
+//! It loads the SK_MSG program ([`plane`]), owns the shared memory ([`pool`]), and keeps jobs, workers and arenas in
+//! a registry that one task owns. It does not know what an aggregator computes.
+
+pub mod plane;
+pub mod pool;
+mod registry;
+mod server;
+
+use std::path::PathBuf;
+
+use lifl_common::plane::PlaneKind;
+use tokio_util::sync::CancellationToken;
+
+use crate::plane::{PlaneError, PlaneRequest};
+use crate::pool::{HugePages, Pool};
+use crate::registry::{Facts, Registry};
+pub use crate::server::ListenError;
+use crate::server::Listener;
+
+/// Connections beside those of workers: coordinators that have no worker yet, `lifl status`.
+const SPARE_CONNECTIONS: usize = 256;
+
+/// How a daemon is to be.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// Where it listens.
+    pub socket: PathBuf,
+    /// The socket's permission bits.
+    pub socket_mode: u32,
+    /// The socket's group.
+    pub socket_group: Option<nix::unistd::Gid>,
+    /// Which plane.
+    pub plane: PlaneRequest,
+    /// Bytes that arenas may take together.
+    pub pool_bytes: u64,
+    /// Which pages they get.
+    pub huge_pages: HugePages,
+    /// Workers that can be registered at a time.
+    pub max_workers: u32,
+}
+
+/// Why a daemon does not start.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    /// No control socket.
+    #[error(transparent)]
+    Listen(#[from] ListenError),
+    /// No plane.
+    #[error(transparent)]
+    Plane(#[from] PlaneError),
+}
+
+/// A running daemon.
+#[derive(Debug)]
+pub struct Daemon {
+    socket: PathBuf,
+    plane: PlaneKind,
+    plane_reason: String,
+    shutdown: CancellationToken,
+    task: tokio::task::JoinHandle<Result<(), PlaneError>>,
+}
+
+impl Daemon {
+    /// Starts one: when this returns, it listens. It ends when `shutdown` is cancelled: then its jobs are told, its
+    /// clients have a moment to leave, and the program, the memory and the socket file go.
+    ///
+    /// # Errors
+    /// If it cannot listen, or the plane that is asked for cannot be had.
+    ///
+    /// # Panics
+    /// Outside of a tokio runtime.
+    pub fn start(options: Options, shutdown: CancellationToken) -> Result<Self, StartError> {
+        let listener = Listener::bind(&options.socket, options.socket_mode, options.socket_group)?;
+        let chosen = plane::choose(options.plane, options.max_workers)?;
+        let (plane, plane_reason) = (chosen.plane.kind(), chosen.reason.clone());
+        let facts = Facts {
+            plane_reason: chosen.reason,
+            max_workers: options.max_workers,
+        };
+        let pool = Pool::new(options.pool_bytes, options.huge_pages);
+        let registry = Registry::new(facts, chosen.plane, pool);
+        let max_connections = options.max_workers as usize + SPARE_CONNECTIONS;
+        let served = server::serve(
+            listener,
+            registry,
+            chosen.dead_letters,
+            max_connections,
+            shutdown.clone(),
+        );
+        let task = tokio::spawn(async move { served.await.into_plane().shutdown().await });
+        Ok(Self {
+            socket: options.socket,
+            plane,
+            plane_reason,
+            shutdown,
+            task,
+        })
+    }
+
+    /// Where it listens.
+    pub fn socket(&self) -> &std::path::Path {
+        &self.socket
+    }
+
+    /// Its plane.
+    pub fn plane(&self) -> PlaneKind {
+        self.plane
+    }
+
+    /// Why that plane.
+    pub fn plane_reason(&self) -> &str {
+        &self.plane_reason
+    }
+
+    /// Ends it and waits until everything is gone.
+    ///
+    /// # Errors
+    /// If something could not be detached.
+    ///
+    /// # Panics
+    /// If the daemon's task did.
+    pub async fn stop(self) -> Result<(), PlaneError> {
+        self.shutdown.cancel();
+        self.wait().await
+    }
+
+    /// Waits for its end.
+    ///
+    /// # Errors
+    /// If something could not be detached.
+    ///
+    /// # Panics
+    /// If the daemon's task did.
+    pub async fn wait(self) -> Result<(), PlaneError> {
+        self.task.await.expect("the daemon's task panicked")
+    }
+}
+
+/// What a pool's ceiling is when nobody gives one: half of the memory that is available now.
+pub fn default_pool_bytes() -> u64 {
+    let available = std::fs::read_to_string("/proc/meminfo").ok().and_then(|text| {
+        let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
+        line.trim().trim_end_matches(" kB").parse::<u64>().ok()
+    });
+    available.map_or(1 << 30, |kib| kib / 2 * 1024)
+}

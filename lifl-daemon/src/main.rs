@@ -1,3 +1,151 @@
 //! The command `lifl-daemon`.
 
-fn main() {}
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use anyhow::Context;
+use clap::{Parser, ValueEnum};
+use lifl_common::control::paths;
+use lifl_common::kernel::DEFAULT_MAX_WORKERS;
+use lifl_daemon::plane::PlaneRequest;
+use lifl_daemon::pool::HugePages;
+use lifl_daemon::{Daemon, Options, StartError, default_pool_bytes};
+use tokio::signal::unix::{SignalKind, signal};
+use tokio_util::sync::CancellationToken;
+
+/// The group whose members may connect, where the system has it.
+const GROUP: &str = "lifl";
+
+/// The node daemon of LIFL: carries references between the workers of federated-learning jobs, and owns the shared
+/// memory that models lie in.
+///
+/// Start one on each node, as root, so that references travel through the kernel:
+///
+///     sudo lifl-daemon
+///
+/// Then `lifl run JOB` uses it. Members of the group `lifl` may connect where that group exists; else only root may,
+/// unless --socket-mode says otherwise. It ends on SIGINT and SIGTERM and leaves nothing behind.
+#[derive(Parser, Debug)]
+#[command(version, verbatim_doc_comment)]
+struct Cli {
+    /// Where to listen [default: /run/lifl/lifl.sock for root, else lifl.sock in the user's runtime folder]
+    #[arg(long, value_name = "PATH")]
+    socket: Option<PathBuf>,
+    /// The control socket's permission bits, octal [default: 660 with a group, else 600]
+    #[arg(long, value_name = "MODE", value_parser = octal)]
+    socket_mode: Option<u32>,
+    /// The control socket's group [default: lifl, where it exists and this is root]
+    #[arg(long, value_name = "GROUP")]
+    socket_group: Option<String>,
+    /// How frames travel: through the kernel, through the daemon, or the best that is allowed
+    #[arg(long, value_enum, default_value_t = PlaneRequest::Auto)]
+    plane: PlaneRequest,
+    /// What arenas may take together, in MiB [default: half of the memory available at start]
+    #[arg(long, value_name = "MIB")]
+    pool_mib: Option<u64>,
+    /// Whether arenas get huge pages of 2 MiB; auto adds to vm.nr_hugepages if it may and takes it back
+    #[arg(long, value_enum, default_value_t = HugePages::Auto)]
+    huge_pages: HugePages,
+    /// Workers that can be registered at a time, of all jobs
+    #[arg(long, value_name = "N", default_value_t = DEFAULT_MAX_WORKERS, value_parser = clap::value_parser!(u32).range(1..=65535))]
+    max_workers: u32,
+    /// How to log to standard error; RUST_LOG chooses what
+    #[arg(long, value_enum, default_value_t = LogFormat::Text)]
+    log_format: LogFormat,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum LogFormat {
+    /// For people.
+    Text,
+    /// One JSON object a line.
+    Json,
+}
+
+fn octal(text: &str) -> Result<u32, String> {
+    let mode = u32::from_str_radix(text, 8).ok().filter(|mode| *mode <= 0o777);
+    mode.ok_or_else(|| format!("{text:?} is not an octal mode such as 660"))
+}
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    log_to_stderr(cli.log_format);
+    match run(&cli) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            tracing::error!("{error:#}");
+            let lacking = error.downcast_ref::<StartError>().is_some();
+            ExitCode::from(if lacking { 3 } else { 2 })
+        }
+    }
+}
+
+fn log_to_stderr(format: LogFormat) {
+    let filter = tracing_subscriber::EnvFilter::try_from_default_env()
+        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("info"));
+    let log = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr);
+    match format {
+        LogFormat::Text => log.init(),
+        LogFormat::Json => log.json().init(),
+    }
+}
+
+fn run(cli: &Cli) -> anyhow::Result<()> {
+    let options = options(cli)?;
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .build()
+        .context("no tokio runtime")?;
+    runtime.block_on(async {
+        let mut interrupt = signal(SignalKind::interrupt()).context("SIGINT")?;
+        let mut terminate = signal(SignalKind::terminate()).context("SIGTERM")?;
+        let shutdown = CancellationToken::new();
+        let (pool_mib, huge_pages) = (options.pool_bytes >> 20, options.huge_pages);
+        let daemon = Daemon::start(options, shutdown.clone())?;
+        tracing::info!(
+            socket = %daemon.socket().display(), plane = %daemon.plane(), reason = daemon.plane_reason(), pool_mib,
+            ?huge_pages, "listening"
+        );
+        tokio::spawn(async move {
+            tokio::select! {
+                _ = interrupt.recv() => tracing::info!("SIGINT: stopping"),
+                _ = terminate.recv() => tracing::info!("SIGTERM: stopping"),
+            }
+            shutdown.cancel();
+        });
+        daemon.wait().await.context("the plane could not be taken down")?;
+        tracing::info!("stopped, nothing left behind");
+        Ok(())
+    })
+}
+
+fn options(cli: &Cli) -> anyhow::Result<Options> {
+    let group = match &cli.socket_group {
+        Some(name) => {
+            let group = nix::unistd::Group::from_name(name).with_context(|| format!("group {name}"))?;
+            Some(
+                group
+                    .with_context(|| format!("there is no group {name}: create it with `groupadd {name}`"))?,
+            )
+        }
+        None if nix::unistd::geteuid().is_root() => nix::unistd::Group::from_name(GROUP).ok().flatten(),
+        None => None,
+    };
+    let default_mode = if group.is_some() { 0o660 } else { 0o600 };
+    Ok(Options {
+        socket: cli
+            .socket
+            .clone()
+            .unwrap_or_else(|| paths::own_folder().join(paths::DAEMON_SOCKET)),
+        socket_mode: cli.socket_mode.unwrap_or(default_mode),
+        socket_group: group.map(|group| group.gid),
+        plane: cli.plane,
+        pool_bytes: cli
+            .pool_mib
+            .map_or_else(default_pool_bytes, |mib| mib.saturating_mul(1 << 20)),
+        huge_pages: cli.huge_pages,
+        max_workers: cli.max_workers,
+    })
+}

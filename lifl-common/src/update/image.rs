@@ -13,7 +13,7 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
-use super::schema::Schema;
+use super::schema::{Schema, TensorsMut};
 use crate::id::Generation;
 
 /// The data's alignment within the image, and so in memory: slots are page-aligned.
@@ -82,6 +82,9 @@ pub enum ImageError {
         /// Bytes expected.
         expected: usize,
     },
+    /// Not a safetensors file.
+    #[error("not a safetensors file")]
+    Format(#[from] safetensors::SafeTensorError),
     /// `__metadata__` without what LIFL needs.
     #[error("__metadata__.{0} is missing or not a number")]
     Metadata(&'static str),
@@ -104,7 +107,10 @@ pub fn image_bytes(schema: &Schema) -> usize {
 pub fn write_header(image: &mut [u8], schema: &Schema, metadata: &Metadata) {
     let tensors = tensors_json(schema);
     let offset = (8 + tensors.len() + METADATA_ROOM).next_multiple_of(DATA_ALIGN);
-    assert!(image.len() >= offset + schema.data_bytes(), "slot too small for the schema");
+    assert!(
+        image.len() >= offset + schema.data_bytes(),
+        "slot too small for the schema"
+    );
     let mut maker = metadata.maker.clone();
     while maker.len() > 128 {
         maker.pop();
@@ -140,13 +146,21 @@ pub fn write_header(image: &mut [u8], schema: &Schema, metadata: &Metadata) {
 /// If it is not a safetensors image of this schema.
 pub fn check(image: &[u8], schema: &Schema) -> Result<(Metadata, usize), ImageError> {
     let have = image.len();
-    let length = image.first_chunk::<8>().ok_or(ImageError::HeaderCut { have, need: 8 })?;
+    let length = image
+        .first_chunk::<8>()
+        .ok_or(ImageError::HeaderCut { have, need: 8 })?;
     let length = u64::from_le_bytes(*length);
     if length > MAX_HEADER_BYTES as u64 {
         return Err(ImageError::HeaderTooLarge(length));
     }
     let offset = 8 + length as usize;
-    let header = image.get(8..offset).ok_or(ImageError::HeaderCut { have, need: offset as u64 })?.to_vec();
+    let header = image
+        .get(8..offset)
+        .ok_or(ImageError::HeaderCut {
+            have,
+            need: offset as u64,
+        })?
+        .to_vec();
     if !offset.is_multiple_of(DATA_ALIGN) {
         return Err(ImageError::Misaligned(offset));
     }
@@ -155,40 +169,89 @@ pub fn check(image: &[u8], schema: &Schema) -> Result<(Metadata, usize), ImageEr
     check_tensors(&header, schema)?;
     let found = have - offset;
     if found != schema.data_bytes() {
-        return Err(ImageError::DataLength { found, expected: schema.data_bytes() });
+        return Err(ImageError::DataLength {
+            found,
+            expected: schema.data_bytes(),
+        });
     }
     let fields = header.metadata().as_ref();
     let text = |name: &'static str| fields.and_then(|fields| fields.get(name));
     let number = |name: &'static str| -> Result<u64, ImageError> {
-        text(name).and_then(|n| n.parse().ok()).ok_or(ImageError::Metadata(name))
+        text(name)
+            .and_then(|n| n.parse().ok())
+            .ok_or(ImageError::Metadata(name))
     };
     let metadata = Metadata {
         maker: text("maker").cloned().unwrap_or_default(),
         round: u32::try_from(number("round")?).map_err(|_| ImageError::Metadata("round"))?,
         generation: Generation(number("generation")?),
         samples: number("samples")?,
-        loss: text("loss").and_then(|loss| loss.parse().ok()).filter(|loss: &f64| loss.is_finite()),
+        loss: text("loss")
+            .and_then(|loss| loss.parse().ok())
+            .filter(|loss: &f64| loss.is_finite()),
         folded: number("folded")?,
         bytes_copied: number("bytes_copied")?,
     };
     Ok((metadata, offset))
 }
 
+/// Copies the tensors of any safetensors file into a model: in whatever order they lie there, with or without our
+/// metadata.
+///
+/// # Errors
+/// If it is no such file, or has not just the schema's tensors.
+pub fn import(file: &[u8], mut model: TensorsMut<'_>) -> Result<(), ImageError> {
+    let theirs = safetensors::SafeTensors::deserialize(file)?;
+    let schema = model.schema().clone();
+    for (tensor, range) in schema.iter() {
+        let differs = |found: String| ImageError::OtherTensor {
+            name: tensor.name.clone(),
+            found,
+            expected: format!("{} {:?}", tensor.dtype, tensor.shape),
+        };
+        let view = theirs.tensor(&tensor.name).map_err(|_| differs("missing".to_owned()))?;
+        if view.dtype() != tensor.dtype.to_safetensors() || view.shape() != tensor.shape {
+            return Err(differs(format!("{:?} {:?}", view.dtype(), view.shape())));
+        }
+        model.data()[range].copy_from_slice(view.data());
+    }
+    match theirs.names().into_iter().find(|name| schema.get(name).is_none()) {
+        Some(name) => {
+            let name = name.to_owned();
+            Err(ImageError::OtherTensor { name, found: "present".to_owned(), expected: "none".to_owned() })
+        }
+        None => Ok(()),
+    }
+}
+
 fn check_tensors(header: &safetensors::tensor::Metadata, schema: &Schema) -> Result<(), ImageError> {
     for (tensor, range) in schema.iter() {
         let expected = || format!("{} {:?} at byte {}", tensor.dtype, tensor.shape, range.start);
-        let differs = |found| ImageError::OtherTensor { name: tensor.name.clone(), found, expected: expected() };
-        let info = header.info(&tensor.name).ok_or_else(|| differs("missing".to_owned()))?;
+        let differs = |found| ImageError::OtherTensor {
+            name: tensor.name.clone(),
+            found,
+            expected: expected(),
+        };
+        let info = header
+            .info(&tensor.name)
+            .ok_or_else(|| differs("missing".to_owned()))?;
         let same = info.dtype == tensor.dtype.to_safetensors()
             && info.shape == tensor.shape
             && info.data_offsets == (range.start, range.end);
         if !same {
-            return Err(differs(format!("{:?} {:?} at byte {}", info.dtype, info.shape, info.data_offsets.0)));
+            return Err(differs(format!(
+                "{:?} {:?} at byte {}",
+                info.dtype, info.shape, info.data_offsets.0
+            )));
         }
     }
     let names = header.offset_keys();
     if let Some(name) = names.into_iter().find(|name| schema.get(name).is_none()) {
-        return Err(ImageError::OtherTensor { name, found: "present".to_owned(), expected: "none".to_owned() });
+        return Err(ImageError::OtherTensor {
+            name,
+            found: "present".to_owned(),
+            expected: "none".to_owned(),
+        });
     }
     Ok(())
 }

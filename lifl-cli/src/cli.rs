@@ -1,0 +1,175 @@
+//! The command line.
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use lifl_common::config::{Overrides, Timing};
+use lifl_common::id::JobId;
+use lifl_daemon::plane::PlaneRequest;
+use lifl_daemon::pool::HugePages;
+
+use crate::commands;
+use crate::coordinate::node::DaemonChoice;
+use crate::work::Place;
+
+/// Hierarchical federated learning on one node: trainers' updates lie in shared memory, and references to them travel
+/// between aggregators through the kernel.
+///
+/// Try it:
+///
+///     lifl run configs/mnist_three_level.json
+///
+/// Exit codes: 0 done, 2 the command line or the config is wrong, 3 this machine lacks something, 4 the job failed,
+/// 5 it ran past maxRunTime, 130 interrupted.
+#[derive(Parser, Debug)]
+#[command(name = "lifl", version, verbatim_doc_comment)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand, Debug)]
+enum Command {
+    /// Run a job: start its aggregators and trainers, train, and leave a run folder
+    Run(RunArgs),
+    /// Check a job's files and say everything that is wrong with them
+    Validate(JobArgs),
+    /// Show a job's tree, the memory that it will take, and the plane that it would get
+    Plan(JobArgs),
+    /// Print the JSON Schema of job files
+    Schema,
+    /// Look at what this machine can do for LIFL, and what to do where it cannot
+    Doctor(Report),
+    /// Show the jobs, workers, arenas and counters of the daemons that this user can reach
+    Status(StatusArgs),
+    /// Play one worker's role; `lifl run` starts these
+    #[command(hide = true)]
+    Worker(WorkerArgs),
+}
+
+/// How a command reports.
+#[derive(Args, Clone, Copy, Debug)]
+pub(crate) struct Report {
+    /// Print newline-delimited JSON objects with an `event` field, and nothing else, on standard output
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+/// Which job.
+#[derive(Args, Clone, Debug)]
+pub(crate) struct JobArgs {
+    /// A job file, or the worker files of one job, or a folder of them
+    #[arg(required = true, value_name = "PATH")]
+    pub(crate) paths: Vec<PathBuf>,
+    /// When aggregators fold: eager, when an update comes; lazy, when all have come [default: the job file's]
+    #[arg(long, value_enum)]
+    timing: Option<TimingArg>,
+    /// Rounds to run [default: the job file's]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    rounds: Option<u32>,
+    /// A data set instead of the job file's: a folder with IDX files, an .npz file, a URL, or builtin:digits
+    #[arg(long, value_name = "PATH|URL|builtin:digits")]
+    data: Option<String>,
+    /// What every random choice comes from; equal seeds give equal runs [default: the job file's]
+    #[arg(long, value_name = "N")]
+    seed: Option<u64>,
+    #[command(flatten)]
+    pub(crate) report: Report,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum TimingArg {
+    Eager,
+    Lazy,
+}
+
+impl JobArgs {
+    pub(crate) fn overrides(&self) -> Overrides {
+        Overrides {
+            rounds: self.rounds,
+            seed: self.seed,
+            timing: self.timing.map(|timing| match timing {
+                TimingArg::Eager => Timing::Eager,
+                TimingArg::Lazy => Timing::Lazy,
+            }),
+            data: self.data.clone(),
+        }
+    }
+}
+
+#[derive(Args, Clone, Debug)]
+pub(crate) struct RunArgs {
+    #[command(flatten)]
+    pub(crate) job: JobArgs,
+    /// The daemon: auto (one that listens, else one inside this command), own (inside this command), or its socket
+    #[arg(long, value_name = "auto|own|SOCKET", default_value = "auto", value_parser = daemon_choice)]
+    pub(crate) daemon: DaemonChoice,
+    /// How references travel: through the kernel, through the daemon, or the best that is allowed
+    #[arg(long, value_enum, default_value_t = PlaneRequest::Auto)]
+    pub(crate) plane: PlaneRequest,
+    /// The run's folder, new or empty [default: runs/JOB-TIME]
+    #[arg(long, value_name = "FOLDER")]
+    pub(crate) out: Option<PathBuf>,
+    /// Write a checkpoint every N rounds; 0 for the last model only
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    pub(crate) checkpoint_every: u32,
+    /// What arenas may take together, in MiB, for an own daemon [default: half of the memory available]
+    #[arg(long, value_name = "MIB")]
+    pub(crate) pool_mib: Option<u64>,
+    /// Whether arenas get huge pages of 2 MiB, for an own daemon
+    #[arg(long, value_enum, default_value_t = HugePages::Auto)]
+    pub(crate) huge_pages: HugePages,
+}
+
+#[derive(Args, Clone, Debug)]
+pub(crate) struct StatusArgs {
+    /// The daemon's socket [default: all that this user can reach]
+    #[arg(long, value_name = "SOCKET")]
+    pub(crate) daemon: Option<PathBuf>,
+    #[command(flatten)]
+    pub(crate) report: Report,
+}
+
+#[derive(Args, Clone, Debug)]
+struct WorkerArgs {
+    #[arg(long)]
+    socket: PathBuf,
+    #[arg(long)]
+    job: u32,
+    #[arg(long)]
+    run: PathBuf,
+    #[arg(long)]
+    name: String,
+}
+
+#[expect(clippy::unnecessary_wraps, reason = "clap's parsers give results")]
+fn daemon_choice(text: &str) -> Result<DaemonChoice, String> {
+    Ok(match text {
+        "auto" => DaemonChoice::Auto,
+        "own" => DaemonChoice::Own,
+        socket => DaemonChoice::At(PathBuf::from(socket)),
+    })
+}
+
+/// Reads the command line and does what it says.
+pub fn main() -> ExitCode {
+    let outcome = match Cli::parse().command {
+        Command::Run(args) => commands::run(&args),
+        Command::Validate(args) => commands::validate(&args),
+        Command::Plan(args) => commands::plan(&args),
+        Command::Schema => commands::schema(),
+        Command::Doctor(report) => commands::doctor(report),
+        Command::Status(args) => commands::status(&args),
+        Command::Worker(WorkerArgs { socket, job, run, name }) => {
+            commands::worker(Place { socket, job: JobId(job), run, name })
+        }
+    };
+    match outcome {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(failure) => {
+            eprintln!("lifl: {:#}", failure.error);
+            failure.cause.into()
+        }
+    }
+}

@@ -1,0 +1,100 @@
+//! The commands that only look at a job's files: `validate`, `plan`, `schema`.
+
+use std::collections::HashMap;
+
+use lifl_common::config::{self, ConfigError, JobSpec, Loaded};
+use serde_json::json;
+
+use crate::cli::JobArgs;
+use crate::coordinate::pairing::{Pair, pair};
+use crate::coordinate::report::human_bytes;
+use crate::doctor;
+use crate::exit::{Because, Cause, Failure, Outcome};
+use crate::learn;
+use crate::memory::Plan;
+
+/// Reads a job, and prints its problems as events where they were asked for.
+pub(super) fn load(args: &JobArgs) -> Outcome<Loaded> {
+    config::load(&args.paths, &args.overrides()).map_err(|error| {
+        if args.report.json {
+            print_problems(&error);
+        }
+        Failure::new(Cause::Config, error)
+    })
+}
+
+fn print_problems(error: &ConfigError) {
+    for problem in &error.problems {
+        println!("{}", json!({ "event": "problem", "problem": problem }));
+    }
+}
+
+/// Says whether a job could run, without starting anything.
+pub(crate) fn validate(args: &JobArgs) -> Outcome {
+    let Loaded { job, notes } = load(args)?;
+    learn::schema(&job.model).because(Cause::Config)?;
+    if args.report.json {
+        println!("{}", json!({ "event": "valid", "job": job, "notes": notes }));
+        return Ok(());
+    }
+    for note in &notes {
+        println!("note: {note}");
+    }
+    println!("{}: {} workers, {} aggregator levels, {} rounds: valid", job.name, job.workers.len(), job.levels(), job.rounds);
+    Ok(())
+}
+
+/// Shows the tree, the memory and the plane.
+pub(crate) fn plan(args: &JobArgs) -> Outcome {
+    let Loaded { job, .. } = load(args)?;
+    let schema = learn::schema(&job.model).because(Cause::Config)?;
+    let forecast = doctor::forecast();
+    let plan = Plan::new(&job, &schema, forecast.huge_pages);
+    let pairs = pair(&job.workers, |_| true);
+    if args.report.json {
+        let tree: Vec<_> = job.workers.iter().enumerate().map(|(index, worker)| {
+            let parent = pairs.get(&index).and_then(|pair| pair.parent).map(|parent| &job.workers[parent].name);
+            json!({ "name": worker.name, "role": worker.role, "parent": parent, "takes_part": pairs.contains_key(&index) })
+        }).collect();
+        let (plane, reason) = (forecast.plane, forecast.reason);
+        println!("{}", json!({ "event": "plan", "job": job.name, "tree": tree, "memory": plan, "plane": plane, "plane_reason": reason }));
+        return Ok(());
+    }
+    println!("{}: {} rounds, {:?} timing, {:?} go up", job.name, job.rounds, job.timing, job.updates);
+    if let Some(top) = job.workers.iter().position(|worker| worker.up.is_none()) {
+        print_tree(&job, &pairs, top, "", "");
+    }
+    let left_out: Vec<&str> = job.workers.iter().enumerate().filter(|(index, _)| !pairs.contains_key(index)).map(|(_, worker)| worker.name.as_str()).collect();
+    if !left_out.is_empty() {
+        println!("without children, so not taking part: {}", left_out.join(", "));
+    }
+    println!();
+    println!("model    {} parameters, {} in a slot", plan.parameters, human_bytes(plan.object_bytes));
+    let arenas = plan.workers.len();
+    let pages = human_bytes(plan.page_bytes);
+    println!("arenas   {} in {arenas} arenas, pages of {pages}", human_bytes(plan.pool_bytes));
+    println!("private  at most {} in {} processes", human_bytes(plan.private_bytes), arenas + 1);
+    println!("memory   at most {}", human_bytes(plan.total_bytes));
+    println!("plane    {}: {}", forecast.plane, forecast.reason);
+    Ok(())
+}
+
+fn print_tree(job: &JobSpec, pairs: &HashMap<usize, Pair>, index: usize, indent: &str, branch: &str) {
+    println!("{indent}{branch}{}", job.workers[index].name);
+    let children = pairs.get(&index).map_or(&[][..], |pair| &pair.children);
+    let below = match branch {
+        "" => indent.to_owned(),
+        "├─ " => format!("{indent}│  "),
+        _ => format!("{indent}   "),
+    };
+    for (nth, &child) in children.iter().enumerate() {
+        let branch = if nth + 1 == children.len() { "└─ " } else { "├─ " };
+        print_tree(job, pairs, child, &below, branch);
+    }
+}
+
+/// Prints the job files' JSON Schema.
+pub(crate) fn schema() -> Outcome {
+    println!("{:#}", config::schema());
+    Ok(())
+}

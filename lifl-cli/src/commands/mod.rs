@@ -1,0 +1,60 @@
+//! One file a command, but for the smallest.
+
+mod job;
+mod run;
+mod status;
+
+pub(crate) use job::{plan, schema, validate};
+pub(crate) use run::run;
+pub(crate) use status::status;
+
+use std::io;
+
+use anyhow::{Context, anyhow};
+use serde_json::json;
+use tokio::runtime::{Builder, Runtime};
+use tracing_subscriber::EnvFilter;
+
+use crate::cli::Report;
+use crate::doctor::{self, State};
+use crate::exit::{Because, Cause, Failure, Outcome};
+use crate::work::{self, Place};
+
+/// Logs go to standard error; `RUST_LOG` chooses which.
+fn log(default: &str) {
+    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(default));
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(io::stderr).with_ansi(false).init();
+}
+
+fn runtime(builder: &mut Builder) -> Outcome<Runtime> {
+    builder.enable_all().build().context("no tokio runtime").because(Cause::Machine)
+}
+
+/// Plays a role; its log is standard error, which `lifl run` sends to a file.
+pub(crate) fn worker(place: Place) -> Outcome {
+    log("info");
+    let runtime = runtime(&mut Builder::new_current_thread())?;
+    let played = runtime.block_on(work::play(place)).because(Cause::Job);
+    // A training that is under way when the job ends is of no use to anybody.
+    runtime.shutdown_background();
+    played
+}
+
+/// What the machine can do. Fails if it cannot run a job at all.
+pub(crate) fn doctor(report: Report) -> Outcome {
+    log("error");
+    let checks = doctor::run();
+    if report.json {
+        for check in &checks {
+            println!("{}", json!({ "event": "check", "check": check }));
+        }
+    } else {
+        print!("{}", doctor::text(&checks));
+    }
+    let missing: Vec<&str> =
+        checks.iter().filter(|check| check.state == State::Missing).map(|check| check.name).collect();
+    if missing.is_empty() {
+        return Ok(());
+    }
+    Err(Failure::new(Cause::Machine, anyhow!("this machine lacks: {}", missing.join(", "))))
+}

@@ -1,0 +1,53 @@
+//! `lifl run`.
+
+use tokio::runtime::Builder;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio_util::sync::CancellationToken;
+
+use super::job::load;
+use super::{log, runtime};
+use crate::cli::RunArgs;
+use crate::coordinate::node::NodeOptions;
+use crate::coordinate::report::Reporter;
+use crate::coordinate::{self, RunOptions};
+use crate::exit::{Because, Cause, Outcome};
+
+/// Runs a job until it is done, fails or is interrupted.
+pub(crate) fn run(args: &RunArgs) -> Outcome {
+    log("warn");
+    let loaded = load(&args.job)?;
+    let mut reporter = Reporter::new(args.job.report.json);
+    for note in &loaded.notes {
+        reporter.say(&format!("note: {note}"));
+    }
+    let options = RunOptions {
+        node: NodeOptions {
+            daemon: args.daemon.clone(),
+            plane: args.plane,
+            pool_bytes: args.pool_mib.map(|mib| mib.saturating_mul(1 << 20)),
+            huge_pages: args.huge_pages,
+            workers: loaded.job.workers.len() as u32 + 1,
+        },
+        out: args.out.clone(),
+        checkpoint_every: args.checkpoint_every,
+    };
+    let runtime = runtime(Builder::new_multi_thread().worker_threads(2))?;
+    runtime.block_on(async {
+        let shutdown = CancellationToken::new();
+        let mut interrupt = signal(SignalKind::interrupt()).because(Cause::Machine)?;
+        let mut terminate = signal(SignalKind::terminate()).because(Cause::Machine)?;
+        let mut hangup = signal(SignalKind::hangup()).because(Cause::Machine)?;
+        tokio::spawn({
+            let shutdown = shutdown.clone();
+            async move {
+                tokio::select! {
+                    _ = interrupt.recv() => {}
+                    _ = terminate.recv() => {}
+                    _ = hangup.recv() => {}
+                }
+                shutdown.cancel();
+            }
+        });
+        coordinate::run(&loaded.job, &options, &mut reporter, &shutdown).await
+    })
+}

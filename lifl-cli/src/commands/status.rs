@@ -1,0 +1,90 @@
+//! `lifl status`.
+
+use std::path::Path;
+
+use anyhow::anyhow;
+use comfy_table::presets::NOTHING;
+use comfy_table::{CellAlignment, Table};
+use lifl_common::control::Status;
+use nix::time::{ClockId, clock_gettime};
+use serde_json::json;
+use tokio::runtime::Builder;
+
+use super::{log, runtime};
+use crate::cli::StatusArgs;
+use crate::coordinate::node::reachable;
+use crate::coordinate::report::human_bytes;
+use crate::exit::{Because, Cause, Failure, Outcome};
+
+/// Shows what every daemon has. Fails if there is none.
+pub(crate) fn status(args: &StatusArgs) -> Outcome {
+    log("warn");
+    let runtime = runtime(&mut Builder::new_current_thread())?;
+    runtime.block_on(async {
+        let daemons = reachable(args.daemon.as_deref()).await?;
+        if daemons.is_empty() {
+            let error = anyhow!("no daemon that this user can reach: start one with `sudo lifl-daemon`, or run a job");
+            return Err(Failure::new(Cause::Machine, error));
+        }
+        for (socket, mut client) in daemons {
+            let status = client.status(None).await.because(Cause::Machine)?;
+            if args.report.json {
+                println!("{}", json!({ "event": "status", "socket": socket, "status": status }));
+            } else {
+                print(&socket, &status);
+            }
+        }
+        Ok(())
+    })
+}
+
+fn print(socket: &Path, status: &Status) {
+    let daemon = &status.daemon;
+    println!("daemon {} (pid {}) at {}", daemon.version, daemon.pid, socket.display());
+    println!("  plane {}: {}", daemon.plane, daemon.plane_reason);
+    let (used, ceiling) = (human_bytes(daemon.pool_used_bytes), human_bytes(daemon.pool_bytes));
+    println!("  pool {used} of {ceiling}, {} of {} workers", daemon.workers, daemon.max_workers);
+    for job in &status.jobs {
+        let name = job.name.as_deref().unwrap_or("(another user's)");
+        let bytes = human_bytes(job.arena_bytes);
+        println!("  job {} {name}: uid {}, {} workers, {bytes} in arenas", job.job, job.uid, job.workers);
+    }
+    if status.workers.is_empty() {
+        return;
+    }
+    let mut table = Table::new();
+    table.load_preset(NOTHING);
+    table.set_header(["", "worker", "job", "pid", "frames", "referenced", "refused", "last", "arena", "pages"]);
+    for worker in &status.workers {
+        let arena = worker.arenas.first();
+        table.add_row([
+            worker.worker.to_string(),
+            worker.name.clone(),
+            worker.job.to_string(),
+            worker.pid.to_string(),
+            worker.counters.frames.to_string(),
+            human_bytes(worker.counters.referenced_bytes),
+            worker.counters.refused.to_string(),
+            since(worker.counters.last_ns),
+            arena.and_then(|arena| arena.layout.bytes()).map_or_else(|| "-".to_owned(), human_bytes),
+            arena.map_or_else(|| "-".to_owned(), |arena| human_bytes(arena.page_bytes)),
+        ]);
+    }
+    for numbers in [3, 4, 5, 6, 7, 8, 9] {
+        if let Some(column) = table.column_mut(numbers) {
+            column.set_cell_alignment(CellAlignment::Right);
+        }
+    }
+    println!("{table}");
+}
+
+/// How long ago a moment of `CLOCK_MONOTONIC` was.
+fn since(last_ns: u64) -> String {
+    let now = clock_gettime(ClockId::CLOCK_MONOTONIC).map_or(0, |now| {
+        now.tv_sec().unsigned_abs() * 1_000_000_000 + now.tv_nsec().unsigned_abs()
+    });
+    match last_ns {
+        0 => "never".to_owned(),
+        last => format!("{:.1} s", now.saturating_sub(last) as f64 / 1e9),
+    }
+}

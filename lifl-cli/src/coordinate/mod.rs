@@ -1,0 +1,213 @@
+//! The coordinator: finds a daemon, starts the workers, pairs children with parents, drives the rounds, ends the job.
+//!
+//! ```text
+//!   find or start the daemon ─▶ check that everything fits ─▶ make the job, register ─▶ start the workers
+//!     ─▶ all ready ─▶ round 1 … n ─▶ end the job ─▶ workers leave ─▶ own daemon stops
+//! ```
+//!
+//! A round: each worker that takes part is told its children and its parent; the top lends the new model, which is
+//! written out and evaluated while the next round runs.
+
+mod folder;
+pub mod node;
+pub mod pairing;
+mod peak;
+pub mod report;
+mod rounds;
+mod workers;
+
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, anyhow};
+use lifl_common::client::{Client, FrameSocket};
+use lifl_common::config::JobSpec;
+use lifl_common::id::{JobId, WorkerId};
+use lifl_common::update::Schema;
+use tokio_util::sync::CancellationToken;
+
+use self::folder::RunFolder;
+use self::node::{Node, NodeOptions};
+use self::report::{Event, Level, Reporter, human_bytes};
+use self::rounds::Rounds;
+use self::workers::Workers;
+use crate::exit::{Because, Cause, Failure, Outcome};
+use crate::learn;
+use crate::memory;
+
+/// How to run a job.
+#[derive(Clone, Debug)]
+pub struct RunOptions {
+    /// The daemon.
+    pub node: NodeOptions,
+    /// The run's folder.
+    pub out: Option<PathBuf>,
+    /// A checkpoint every so many rounds; 0 for the last model only.
+    pub checkpoint_every: u32,
+}
+
+/// The coordinator's own name and role.
+const COORDINATOR: &str = "coordinator";
+
+/// What a run works with once the job is made.
+struct Run<'a> {
+    job: &'a JobSpec,
+    schema: Schema,
+    folder: RunFolder,
+    client: Client,
+    job_id: JobId,
+    frames: FrameSocket,
+    id: WorkerId,
+    started: Instant,
+    checkpoint_every: u32,
+}
+
+/// Runs a job from its first to its last process.
+///
+/// # Errors
+/// With the cause that decides the exit code; whatever was started is gone by then.
+pub async fn run(
+    job: &JobSpec,
+    options: &RunOptions,
+    reporter: &mut Reporter,
+    shutdown: &CancellationToken,
+) -> Outcome {
+    let started = Instant::now();
+    let schema = learn::schema(&job.model).because(Cause::Config)?;
+    prepare_data(job, reporter, shutdown).await?;
+    let node = Node::find(&options.node).await?;
+    let outcome = with_node(job, schema, options, &node, started, reporter, shutdown).await;
+    reporter.end();
+    // Only now, with all workers gone, the daemon may go.
+    let stopped = node.stop().await.because(Cause::Job);
+    outcome.and(stopped)
+}
+
+/// Makes sure that the data is there before anything starts.
+async fn prepare_data(job: &JobSpec, reporter: &Reporter, shutdown: &CancellationToken) -> Outcome {
+    let Some(data) = job.data.clone() else { return Ok(()) };
+    if data.dataset.starts_with("http") {
+        reporter.say(&format!("dataset {}", data.dataset));
+    }
+    let trainers = job.trainers().count() as u32;
+    let seed = job.seed;
+    let prepared = tokio::task::spawn_blocking(move || crate::data::prepare(&data, seed, trainers));
+    tokio::select! {
+        prepared = prepared => prepared.context("the data could not be looked at").because(Cause::Job)?.because(Cause::Config),
+        () = shutdown.cancelled() => Err(interrupted()),
+    }
+}
+
+async fn with_node(
+    job: &JobSpec,
+    schema: Schema,
+    options: &RunOptions,
+    node: &Node,
+    started: Instant,
+    reporter: &mut Reporter,
+    shutdown: &CancellationToken,
+) -> Outcome {
+    check_room(job, &schema, node)?;
+    let folder = RunFolder::create(options.out.as_deref(), job).because(Cause::Config)?;
+    reporter.keep_metrics(folder.path()).because(Cause::Config)?;
+    if let Some(note) = &node.passed_over {
+        reporter.say(note);
+    }
+    let mut client = Client::connect(&node.socket).await.because(Cause::Machine)?;
+    let job_id = client.create_job(&job.name).await.because(Cause::Machine)?;
+    let registration = client.register(job_id, COORDINATOR, COORDINATOR).await.because(Cause::Machine)?;
+    let workers = Workers::start(job, job_id, &node.socket, &folder).because(Cause::Job)?;
+    let mut run = Run {
+        job,
+        schema,
+        folder,
+        client,
+        job_id,
+        frames: registration.frames,
+        id: registration.worker,
+        started,
+        checkpoint_every: options.checkpoint_every,
+    };
+    let (outcome, workers) = drive(&mut run, workers, node, reporter, shutdown).await;
+    let reason = match &outcome {
+        Ok(()) => "finished".to_owned(),
+        Err(failure) => format!("{:#}", failure.error),
+    };
+    if let Err(error) = run.client.end_job(&reason).await {
+        tracing::warn!("the daemon could not be told of the job's end: {error}");
+    }
+    let killed = workers.end().await;
+    if killed > 0 {
+        reporter.say(&format!("{killed} workers did not leave and were killed"));
+    }
+    if let Err(failure) = &outcome {
+        let (exit_code, error) = (failure.cause as u8, format!("{:#}", failure.error));
+        reporter.event(&Event::JobFailed { exit_code, error }).because(Cause::Job)?;
+    }
+    outcome
+}
+
+/// All that can take time, under the deadline and the shutdown.
+async fn drive(
+    run: &mut Run<'_>,
+    workers: Workers,
+    node: &Node,
+    reporter: &mut Reporter,
+    shutdown: &CancellationToken,
+) -> (Outcome, Workers) {
+    let limit = Duration::from_secs(run.job.max_run_time_s);
+    let deadline = tokio::time::Instant::from_std(run.started) + limit;
+    let mut rounds = Rounds::new(run, workers, reporter);
+    let outcome = tokio::select! {
+        outcome = rounds.all(node) => outcome,
+        () = shutdown.cancelled() => Err(interrupted()),
+        () = tokio::time::sleep_until(deadline) => {
+            let error = anyhow!("the job ran past maxRunTime ({} s): raise it in the job file", limit.as_secs());
+            Err(Failure::new(Cause::Timeout, error))
+        }
+    };
+    (outcome, rounds.into_workers())
+}
+
+fn interrupted() -> Failure {
+    Failure::new(Cause::Interrupted, anyhow!("interrupted"))
+}
+
+/// Refuses a job that the daemon has no room for, before anything starts.
+fn check_room(job: &JobSpec, schema: &Schema, node: &Node) -> Outcome {
+    let daemon = node.client.welcome();
+    let machine = |error| Err(Failure::new(Cause::Machine, error));
+    let plan = memory::Plan::new(job, schema, daemon.huge_pages);
+    let free = daemon.pool_bytes.saturating_sub(daemon.pool_used_bytes);
+    if plan.pool_bytes > free {
+        let how = if node.is_own() { "pass a larger --pool-mib" } else { "start lifl-daemon with a larger --pool-mib" };
+        return machine(anyhow!(
+            "the job's arenas need {}, the pool has {} left of {}: {how}, use fewer workers or a smaller model \
+             (`lifl plan` shows the sum)",
+            human_bytes(plan.pool_bytes),
+            human_bytes(free),
+            human_bytes(daemon.pool_bytes),
+        ));
+    }
+    let (needed, taken) = (job.workers.len() as u32 + 1, daemon.workers);
+    if needed > daemon.max_workers.saturating_sub(taken) {
+        return machine(anyhow!(
+            "the job has {needed} workers with its coordinator, the daemon takes {} and has {taken}: start it with a \
+             larger --max-workers",
+            daemon.max_workers,
+        ));
+    }
+    Ok(())
+}
+
+/// The workers by role, from the top down.
+pub fn levels(job: &JobSpec) -> Vec<Level> {
+    let mut levels: Vec<Level> = Vec::new();
+    for worker in &job.workers {
+        match levels.iter_mut().find(|level| level.role == worker.role) {
+            Some(level) => level.workers += 1,
+            None => levels.push(Level { role: worker.role.clone(), workers: 1 }),
+        }
+    }
+    levels
+}

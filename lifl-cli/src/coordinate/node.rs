@@ -1,0 +1,178 @@
+//! The daemon that a run uses: one that listens, or its own.
+
+use std::io;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, anyhow};
+use lifl_common::client::{Client, ClientError};
+use lifl_common::control::paths;
+use lifl_common::kernel::DEFAULT_MAX_WORKERS;
+use lifl_daemon::plane::PlaneRequest;
+use lifl_daemon::pool::HugePages;
+use lifl_daemon::{Daemon, Options, default_pool_bytes};
+use tokio_util::sync::CancellationToken;
+
+use crate::exit::{Because, Cause, Failure, Outcome};
+
+/// Which daemon a run wants.
+#[derive(Clone, Debug)]
+pub enum DaemonChoice {
+    /// One that listens at the usual places, else its own.
+    Auto,
+    /// Its own.
+    Own,
+    /// The one at this socket.
+    At(PathBuf),
+}
+
+/// What a run asks of its daemon.
+#[derive(Clone, Debug)]
+pub struct NodeOptions {
+    /// Which daemon.
+    pub daemon: DaemonChoice,
+    /// Which plane.
+    pub plane: PlaneRequest,
+    /// The own daemon's ceiling for arenas, in bytes.
+    pub pool_bytes: Option<u64>,
+    /// The own daemon's pages.
+    pub huge_pages: HugePages,
+    /// Workers of the run, the coordinator among them.
+    pub workers: u32,
+}
+
+/// A run's daemon, and the coordinator's connection to it.
+pub struct Node {
+    /// The connection.
+    pub client: Client,
+    /// Where it listens.
+    pub socket: PathBuf,
+    own: Option<Daemon>,
+    /// Why a daemon that listens is not used, when that is so.
+    pub passed_over: Option<String>,
+}
+
+impl Node {
+    /// Finds or starts the daemon.
+    ///
+    /// # Errors
+    /// If there is none where one was asked for, or the plane cannot be had.
+    pub async fn find(options: &NodeOptions) -> Outcome<Self> {
+        let mut passed_over = None;
+        match &options.daemon {
+            DaemonChoice::At(socket) => {
+                let client = Client::connect(socket).await;
+                let client = client.with_context(|| {
+                    format!("start one with `lifl-daemon --socket {}`, or leave --daemon out", socket.display())
+                });
+                let node = Self { client: client.because(Cause::Machine)?, socket: socket.clone(), own: None, passed_over };
+                node.check_plane(options.plane)?;
+                return Ok(node);
+            }
+            DaemonChoice::Auto => {
+                for socket in paths::daemon_sockets() {
+                    match Client::connect(&socket).await {
+                        Ok(client) => {
+                            let node = Self { client, socket, own: None, passed_over };
+                            node.check_plane(options.plane)?;
+                            return Ok(node);
+                        }
+                        Err(error) if nobody_there(&error) => {}
+                        Err(error) if not_allowed(&error) => {
+                            passed_over = Some(format!(
+                                "a daemon listens at {}, but this user may not connect: join its group (`usermod -aG lifl \
+                                 $USER`)",
+                                socket.display()
+                            ));
+                        }
+                        Err(error) => passed_over = Some(format!("{error:#}")),
+                    }
+                }
+            }
+            DaemonChoice::Own => {}
+        }
+        Self::start(options, passed_over).await
+    }
+
+    async fn start(options: &NodeOptions, passed_over: Option<String>) -> Outcome<Self> {
+        let socket = paths::own_folder().join(format!("run-{}.sock", std::process::id()));
+        let daemon = Daemon::start(
+            Options {
+                socket: socket.clone(),
+                socket_mode: 0o600,
+                socket_group: None,
+                plane: options.plane,
+                pool_bytes: options.pool_bytes.unwrap_or_else(default_pool_bytes),
+                huge_pages: options.huge_pages,
+                max_workers: options.workers.max(DEFAULT_MAX_WORKERS),
+            },
+            CancellationToken::new(),
+        );
+        let daemon = daemon.because(Cause::Machine)?;
+        let client = Client::connect(&socket).await.because(Cause::Machine)?;
+        Ok(Self { client, socket, own: Some(daemon), passed_over })
+    }
+
+    /// Whether the daemon lives in this process.
+    pub fn is_own(&self) -> bool {
+        self.own.is_some()
+    }
+
+    fn check_plane(&self, wanted: PlaneRequest) -> Outcome {
+        let has = self.client.welcome().plane;
+        if wanted.admits(has) {
+            return Ok(());
+        }
+        let error = anyhow!(
+            "the daemon at {} is on plane {has} ({}): leave --plane out, or run with --daemon own",
+            self.socket.display(),
+            self.client.welcome().plane_reason
+        );
+        Err(Failure::new(Cause::Machine, error))
+    }
+
+    /// Ends the own daemon and waits until all that it had is gone.
+    ///
+    /// # Errors
+    /// If something stays behind.
+    pub async fn stop(self) -> anyhow::Result<()> {
+        drop(self.client);
+        match self.own {
+            Some(daemon) => daemon.stop().await.context("the daemon could not clean up"),
+            None => Ok(()),
+        }
+    }
+}
+
+/// Whether a socket is not there or nobody listens at it.
+pub fn nobody_there(error: &ClientError) -> bool {
+    connect_error(error).is_some_and(|kind| matches!(kind, io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused))
+}
+
+fn not_allowed(error: &ClientError) -> bool {
+    connect_error(error) == Some(io::ErrorKind::PermissionDenied)
+}
+
+fn connect_error(error: &ClientError) -> Option<io::ErrorKind> {
+    match error {
+        ClientError::Connect { source, .. } => Some(source.kind()),
+        _ => None,
+    }
+}
+
+/// A connection for `lifl status`: every daemon that this user can reach.
+///
+/// # Errors
+/// If the one that was named cannot be reached.
+pub async fn reachable(named: Option<&Path>) -> Outcome<Vec<(PathBuf, Client)>> {
+    if let Some(socket) = named {
+        let client = Client::connect(socket).await.because(Cause::Machine)?;
+        return Ok(vec![(socket.to_owned(), client)]);
+    }
+    let mut found = Vec::new();
+    for socket in paths::candidates() {
+        if let Ok(client) = Client::connect(&socket).await {
+            found.push((socket, client));
+        }
+    }
+    Ok(found)
+}

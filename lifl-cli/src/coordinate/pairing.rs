@@ -1,0 +1,165 @@
+//! Who is whose child in a round: round robin within each group, as Flame's coordinator pairs.
+
+use std::collections::HashMap;
+
+use lifl_common::config::{Group, Kind, WorkerSpec};
+
+/// One worker's part in a round, by index into the job's workers.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Pair {
+    /// Its parent; `None` for the top.
+    pub parent: Option<usize>,
+    /// Its children, in folding order.
+    pub children: Vec<usize>,
+}
+
+/// Pairs the workers that are present, level by level from the trainers up: a group's children go to its parents in
+/// turn. Aggregators that get no children take no part, nor does anybody whose group has no parent left.
+///
+/// What comes out depends on who is present only, so that equal runs fold in equal order. A worker that takes no part
+/// is not in the map; without any way from a trainer to the top it is empty.
+pub fn pair(workers: &[WorkerSpec], present: impl Fn(usize) -> bool) -> HashMap<usize, Pair> {
+    let mut pairs: HashMap<usize, Pair> = HashMap::new();
+    let deepest = workers.iter().map(|worker| worker.level).max().unwrap_or(0);
+    let mut below: Vec<usize> = Vec::new();
+    for level in (0..=deepest).rev() {
+        let here = workers.iter().enumerate().filter(|(index, worker)| worker.level == level && present(*index));
+        let mut parents: HashMap<&Group, Vec<usize>> = HashMap::new();
+        let mut next: Vec<usize> = Vec::new();
+        for (index, worker) in here {
+            match &worker.down {
+                Some(group) => parents.entry(group).or_default().push(index),
+                None => next.push(index),
+            }
+        }
+        let mut turn: HashMap<&Group, usize> = HashMap::new();
+        let mut cut_off: Vec<usize> = Vec::new();
+        for child in below {
+            let candidates = workers[child].up.as_ref().and_then(|group| Some((group, parents.get(group)?)));
+            let Some((group, candidates)) = candidates else {
+                cut_off.push(child);
+                continue;
+            };
+            let turn = turn.entry(group).or_default();
+            let parent = candidates[*turn % candidates.len()];
+            *turn += 1;
+            pairs.entry(child).or_insert(Pair { parent: None, children: Vec::new() }).parent = Some(parent);
+            let entry = pairs.entry(parent).or_insert(Pair { parent: None, children: Vec::new() });
+            if entry.children.is_empty() {
+                next.push(parent);
+            }
+            entry.children.push(child);
+        }
+        for index in cut_off {
+            drop_subtree(&mut pairs, index);
+        }
+        next.sort_unstable();
+        below = next;
+    }
+    // The top may have been left without anybody below it.
+    if !below.iter().any(|&index| workers[index].kind == Kind::Top) {
+        pairs.clear();
+    }
+    pairs
+}
+
+/// Takes out a worker without a parent, and everything below it.
+fn drop_subtree(pairs: &mut HashMap<usize, Pair>, index: usize) {
+    if let Some(pair) = pairs.remove(&index) {
+        for child in pair.children {
+            drop_subtree(pairs, child);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn group(channel: &str, group: &str) -> Option<Group> {
+        Some(Group { channel: channel.into(), group: group.into() })
+    }
+
+    fn worker(kind: Kind, level: u32, up: Option<Group>, down: Option<Group>) -> WorkerSpec {
+        let (name, role) = (format!("w{level}"), format!("r{level}"));
+        WorkerSpec { name, role, task_id: None, kind, level, up, down, share: None }
+    }
+
+    /// One top, two middles, four leaves, eight trainers, all in one group a channel.
+    fn three_levels() -> Vec<WorkerSpec> {
+        let mut workers = vec![worker(Kind::Top, 0, None, group("global", "d"))];
+        workers.extend((0..2).map(|_| worker(Kind::Aggregator, 1, group("global", "d"), group("hier", "d"))));
+        workers.extend((0..4).map(|_| worker(Kind::Aggregator, 2, group("hier", "d"), group("param", "d"))));
+        workers.extend((0..8).map(|_| worker(Kind::Trainer, 3, group("param", "d"), None)));
+        workers
+    }
+
+    #[test]
+    fn children_go_to_parents_in_turn() {
+        let pairs = pair(&three_levels(), |_| true);
+        assert_eq!(pairs[&0].children, [1, 2]);
+        assert_eq!(pairs[&1].children, [3, 5]);
+        assert_eq!(pairs[&2].children, [4, 6]);
+        assert_eq!(pairs[&3].children, [7, 11]);
+        assert_eq!(pairs[&14].parent, Some(6));
+        assert_eq!(pairs.len(), 15);
+    }
+
+    #[test]
+    fn aggregators_without_children_are_left_out() {
+        // Only trainers 7 and 8 are there: two leaves are enough for them.
+        let pairs = pair(&three_levels(), |index| index < 9);
+        assert_eq!(pairs.len(), 1 + 2 + 2 + 2);
+        assert!(!pairs.contains_key(&5) && !pairs.contains_key(&6));
+    }
+
+    #[test]
+    fn groups_are_separate_subtrees() {
+        let mut workers = vec![worker(Kind::Top, 0, None, group("global", "d"))];
+        for side in ["east", "west"] {
+            workers.push(worker(Kind::Aggregator, 1, group("global", "d"), group("param", side)));
+        }
+        for side in ["west", "west", "east"] {
+            workers.push(worker(Kind::Trainer, 2, group("param", side), None));
+        }
+        let pairs = pair(&workers, |_| true);
+        assert_eq!(pairs[&1].children, [5]);
+        assert_eq!(pairs[&2].children, [3, 4]);
+    }
+
+    #[test]
+    fn without_a_way_up_nobody_takes_part() {
+        assert!(pair(&three_levels(), |index| index != 0).is_empty(), "no top");
+        assert!(pair(&three_levels(), |index| index < 7).is_empty(), "no trainer");
+        assert!(pair(&three_levels(), |index| !(1..=2).contains(&index)).is_empty(), "no middle");
+    }
+
+    proptest! {
+        /// Whoever is there: parent and child agree, everybody who takes part has a way to the top and, unless it is a
+        /// trainer, a child; no present trainer is left out while each level has somebody.
+        #[test]
+        fn pairs_make_a_tree(present in proptest::collection::vec(any::<bool>(), 15)) {
+            let workers = three_levels();
+            let pairs = pair(&workers, |index| present[index]);
+            for (&index, pair) in &pairs {
+                prop_assert!(present[index]);
+                for child in &pair.children {
+                    prop_assert_eq!(pairs[child].parent, Some(index));
+                }
+                prop_assert_eq!(pair.children.is_empty(), workers[index].kind == Kind::Trainer);
+                match pair.parent {
+                    Some(parent) => prop_assert!(pairs[&parent].children.contains(&index)),
+                    None => prop_assert_eq!(index, 0),
+                }
+            }
+            let levels = [present[0], present[1..3].contains(&true), present[3..7].contains(&true)];
+            if levels.iter().all(|level| *level) {
+                for trainer in 7..15 {
+                    prop_assert_eq!(present[trainer], pairs.contains_key(&trainer));
+                }
+            }
+        }
+    }
+}

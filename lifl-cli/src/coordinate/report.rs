@@ -1,0 +1,237 @@
+//! What a run tells: events for programs, lines and a bar for people, and the same events in the run's folder.
+
+use std::fs::File;
+use std::io::{self, IsTerminal, Write};
+use std::path::Path;
+use std::time::Duration;
+
+use anyhow::Context;
+use indicatif::{ProgressBar, ProgressStyle};
+use lifl_common::plane::PlaneKind;
+use serde::Serialize;
+
+/// One thing that happened, as `lifl run --json` prints it.
+#[derive(Clone, Debug, Serialize)]
+#[serde(tag = "event", rename_all = "snake_case")]
+pub enum Event {
+    /// The workers are there and the first round begins.
+    JobStarted {
+        /// The job's name.
+        job: String,
+        /// The run's folder.
+        run: String,
+        /// The daemon's socket.
+        daemon: String,
+        /// Whether that daemon lives in this process.
+        own_daemon: bool,
+        /// How frames travel.
+        plane: PlaneKind,
+        /// Why so.
+        plane_reason: String,
+        /// Bytes of the pages that arenas lie in; the smaller where they differ.
+        page_bytes: u64,
+        /// The workers.
+        tree: Vec<Level>,
+    },
+    /// A worker died; the job goes on without it.
+    WorkerLost {
+        /// Its name.
+        worker: String,
+        /// In which round.
+        round: u32,
+    },
+    /// A round is over.
+    Round {
+        /// Which, from 1.
+        round: u32,
+        /// From the first frame to the new model.
+        seconds: f64,
+        /// Mean loss on the test set.
+        loss: Option<f64>,
+        /// Share of the test set that is classified right.
+        accuracy: Option<f64>,
+        /// Mean loss in training.
+        train_loss: Option<f64>,
+        /// Trainers whose updates are in the new model.
+        trainers: u32,
+        /// Samples behind it.
+        samples: u64,
+        /// Updates and aggregates folded, on all levels.
+        updates_folded: u64,
+        /// Bytes of the objects that frames referred to, as the plane counted.
+        bytes_referenced: u64,
+        /// Bytes of models and updates that were copied between workers.
+        bytes_copied: u64,
+    },
+    /// The job is done.
+    JobFinished {
+        /// Rounds done.
+        rounds: u32,
+        /// From the command to the last model.
+        seconds: f64,
+        /// Of the last round.
+        loss: Option<f64>,
+        /// Of the last round.
+        accuracy: Option<f64>,
+        /// The most memory that arenas and processes took together.
+        peak_memory_bytes: u64,
+        /// The run's folder.
+        run: String,
+    },
+    /// The job is not done.
+    JobFailed {
+        /// The process's exit code.
+        exit_code: u8,
+        /// What happened.
+        error: String,
+    },
+}
+
+/// The workers of one role.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Level {
+    /// The role.
+    pub role: String,
+    /// How many.
+    pub workers: usize,
+}
+
+/// Where events go.
+pub struct Reporter {
+    json: bool,
+    metrics: Option<File>,
+    bar: Option<ProgressBar>,
+}
+
+impl Reporter {
+    /// With `json`, events go to standard output and nothing else does; people's lines go to standard error.
+    pub fn new(json: bool) -> Self {
+        Self { json, metrics: None, bar: None }
+    }
+
+    /// Events are also written to the run's `metrics.jsonl` from here on.
+    ///
+    /// # Errors
+    /// If that file cannot be made.
+    pub fn keep_metrics(&mut self, run: &Path) -> anyhow::Result<()> {
+        let path = run.join("metrics.jsonl");
+        self.metrics = Some(File::create(&path).with_context(|| format!("cannot make {}", path.display()))?);
+        Ok(())
+    }
+
+    /// A line for people.
+    pub fn say(&self, line: &str) {
+        match &self.bar {
+            Some(bar) => bar.println(line),
+            None if self.json => eprintln!("{line}"),
+            None => println!("{line}"),
+        }
+    }
+
+    /// Shows how far something of known length is: a bar on a terminal, nothing elsewhere.
+    pub fn begin(&mut self, what: &'static str, length: u64) {
+        self.end();
+        if self.json || !io::stdout().is_terminal() {
+            return;
+        }
+        let style = ProgressStyle::with_template("{prefix:>8} [{bar:32}] {pos}/{len}  {msg}");
+        let bar = ProgressBar::new(length).with_prefix(what);
+        if let Ok(style) = style {
+            bar.set_style(style.progress_chars("=> "));
+        }
+        bar.enable_steady_tick(Duration::from_millis(200));
+        self.bar = Some(bar);
+    }
+
+    /// Where it is.
+    pub fn position(&self, position: u64, message: String) {
+        if let Some(bar) = &self.bar {
+            bar.set_position(position);
+            bar.set_message(message);
+        }
+    }
+
+    /// Takes the bar away.
+    pub fn end(&mut self) {
+        if let Some(bar) = self.bar.take() {
+            bar.finish_and_clear();
+        }
+    }
+
+    /// Tells everybody of an event.
+    ///
+    /// # Errors
+    /// If the metrics file cannot be written; a closed standard output is no error.
+    pub fn event(&mut self, event: &Event) -> anyhow::Result<()> {
+        let line = serde_json::to_string(event).context("an event is not JSON")?;
+        if let Some(metrics) = &mut self.metrics {
+            writeln!(metrics, "{line}").context("cannot write metrics.jsonl")?;
+        }
+        if self.json {
+            let _ = writeln!(io::stdout(), "{line}");
+        } else if let Some(text) = describe(event) {
+            self.say(&text);
+        }
+        Ok(())
+    }
+}
+
+fn describe(event: &Event) -> Option<String> {
+    let text = match event {
+        Event::JobStarted { job, run, daemon, own_daemon, plane, plane_reason, page_bytes, tree } => {
+            let tree: Vec<String> = tree.iter().map(|level| format!("{} {}", level.workers, level.role)).collect();
+            let whose = if *own_daemon { "own daemon" } else { "daemon" };
+            format!(
+                "job {job}: {}\nplane {plane}: {plane_reason} ({whose} at {daemon}), pages of {}\nrun folder {run}",
+                tree.join(", "),
+                human_bytes(*page_bytes),
+            )
+        }
+        Event::WorkerLost { worker, round } => format!("round {round}: {worker} is gone; going on without it"),
+        Event::Round { round, seconds, loss, accuracy, train_loss, trainers, updates_folded, bytes_referenced, .. } => {
+            let mut text = format!("round {round:>3}  {seconds:>7.3} s");
+            if let Some(accuracy) = accuracy {
+                text.push_str(&format!("  accuracy {:>6.2} %", accuracy * 100.0));
+            }
+            if let Some(loss) = loss {
+                text.push_str(&format!("  loss {loss:.4}"));
+            }
+            if let Some(loss) = train_loss {
+                text.push_str(&format!("  train loss {loss:.4}"));
+            }
+            let referenced = human_bytes(*bytes_referenced);
+            text.push_str(&format!("  {trainers} trainers, {updates_folded} folded, {referenced} referenced"));
+            text
+        }
+        Event::JobFinished { rounds, seconds, accuracy, peak_memory_bytes, run, .. } => {
+            let accuracy = accuracy.map_or(String::new(), |share| format!(", accuracy {:.2} %", share * 100.0));
+            let memory = human_bytes(*peak_memory_bytes);
+            format!("done: {rounds} rounds in {seconds:.1} s{accuracy}, peak memory {memory}; model in {run}")
+        }
+        Event::JobFailed { .. } => return None,
+    };
+    Some(text)
+}
+
+/// Bytes as people read them.
+pub fn human_bytes(bytes: u64) -> String {
+    const UNITS: [&str; 5] = ["B", "KiB", "MiB", "GiB", "TiB"];
+    let mut value = bytes as f64;
+    let mut unit = 0;
+    while value >= 1024.0 && unit + 1 < UNITS.len() {
+        value /= 1024.0;
+        unit += 1;
+    }
+    if unit == 0 || value.fract() == 0.0 { format!("{value:.0} {}", UNITS[unit]) } else { format!("{value:.1} {}", UNITS[unit]) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn bytes_read_well() {
+        let read = [0, 512, 4096, 2 << 20, 243_269_632].map(human_bytes);
+        assert_eq!(read, ["0 B", "512 B", "4 KiB", "2 MiB", "232.0 MiB"]);
+    }
+}

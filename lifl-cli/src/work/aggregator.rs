@@ -1,0 +1,447 @@
+//! Top, middle and leaf aggregator: one runtime, in another place of the tree.
+//!
+//! ```text
+//!          Child×n, Begin (coordinator), Model (parent; the top has its own), a free slot
+//!   idle ────────────────────────────────────────────────────────────────▶ collecting
+//!    ▲                                                                         │ each child: Update, Nothing, or lost
+//!    │          no child gave anything: Nothing up                             ▼
+//!    │◀──────────────────────────────────────────────────────────────── all answered
+//!    │          else: the aggregate is lent to the parent                      │
+//!    └──────────────────────────── sent up ◀───────────────────────────────────┘
+//! ```
+//!
+//! What was sent up stays *outstanding* until the parent answers: a `Release` means that the aggregate is contained
+//! in what was accepted above, and is passed on to the children; a `Refuse`, or the parent's death, gives the
+//! children's updates back uncounted. The next round may begin meanwhile.
+
+mod children;
+mod collect;
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use anyhow::Context;
+use lifl_common::config::{JobSpec, Kind, WorkerSpec};
+use lifl_common::frame::{Frame, FrameKind, Refusal};
+use lifl_common::id::{Key, WorkerId};
+use lifl_common::update::{Metadata, Schema, TensorsMut, image};
+
+use self::collect::Collecting;
+use super::link::{Incoming, Link};
+use super::{Place, join, ready};
+use crate::aggregate::Threads;
+
+/// What an aggregator needs to know of its job.
+struct Shared {
+    job: JobSpec,
+    name: String,
+    kind: Kind,
+    schema: Arc<Schema>,
+    threads: Threads,
+}
+
+/// A round that is announced or under way.
+#[derive(Default)]
+struct Round {
+    number: u32,
+    parent: WorkerId,
+    children: Vec<WorkerId>,
+    begun: bool,
+    /// The model to hand down.
+    model: Option<Lent>,
+    collecting: Option<Collecting>,
+}
+
+/// A model that this aggregator was lent, or, at the top, has.
+#[derive(Clone, Copy)]
+struct Lent {
+    key: Key,
+    length: u64,
+    by: WorkerId,
+}
+
+/// An aggregate that the parent has, and the children whose updates it contains.
+struct Outstanding {
+    parent: WorkerId,
+    children: Vec<(WorkerId, Frame)>,
+}
+
+struct Aggregator {
+    link: Link,
+    shared: Shared,
+    /// Models handed down and not yet given back by all children.
+    models: HashMap<Key, (Lent, Vec<WorkerId>)>,
+    outstanding: HashMap<Key, Outstanding>,
+    /// The top's current model.
+    current: Option<Lent>,
+    round: Round,
+}
+
+/// Plays the role until the job ends.
+pub(super) async fn play(place: Place, job: JobSpec, spec: WorkerSpec, schema: Schema) -> anyhow::Result<()> {
+    let link = join(&place, &spec, &schema).await?;
+    let threads = Threads::new(std::thread::available_parallelism().map_or(1, usize::from))?;
+    let shared = Shared { job, name: spec.name, kind: spec.kind, schema: Arc::new(schema), threads };
+    let mut aggregator = Aggregator {
+        link,
+        shared,
+        models: HashMap::new(),
+        outstanding: HashMap::new(),
+        current: None,
+        round: Round::default(),
+    };
+    if spec.kind == Kind::Top {
+        aggregator.first_model()?;
+    }
+    ready(&mut aggregator.link, 0).await?;
+    loop {
+        match aggregator.link.next().await? {
+            Incoming::Frame(kind, frame) => aggregator.frame(kind, frame).await?,
+            Incoming::Lost(worker) => aggregator.lost(worker).await?,
+            Incoming::Undelivered(letter) => {
+                // Whoever did not get it has it no longer: as good as gone for this round.
+                aggregator.link.arena.take_back(letter.to);
+                aggregator.lost(letter.to).await?;
+            }
+            Incoming::Ended(reason) => {
+                tracing::info!("the job has ended: {reason}");
+                return Ok(());
+            }
+        }
+        aggregator.advance().await?;
+    }
+}
+
+impl Aggregator {
+    /// The job's first model, from the seed or from a file.
+    fn first_model(&mut self) -> anyhow::Result<()> {
+        let Shared { job, schema, name, .. } = &self.shared;
+        let mut slot = self.link.arena.begin().context("a new arena has no free slot")?;
+        let offset = image::data_offset(schema);
+        let data = &mut slot.bytes_mut()[offset..offset + schema.data_bytes()];
+        match &job.base_model {
+            None => crate::learn::initial(&job.model, job.seed, TensorsMut::new(schema, data)),
+            Some(path) => {
+                let file = std::fs::read(path).with_context(|| format!("cannot read baseModel {}", path.display()))?;
+                image::import(&file, TensorsMut::new(schema, data))
+                    .with_context(|| format!("baseModel {} does not fit the job", path.display()))?;
+            }
+        }
+        let metadata = Metadata { maker: name.clone(), generation: slot.key().generation, ..Metadata::default() };
+        image::write_header(slot.bytes_mut(), schema, &metadata);
+        let key = self.link.arena.publish(slot);
+        self.current = Some(self.own(key));
+        Ok(())
+    }
+
+    fn own(&self, key: Key) -> Lent {
+        Lent { key, length: image::image_bytes(&self.shared.schema) as u64, by: WorkerId::NONE }
+    }
+
+    async fn frame(&mut self, kind: FrameKind, frame: Frame) -> anyhow::Result<()> {
+        match kind {
+            FrameKind::Child if frame.from == self.link.coordinator() => self.announce(frame.round).await?.push(frame),
+            FrameKind::Begin if frame.from == self.link.coordinator() => {
+                let round = self.announce(frame.round).await?;
+                round.begin(&frame)?;
+            }
+            FrameKind::Model => self.model(frame).await?,
+            FrameKind::Update | FrameKind::Nothing => self.answer(kind, frame).await?,
+            FrameKind::Release => self.released(frame).await?,
+            FrameKind::Refuse => {
+                let refusal = Refusal::from_number(frame.refusal).unwrap_or(Refusal::BadKey);
+                tracing::warn!(round = frame.round, "the parent refused our aggregate: {refusal}");
+                self.settle(frame.key, frame.from, FrameKind::Refuse, frame.refusal).await?;
+            }
+            FrameKind::Child | FrameKind::Begin | FrameKind::Ready => {
+                tracing::warn!(?kind, from = %frame.from, "not for an aggregator, or not from the coordinator");
+            }
+        }
+        Ok(())
+    }
+
+    /// The round of that number; a new number ends what was left of the round before.
+    async fn announce(&mut self, number: u32) -> anyhow::Result<&mut Round> {
+        if self.round.number != number {
+            let left = std::mem::take(&mut self.round);
+            if let Some(model) = left.model {
+                self.release_model(model, left.number).await?;
+            }
+            if let Some(collecting) = left.collecting {
+                tracing::warn!(round = left.number, "ended without having been finished");
+                let given_back = collecting.children.given();
+                self.give_back(&given_back, FrameKind::Refuse, Refusal::NotExpected as u16).await?;
+            }
+            self.round.number = number;
+        }
+        Ok(&mut self.round)
+    }
+
+    async fn model(&mut self, frame: Frame) -> anyhow::Result<()> {
+        let lent = Lent { key: frame.key, length: frame.length, by: frame.from };
+        if self.shared.kind == Kind::Top || frame.round < self.round.number {
+            tracing::warn!(from = %frame.from, round = frame.round, "a model that was not expected");
+            return self.release_model(lent, frame.round).await;
+        }
+        let round = self.announce(frame.round).await?;
+        if let Some(before) = round.model.replace(lent) {
+            self.release_model(before, frame.round).await?;
+        }
+        Ok(())
+    }
+
+    /// Whatever can begin begins; whatever is complete is sent up.
+    async fn advance(&mut self) -> anyhow::Result<()> {
+        self.start().await?;
+        let complete = self.round.collecting.as_ref().is_some_and(|collecting| collecting.children.answered());
+        if complete && let Some(collecting) = self.round.collecting.take() {
+            self.finish(collecting).await?;
+        }
+        Ok(())
+    }
+
+    /// Begins to collect when the round is announced, the model is there and a slot is free.
+    async fn start(&mut self) -> anyhow::Result<()> {
+        if self.round.collecting.is_some() || !self.round.begun {
+            return Ok(());
+        }
+        let at_top = self.shared.kind == Kind::Top;
+        let Some(model) = (if at_top { self.current } else { self.round.model }) else { return Ok(()) };
+        if model.by != self.round.parent {
+            tracing::warn!(from = %model.by, parent = %self.round.parent, "a model from somebody else than the parent");
+            self.round.model = None;
+            return self.release_model(model, self.round.number).await;
+        }
+        let Some(slot) = self.link.arena.begin() else { return Ok(()) };
+        let children = std::mem::take(&mut self.round.children);
+        let number = self.round.number;
+        tracing::info!(round = number, children = children.len(), "round begun");
+        let mut frames = Vec::with_capacity(children.len());
+        for &child in &children {
+            if model.by == WorkerId::NONE {
+                self.link.arena.lend(model.key, child)?;
+            }
+            let lent = Frame { round: number, key: model.key, length: model.length, ..Frame::default() };
+            frames.push(self.link.frame(child, FrameKind::Model, lent));
+        }
+        self.models.entry(model.key).or_insert((model, Vec::new())).1.extend(&children);
+        self.round.model = None;
+        self.round.begun = false;
+        self.round.collecting = Some(Collecting::new(&self.shared, number, self.round.parent, children, slot, model));
+        self.link.send_all(&frames).await
+    }
+
+    /// A child's answer.
+    async fn answer(&mut self, kind: FrameKind, frame: Frame) -> anyhow::Result<()> {
+        let number = self.round.number;
+        let Some(collecting) = self.round.collecting.as_mut().filter(|_| frame.round == number) else {
+            return self.refuse(&frame, Refusal::NotExpected).await;
+        };
+        if kind == FrameKind::Nothing {
+            collecting.children.nothing(frame.from);
+            return Ok(());
+        }
+        if !collecting.children.is_waiting(frame.from) {
+            return self.refuse(&frame, Refusal::NotExpected).await;
+        }
+        match collect::inspect(&mut self.link, &self.shared.schema, &frame).await {
+            Ok(given) => collecting.children.give(frame.from, given),
+            Err(refusal) => {
+                collecting.children.refuse(frame.from);
+                self.refuse(&frame, refusal).await?;
+            }
+        }
+        let refused = self.round.collecting.as_mut().map(|collecting| collecting.fold(&self.shared)).transpose()?;
+        for (frame, refusal) in refused.into_iter().flatten() {
+            self.refuse(&frame, refusal).await?;
+        }
+        Ok(())
+    }
+
+    async fn refuse(&mut self, update: &Frame, refusal: Refusal) -> anyhow::Result<()> {
+        if update.kind == FrameKind::Nothing as u16 {
+            return Ok(());
+        }
+        tracing::warn!(from = %update.from, round = update.round, "update refused: {refusal}");
+        let given_back = Frame { round: update.round, key: update.key, refusal: refusal as u16, ..Frame::default() };
+        self.link.send(update.from, FrameKind::Refuse, given_back).await
+    }
+
+    /// All children have answered: the aggregate goes up.
+    async fn finish(&mut self, collecting: Collecting) -> anyhow::Result<()> {
+        let number = collecting.round;
+        let parent = collecting.parent;
+        let Some(done) = collecting.finish(&self.shared, |key| self.link.arena.object(key))? else {
+            return self.nothing(number, parent).await;
+        };
+        let collect::Done { slot, metadata, covers, children, model } = done;
+        let key = self.link.arena.publish(slot);
+        let length = image::image_bytes(&self.shared.schema) as u64;
+        let loss = metadata.loss.unwrap_or(f64::NAN).to_bits();
+        let up = Frame {
+            round: number,
+            key,
+            length,
+            samples: metadata.samples,
+            value: loss,
+            covers,
+            ..Frame::default()
+        };
+        if self.shared.kind == Kind::Top {
+            // What the top has made is accepted: nobody is above it.
+            self.give_back(&children, FrameKind::Release, 0).await?;
+            self.current = Some(self.own(key));
+            self.retire(model.key);
+            let coordinator = self.link.coordinator();
+            self.link.arena.lend(key, coordinator)?;
+            return self.link.send(coordinator, FrameKind::Model, up).await;
+        }
+        self.link.arena.lend(key, parent)?;
+        self.outstanding.insert(key, Outstanding { parent, children });
+        self.link.send(parent, FrameKind::Update, up).await
+    }
+
+    /// No child gave anything: the round leaves the model as it was.
+    async fn nothing(&mut self, round: u32, parent: WorkerId) -> anyhow::Result<()> {
+        if self.shared.kind != Kind::Top {
+            return self.link.send(parent, FrameKind::Nothing, Frame { round, ..Frame::default() }).await;
+        }
+        let Lent { key, length, .. } = self.current.context("the top has no model")?;
+        let coordinator = self.link.coordinator();
+        self.link.arena.lend(key, coordinator)?;
+        self.link.send(coordinator, FrameKind::Model, Frame { round, key, length, ..Frame::default() }).await
+    }
+
+    /// Somebody gives something back: a child or the coordinator a model, the parent an aggregate.
+    async fn released(&mut self, frame: Frame) -> anyhow::Result<()> {
+        if frame.key.arena != self.link.arena.id() || self.models.contains_key(&frame.key) {
+            return self.model_given_back(frame).await;
+        }
+        if self.outstanding.contains_key(&frame.key) {
+            return self.settle(frame.key, frame.from, FrameKind::Release, 0).await;
+        }
+        // The coordinator, done with a model that no child has any more.
+        if let Err(error) = self.link.arena.release(frame.key, frame.from) {
+            tracing::warn!(from = %frame.from, "released what was not lent: {error}");
+        }
+        self.retire(frame.key);
+        Ok(())
+    }
+
+    async fn model_given_back(&mut self, frame: Frame) -> anyhow::Result<()> {
+        let Some((lent, holders)) = self.models.get_mut(&frame.key) else {
+            tracing::warn!(from = %frame.from, key = %frame.key, "released what was not lent");
+            return Ok(());
+        };
+        let lent = *lent;
+        if let Some(at) = holders.iter().position(|holder| *holder == frame.from) {
+            holders.swap_remove(at);
+        }
+        let last = holders.is_empty();
+        if lent.by == WorkerId::NONE && let Err(error) = self.link.arena.release(frame.key, frame.from) {
+            tracing::warn!(from = %frame.from, "released what was not lent: {error}");
+        }
+        if last {
+            self.model_done(lent, frame.round).await?;
+        }
+        Ok(())
+    }
+
+    /// No child reads the model any more.
+    async fn model_done(&mut self, model: Lent, round: u32) -> anyhow::Result<()> {
+        self.models.remove(&model.key);
+        if model.by == WorkerId::NONE {
+            self.retire(model.key);
+            return Ok(());
+        }
+        self.release_model(model, round).await
+    }
+
+    async fn release_model(&mut self, model: Lent, round: u32) -> anyhow::Result<()> {
+        self.link.send(model.by, FrameKind::Release, Frame { round, key: model.key, ..Frame::default() }).await
+    }
+
+    /// The top's slot of a model that is not the current one and that nobody reads is free again.
+    fn retire(&mut self, key: Key) {
+        let current = self.current.is_some_and(|current| current.key == key);
+        if !current && !self.models.contains_key(&key) {
+            self.link.arena.free(key);
+        }
+    }
+
+    /// The parent has decided on our aggregate: the children whose updates it contains learn the same.
+    async fn settle(&mut self, key: Key, by: WorkerId, verdict: FrameKind, refusal: u16) -> anyhow::Result<()> {
+        let Some(outstanding) = self.outstanding.get(&key).filter(|outstanding| outstanding.parent == by) else {
+            tracing::warn!(from = %by, %key, "a verdict on what that worker does not have");
+            return Ok(());
+        };
+        let children = outstanding.children.clone();
+        self.outstanding.remove(&key);
+        // After a death the arena has taken it back already.
+        let _ = self.link.arena.release(key, by);
+        self.link.arena.free(key);
+        self.give_back(&children, verdict, refusal).await
+    }
+
+    async fn give_back(
+        &mut self,
+        updates: &[(WorkerId, Frame)],
+        verdict: FrameKind,
+        refusal: u16,
+    ) -> anyhow::Result<()> {
+        let frames: Vec<Frame> = updates
+            .iter()
+            .map(|&(child, Frame { round, key, .. })| {
+                self.link.frame(child, verdict, Frame { round, key, refusal, ..Frame::default() })
+            })
+            .collect();
+        self.link.send_all(&frames).await
+    }
+
+    /// A peer is gone: as a child it gives nothing, as a parent it decides nothing, and it reads no model any more.
+    async fn lost(&mut self, worker: WorkerId) -> anyhow::Result<()> {
+        if let Some(collecting) = &mut self.round.collecting {
+            collecting.children.lost(worker);
+            // Its departure may be what the others were waiting for.
+            let refused = collecting.fold(&self.shared)?;
+            for (frame, refusal) in refused {
+                self.refuse(&frame, refusal).await?;
+            }
+        }
+        self.round.children.retain(|child| *child != worker);
+        let unread: Vec<Lent> = self
+            .models
+            .values_mut()
+            .filter_map(|(lent, holders)| {
+                let held = holders.contains(&worker);
+                holders.retain(|holder| *holder != worker);
+                (held && holders.is_empty()).then_some(*lent)
+            })
+            .collect();
+        for model in unread {
+            self.model_done(model, self.round.number).await?;
+        }
+        let orphans: Vec<Key> =
+            self.outstanding.iter().filter(|(_, sent)| sent.parent == worker).map(|(&key, _)| key).collect();
+        for key in orphans {
+            self.settle(key, worker, FrameKind::Refuse, Refusal::WorkerGone as u16).await?;
+        }
+        Ok(())
+    }
+}
+
+impl Round {
+    fn push(&mut self, child: Frame) {
+        match u32::try_from(child.value) {
+            Ok(id) if !self.children.contains(&WorkerId(id)) => self.children.push(WorkerId(id)),
+            _ => tracing::warn!(value = child.value, "not a child's id, or one twice"),
+        }
+    }
+
+    fn begin(&mut self, frame: &Frame) -> anyhow::Result<()> {
+        let parent = u32::try_from(frame.value).context("the coordinator named an impossible parent")?;
+        self.parent = WorkerId(parent);
+        self.begun = true;
+        Ok(())
+    }
+}

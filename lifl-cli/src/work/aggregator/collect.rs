@@ -1,0 +1,162 @@
+//! One round's aggregate in the making: which updates come in, and the folding.
+
+use lifl_common::arena::WritableSlot;
+use lifl_common::config::{Timing, UpdateKind};
+use lifl_common::frame::{Frame, Refusal};
+use lifl_common::id::{Key, WorkerId};
+use lifl_common::update::{Metadata, Schema, image};
+
+use super::children::{Children, Given};
+use super::{Lent, Shared};
+use crate::aggregate::{Accumulator, FoldError, Input, add};
+use crate::work::link::Link;
+
+/// An aggregate in the making.
+pub(super) struct Collecting {
+    pub(super) round: u32,
+    pub(super) parent: WorkerId,
+    pub(super) children: Children,
+    slot: WritableSlot,
+    accumulator: Accumulator,
+    model: Lent,
+}
+
+/// An aggregate, made.
+pub(super) struct Done {
+    pub(super) slot: WritableSlot,
+    pub(super) metadata: Metadata,
+    pub(super) covers: u32,
+    /// Whose updates it contains, with the frames that brought them.
+    pub(super) children: Vec<(WorkerId, Frame)>,
+    pub(super) model: Lent,
+}
+
+/// Looks at an update before it is taken: that it lies where its key says and has the job's tensors. Its numbers are
+/// looked at when they are folded.
+pub(super) async fn inspect(link: &mut Link, schema: &Schema, frame: &Frame) -> Result<Given, Refusal> {
+    let arena = link.peer(frame.key.arena).await.map_err(|error| {
+        tracing::warn!(from = %frame.from, key = %frame.key, "cannot read the update: {error:#}");
+        Refusal::BadKey
+    })?;
+    let bytes = arena.object(frame.key, frame.length).map_err(|error| {
+        tracing::warn!(from = %frame.from, "{error}");
+        Refusal::BadKey
+    })?;
+    let (metadata, offset) = image::check(bytes, schema).map_err(|error| {
+        tracing::warn!(from = %frame.from, "{error}");
+        Refusal::WrongShape
+    })?;
+    if metadata.generation != frame.key.generation || metadata.round != frame.round {
+        tracing::warn!(from = %frame.from, key = %frame.key, "the object there is of {}", metadata.generation);
+        return Err(Refusal::BadKey);
+    }
+    if frame.samples == 0 || metadata.samples != frame.samples {
+        return Err(Refusal::BadSamples);
+    }
+    Ok(Given { frame: *frame, arena, offset, metadata })
+}
+
+impl Collecting {
+    pub(super) fn new(
+        shared: &Shared,
+        round: u32,
+        parent: WorkerId,
+        children: Vec<WorkerId>,
+        slot: WritableSlot,
+        model: Lent,
+    ) -> Self {
+        let Shared { schema, job, threads, .. } = shared;
+        let accumulator = Accumulator::new(schema.clone(), job.updates, job.timing, threads.clone());
+        Self { round, parent, children: Children::new(children), slot, accumulator, model }
+    }
+
+    /// Folds what is there: under eager timing at once, under lazy timing when nobody is waited for any more. Gives
+    /// the updates that turned out not to be finite, which are out.
+    pub(super) fn fold(&mut self, shared: &Shared) -> anyhow::Result<Vec<(Frame, Refusal)>> {
+        let mut refused = Vec::new();
+        if shared.job.timing == Timing::Lazy && !self.children.answered() {
+            return Ok(refused);
+        }
+        let offset = image::data_offset(&shared.schema);
+        loop {
+            let given = self.children.unfolded();
+            if given.is_empty() {
+                return Ok(refused);
+            }
+            let inputs = given.iter().map(|given| input(given, &shared.schema)).collect::<Result<Vec<_>, _>>()?;
+            let out = &mut self.slot.bytes_mut()[offset..][..shared.schema.data_bytes()];
+            match self.accumulator.fold(out, &inputs) {
+                Ok(()) => {
+                    self.children.mark_folded();
+                    return Ok(refused);
+                }
+                Err(FoldError::NotFinite { inputs }) if !inputs.is_empty() => {
+                    for culprit in inputs.into_iter().filter_map(|index| given.get(index)) {
+                        self.children.refuse(culprit.frame.from);
+                        refused.push((culprit.frame, Refusal::NotFinite));
+                    }
+                    self.accumulator.reset();
+                    // All others are still lent: the aggregate is made again without the culprits.
+                    self.children.mark_unfolded();
+                }
+                Err(FoldError::TooManySamples { input, .. }) if input < given.len() => {
+                    let culprit = &given[input];
+                    self.children.refuse(culprit.frame.from);
+                    refused.push((culprit.frame, Refusal::BadSamples));
+                }
+                Err(error) => return Err(error.into()),
+            }
+        }
+    }
+
+    /// Writes the header, and at the top makes the model of a delta. `None` when no child gave anything.
+    pub(super) fn finish<'a>(
+        mut self,
+        shared: &Shared,
+        own_object: impl FnOnce(Key) -> Option<&'a [u8]>,
+    ) -> anyhow::Result<Option<Done>> {
+        if self.accumulator.samples() == 0 {
+            return Ok(None);
+        }
+        let Shared { schema, job, name, threads, .. } = shared;
+        let offset = image::data_offset(schema);
+        let data = offset..offset + schema.data_bytes();
+        let samples = self.accumulator.finish(&mut self.slot.bytes_mut()[data.clone()])?;
+        // Only the top has the model in its own arena.
+        if job.updates == UpdateKind::Deltas
+            && self.model.by == WorkerId::NONE
+            && let Some(model) = own_object(self.model.key)
+        {
+            add(threads, schema, &model[data.clone()], &mut self.slot.bytes_mut()[data])?;
+        }
+        let mut metadata = Metadata {
+            maker: name.clone(),
+            round: self.round,
+            generation: self.slot.key().generation,
+            samples,
+            ..Metadata::default()
+        };
+        let mut covers = 0_u32;
+        let (mut loss, mut with_loss) = (0.0, 0.0);
+        for Given { frame, metadata: child, .. } in self.children.folded() {
+            metadata.folded += child.folded + 1;
+            metadata.bytes_copied += child.bytes_copied;
+            covers = covers.saturating_add(frame.covers);
+            if let Some(mean) = child.loss {
+                loss += mean * child.samples as f64;
+                with_loss += child.samples as f64;
+            }
+        }
+        metadata.loss = (with_loss > 0.0).then(|| loss / with_loss);
+        image::write_header(self.slot.bytes_mut(), schema, &metadata);
+        let children = self.children.folded().map(|given| (given.frame.from, given.frame)).collect();
+        Ok(Some(Done { slot: self.slot, metadata, covers, children, model: self.model }))
+    }
+}
+
+/// The update's data, where it lies.
+fn input<'a>(given: &'a Given, schema: &Schema) -> anyhow::Result<Input<'a>> {
+    let bytes = given.arena.object(given.frame.key, given.frame.length)?;
+    // `inspect` has found the data to end with the object.
+    Ok(Input { data: &bytes[given.offset..][..schema.data_bytes()], samples: given.frame.samples })
+}

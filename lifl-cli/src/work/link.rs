@@ -1,0 +1,130 @@
+//! What ties a worker to its job: the daemon, the frames, its arena, the arenas that it reads.
+
+use std::collections::HashMap;
+use std::path::Path;
+use std::sync::Arc;
+
+use anyhow::{Context, bail};
+use lifl_common::arena::{Layout, OwnedArena, PeerArena};
+use lifl_common::client::{Client, FrameSocket};
+use lifl_common::config::WorkerSpec;
+use lifl_common::control::{DeadLetter, Event};
+use lifl_common::frame::{Frame, FrameKind};
+use lifl_common::id::{ArenaId, JobId, WorkerId};
+
+/// What comes to a worker.
+#[derive(Debug)]
+pub(super) enum Incoming {
+    /// A frame of a kind that there is.
+    Frame(FrameKind, Frame),
+    /// A peer is gone.
+    Lost(WorkerId),
+    /// One of our frames was not delivered.
+    Undelivered(DeadLetter),
+    /// The job is over.
+    Ended(String),
+}
+
+/// A worker's connections.
+#[derive(Debug)]
+pub(super) struct Link {
+    client: Client,
+    frames: FrameSocket,
+    id: WorkerId,
+    coordinator: WorkerId,
+    pub(super) arena: OwnedArena,
+    arena_note: Option<String>,
+    peers: HashMap<ArenaId, Arc<PeerArena>>,
+}
+
+impl Link {
+    pub(super) async fn join(
+        socket: &Path,
+        job: JobId,
+        spec: &WorkerSpec,
+        layout: Layout,
+    ) -> anyhow::Result<Self> {
+        let mut client = Client::connect(socket).await?;
+        let registration = client.register(job, &spec.role, &spec.name).await.context("cannot register")?;
+        let created = client.create_arena(layout).await.context("cannot have an arena")?;
+        Ok(Self {
+            client,
+            frames: registration.frames,
+            id: registration.worker,
+            coordinator: registration.owner,
+            arena: created.arena,
+            arena_note: created.note,
+            peers: HashMap::new(),
+        })
+    }
+
+    pub(super) fn coordinator(&self) -> WorkerId {
+        self.coordinator
+    }
+
+    pub(super) fn arena_note(&self) -> Option<&str> {
+        self.arena_note.as_deref()
+    }
+
+    /// Waits for whatever comes next. Cancel-safe.
+    pub(super) async fn next(&mut self) -> anyhow::Result<Incoming> {
+        loop {
+            tokio::select! {
+                frame = self.frames.recv() => {
+                    let frame = frame.context("the frame socket failed")?.context("the frame socket was closed")?;
+                    match FrameKind::from_number(frame.kind) {
+                        Some(kind) => return Ok(Incoming::Frame(kind, frame)),
+                        None => tracing::warn!(from = %frame.from, kind = frame.kind, "a frame of no known kind"),
+                    }
+                }
+                event = self.client.event() => match event.context("the daemon is gone")? {
+                    Event::PeerLost(lost) => {
+                        tracing::info!(worker = %lost.worker, name = %lost.name, "peer lost");
+                        self.arena.take_back(lost.worker);
+                        return Ok(Incoming::Lost(lost.worker));
+                    }
+                    Event::DeadLetter(letter) => {
+                        let to = letter.to_name.as_deref().unwrap_or("a worker that is gone");
+                        tracing::warn!(%to, kind = letter.kind, "not delivered: {}", letter.refusal);
+                        return Ok(Incoming::Undelivered(letter));
+                    }
+                    Event::JobEnded { reason } => return Ok(Incoming::Ended(reason)),
+                    Event::PeerJoined { .. } => {}
+                },
+            }
+        }
+    }
+
+    /// Sends one frame of that kind.
+    pub(super) async fn send(&mut self, to: WorkerId, kind: FrameKind, frame: Frame) -> anyhow::Result<()> {
+        self.send_all(&[self.frame(to, kind, frame)]).await
+    }
+
+    /// The frame with its address filled in.
+    pub(super) fn frame(&self, to: WorkerId, kind: FrameKind, frame: Frame) -> Frame {
+        Frame { to, from: self.id, kind: kind as u16, ..frame }
+    }
+
+    /// Sends frames in one call.
+    pub(super) async fn send_all(&mut self, frames: &[Frame]) -> anyhow::Result<()> {
+        self.frames.send(frames).await.context("the frame socket failed")
+    }
+
+    /// Another worker's arena, mapped at the first use.
+    pub(super) async fn peer(&mut self, arena: ArenaId) -> anyhow::Result<Arc<PeerArena>> {
+        if arena == self.arena.id() {
+            bail!("{arena} is this worker's own arena");
+        }
+        if let Some(peer) = self.peers.get(&arena) {
+            return Ok(Arc::clone(peer));
+        }
+        let peer = Arc::new(self.client.open_arena(arena).await?);
+        self.peers.insert(arena, Arc::clone(&peer));
+        Ok(peer)
+    }
+
+    /// Lets go of an arena that will not be read again: its owner is gone.
+    pub(super) fn forget(&mut self, arena: ArenaId) {
+        self.peers.remove(&arena);
+    }
+}

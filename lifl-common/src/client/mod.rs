@@ -1,0 +1,7 @@
+//! The worker's side: a connection to the daemon, a socket for frames, arenas.
+
+mod connection;
+mod socket;
+
+pub use connection::{Client, ClientError, CreatedArena, Registration};
+pub use socket::FrameSocket;

@@ -1,0 +1,274 @@
+//! The messages. Field names are the wire's.
+
+use serde::{Deserialize, Serialize};
+
+use crate::arena::Layout;
+use crate::frame::Refusal;
+use crate::id::{ArenaId, JobId, Key, WorkerId};
+use crate::kernel::Counters;
+use crate::plane::PlaneKind;
+
+/// What a client asks for.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "request", rename_all = "snake_case", deny_unknown_fields)]
+pub enum Request {
+    /// First on every connection. Answered by [`Reply::Welcome`].
+    Hello {
+        /// The client's [`PROTOCOL`](super::PROTOCOL).
+        protocol: u32,
+    },
+    /// Makes a job that lives as long as this connection. Answered by [`Reply::JobCreated`].
+    CreateJob {
+        /// Its name, for people.
+        name: String,
+    },
+    /// Makes this connection's process a worker of a job of the same user. Beside it one descriptor: on the sockmap
+    /// plane the near end of an established loopback TCP pair, on the relay plane the far end of a Unix stream pair.
+    /// Answered by [`Reply::Registered`].
+    Register {
+        /// The job.
+        job: JobId,
+        /// Its role, for people.
+        role: String,
+        /// Its name, unique in the job.
+        name: String,
+    },
+    /// Makes an arena for this worker. Answered by [`Reply::ArenaCreated`] with the memfd beside it.
+    CreateArena {
+        /// Its slots.
+        #[serde(flatten)]
+        layout: Layout,
+    },
+    /// The owner has mapped its arena: seal it. Answered by [`Reply::Done`].
+    SealArena {
+        /// The arena.
+        arena: ArenaId,
+    },
+    /// To read an arena of the same job. Answered by [`Reply::ArenaOpened`] with the memfd beside it.
+    OpenArena {
+        /// The arena.
+        arena: ArenaId,
+    },
+    /// What is registered, a page at a time. Answered by [`Reply::Status`].
+    Status {
+        /// Only the workers of that job.
+        job: Option<JobId>,
+        /// Workers after that one, in order of their ids.
+        after: Option<WorkerId>,
+    },
+    /// Ends this connection's job; the job's workers get [`Event::JobEnded`]. Answered by [`Reply::Done`].
+    EndJob {
+        /// Why, for the workers' logs.
+        reason: String,
+    },
+}
+
+/// What the daemon answers.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "reply", rename_all = "snake_case")]
+pub enum Reply {
+    /// To [`Request::Hello`].
+    Welcome(Welcome),
+    /// To [`Request::CreateJob`].
+    JobCreated {
+        /// The job.
+        job: JobId,
+    },
+    /// To [`Request::Register`]. From here on frames can reach the worker.
+    Registered {
+        /// The worker.
+        worker: WorkerId,
+        /// The worker of the connection that made the job, [`WorkerId::NONE`] if it has not registered.
+        owner: WorkerId,
+    },
+    /// To [`Request::CreateArena`].
+    ArenaCreated {
+        /// The arena.
+        arena: ArenaId,
+        /// Bytes of the pages behind it.
+        page_bytes: u64,
+        /// Why the pages are not huge, when they are not.
+        note: Option<String>,
+    },
+    /// To [`Request::OpenArena`].
+    ArenaOpened {
+        /// Its slots.
+        #[serde(flatten)]
+        layout: Layout,
+    },
+    /// To [`Request::Status`].
+    Status(Status),
+    /// Done, nothing to tell.
+    Done {},
+    /// Not done.
+    Error {
+        /// For programs.
+        code: ErrorCode,
+        /// For people: what, where, and what to do.
+        message: String,
+    },
+}
+
+/// What kind of error.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ErrorCode {
+    /// Not a request: the connection is closed after this answer.
+    BadPacket,
+    /// A request that does not fit what the connection is, or with wrong values.
+    BadRequest,
+    /// The thing belongs to another user or another job.
+    Denied,
+    /// There is no such thing.
+    NotFound,
+    /// A limit is reached.
+    Full,
+    /// The daemon or its kernel cannot.
+    Failed,
+}
+
+/// The daemon's first word.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Welcome {
+    /// The daemon's [`PROTOCOL`](super::PROTOCOL).
+    pub protocol: u32,
+    /// The daemon's version.
+    pub version: String,
+    /// Its process.
+    pub pid: u32,
+    /// Its plane.
+    pub plane: PlaneKind,
+    /// Why that plane.
+    pub plane_reason: String,
+    /// Bytes that arenas may take together.
+    pub pool_bytes: u64,
+    /// Bytes that they take now.
+    pub pool_used_bytes: u64,
+    /// Whether arenas get huge pages, as far as the daemon knows before it tries.
+    pub huge_pages: bool,
+    /// Workers that can be registered at a time.
+    pub max_workers: u32,
+    /// Workers that are.
+    pub workers: u32,
+}
+
+/// What the daemon says unasked.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "event", rename_all = "snake_case")]
+pub enum Event {
+    /// To the job's maker: a worker registered.
+    PeerJoined {
+        /// The worker.
+        worker: WorkerId,
+        /// Its name.
+        name: String,
+    },
+    /// To the job's other workers: one is gone.
+    PeerLost(PeerLost),
+    /// To the sender of a frame that was not delivered.
+    DeadLetter(DeadLetter),
+    /// To the job's workers: it has ended.
+    JobEnded {
+        /// Why.
+        reason: String,
+    },
+}
+
+/// A worker is gone, and its socket with it.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct PeerLost {
+    /// The worker.
+    pub worker: WorkerId,
+    /// Its name.
+    pub name: String,
+}
+
+/// A frame that was not delivered.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct DeadLetter {
+    /// Where it was to go.
+    pub to: WorkerId,
+    /// That worker's name, when it has one in this job.
+    pub to_name: Option<String>,
+    /// Its kind, as a number.
+    pub kind: u16,
+    /// Its round.
+    pub round: u32,
+    /// Its key.
+    pub key: Key,
+    /// Why it was not delivered.
+    pub refusal: Refusal,
+}
+
+/// A page of what is registered. Of other users' jobs only the counts are shown, but to root.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Status {
+    /// As in the daemon's first word.
+    pub daemon: Welcome,
+    /// The jobs.
+    pub jobs: Vec<JobStatus>,
+    /// The workers, in order of their ids.
+    pub workers: Vec<WorkerStatus>,
+    /// Whether there are workers after the last of these.
+    pub more: bool,
+}
+
+/// A job.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct JobStatus {
+    /// Its id.
+    pub job: JobId,
+    /// Its name; `None` if it is another user's.
+    pub name: Option<String>,
+    /// Whose it is.
+    pub uid: u32,
+    /// Workers registered in it.
+    pub workers: u32,
+    /// Bytes of its arenas.
+    pub arena_bytes: u64,
+    /// The most that its arenas took.
+    pub arena_peak_bytes: u64,
+}
+
+/// A worker.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct WorkerStatus {
+    /// Its id.
+    pub worker: WorkerId,
+    /// Its job.
+    pub job: JobId,
+    /// Its name.
+    pub name: String,
+    /// Its role.
+    pub role: String,
+    /// Its process.
+    pub pid: u32,
+    /// What it has sent, as the plane counts it.
+    pub counters: Counters,
+    /// Its arenas.
+    pub arenas: Vec<ArenaStatus>,
+}
+
+/// An arena.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ArenaStatus {
+    /// Its id.
+    pub arena: ArenaId,
+    /// Its slots.
+    #[serde(flatten)]
+    pub layout: Layout,
+    /// Bytes of the pages behind it.
+    pub page_bytes: u64,
+    /// Whether its owner has mapped it and the kernel keeps others from writing.
+    pub sealed: bool,
+}
+
+/// Anything that the daemon sends.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(untagged)]
+pub enum Message {
+    /// An answer.
+    Reply(Reply),
+    /// News.
+    Event(Event),
+}

@@ -1,0 +1,328 @@
+//! The pool: how much shared memory arenas may take, and of which pages.
+//!
+//! Under `auto` an arena gets huge pages when they can be had: free ones, or, if this process may, ones that it adds
+//! to the kernel's pool (`vm.nr_hugepages`) and takes away again when the last arena is gone. Otherwise it gets
+//! ordinary pages, and its owner is told why.
+
+use std::fs::{self, File};
+use std::io;
+use std::path::PathBuf;
+
+use lifl_common::arena::{Layout, memfd};
+
+/// Which pages arenas get.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum HugePages {
+    /// Huge ones where they can be had, ordinary ones elsewhere.
+    Auto,
+    /// Huge ones, or the request fails.
+    Always,
+    /// Ordinary ones.
+    Never,
+}
+
+/// Why an arena cannot be had.
+#[derive(Debug, thiserror::Error)]
+pub enum PoolError {
+    /// The ceiling.
+    #[error(
+        "the pool has {free_mib} MiB left of {ceiling_mib} MiB, the arena needs {need_mib} MiB: \
+         raise --pool-mib, or end another job"
+    )]
+    Full {
+        /// What is asked for.
+        need_mib: u64,
+        /// What is left.
+        free_mib: u64,
+        /// The ceiling.
+        ceiling_mib: u64,
+    },
+    /// A layout without slots or beyond all memory.
+    #[error("{slots} slots of {slot_bytes} bytes make no arena: slots are a multiple of 4096 bytes")]
+    Layout {
+        /// Its slots.
+        slots: u32,
+        /// Bytes of each.
+        slot_bytes: u64,
+    },
+    /// `--huge-pages always`, and there are none.
+    #[error("{0}: raise vm.nr_hugepages or pass --huge-pages never")]
+    NoHugePages(String),
+    /// The kernel refuses a memfd.
+    #[error("no memfd of {bytes} bytes can be made")]
+    Memfd {
+        /// Its size.
+        bytes: u64,
+        /// The kernel's answer.
+        #[source]
+        source: io::Error,
+    },
+}
+
+/// An arena's memory.
+#[derive(Debug)]
+pub(crate) struct Allocation {
+    /// The memfd.
+    pub(crate) memfd: File,
+    /// Its bytes, which count against the ceiling.
+    pub(crate) bytes: u64,
+    /// Bytes of its pages.
+    pub(crate) page_bytes: u64,
+    /// Why they are not huge, when they are not and might have been.
+    pub(crate) note: Option<String>,
+}
+
+/// All arenas' memory.
+#[derive(Debug)]
+pub(crate) struct Pool {
+    ceiling_bytes: u64,
+    used_bytes: u64,
+    huge_pages: HugePages,
+    kernel: KernelPool,
+}
+
+impl Pool {
+    pub(crate) fn new(ceiling_bytes: u64, huge_pages: HugePages) -> Self {
+        Self {
+            ceiling_bytes,
+            used_bytes: 0,
+            huge_pages,
+            kernel: KernelPool::default(),
+        }
+    }
+
+    pub(crate) fn ceiling_bytes(&self) -> u64 {
+        self.ceiling_bytes
+    }
+
+    pub(crate) fn used_bytes(&self) -> u64 {
+        self.used_bytes
+    }
+
+    /// Whether huge pages are to be expected.
+    pub(crate) fn expects_huge_pages(&self) -> bool {
+        self.huge_pages != HugePages::Never
+            && self.kernel.read("nr_hugepages").is_some()
+            && (self.kernel.free() > 0 || self.kernel.may_raise())
+    }
+
+    pub(crate) fn allocate(&mut self, name: &str, layout: Layout) -> Result<Allocation, PoolError> {
+        let Layout { slots, slot_bytes } = layout;
+        let bad_layout = || PoolError::Layout { slots, slot_bytes };
+        if slots == 0 {
+            return Err(bad_layout());
+        }
+        let mut note = None;
+        if self.huge_pages != HugePages::Never {
+            let bytes = layout.memfd_bytes(true).ok_or_else(bad_layout)?;
+            match self.check_room(bytes).and_then(|()| self.huge(name, bytes)) {
+                Ok(memfd) => {
+                    self.used_bytes += bytes;
+                    return Ok(Allocation {
+                        memfd,
+                        bytes,
+                        page_bytes: memfd::HUGE_PAGE_BYTES,
+                        note: None,
+                    });
+                }
+                Err(error) if self.huge_pages == HugePages::Always => return Err(error),
+                Err(error) => note = Some(error.to_string()),
+            }
+        }
+        let bytes = layout.memfd_bytes(false).ok_or_else(bad_layout)?;
+        self.check_room(bytes)?;
+        let memfd = memfd::create(name, bytes, false).map_err(|source| PoolError::Memfd { bytes, source })?;
+        self.used_bytes += bytes;
+        Ok(Allocation {
+            memfd,
+            bytes,
+            page_bytes: Layout::SLOT_ALIGN,
+            note,
+        })
+    }
+
+    /// An arena is gone. When it was the last, borrowed huge pages go back to the kernel.
+    pub(crate) fn free(&mut self, bytes: u64) {
+        self.used_bytes = self.used_bytes.saturating_sub(bytes);
+        if self.used_bytes == 0 {
+            self.kernel.give_back();
+        }
+    }
+
+    fn check_room(&self, bytes: u64) -> Result<(), PoolError> {
+        let free = self.ceiling_bytes.saturating_sub(self.used_bytes);
+        if bytes <= free {
+            return Ok(());
+        }
+        let mib = |bytes: u64| bytes >> 20;
+        Err(PoolError::Full {
+            need_mib: bytes.div_ceil(1 << 20),
+            free_mib: mib(free),
+            ceiling_mib: mib(self.ceiling_bytes),
+        })
+    }
+
+    fn huge(&mut self, name: &str, bytes: u64) -> Result<File, PoolError> {
+        let need = bytes / memfd::HUGE_PAGE_BYTES;
+        self.kernel.ensure_free(need);
+        let memfd = memfd::create(name, bytes, true).map_err(|source| {
+            PoolError::NoHugePages(format!("the kernel has no huge pages of 2 MiB ({source})"))
+        })?;
+        match memfd::reserve(&memfd, bytes) {
+            Ok(()) => Ok(memfd),
+            Err(_) => {
+                let free = self.kernel.free();
+                let message = format!("the arena needs {need} huge pages of 2 MiB, {free} are free");
+                Err(PoolError::NoHugePages(message))
+            }
+        }
+    }
+}
+
+/// The kernel's pool of huge pages, and what this process added to it.
+#[derive(Debug)]
+struct KernelPool {
+    folder: PathBuf,
+    added: u64,
+}
+
+impl Default for KernelPool {
+    fn default() -> Self {
+        Self {
+            folder: PathBuf::from("/sys/kernel/mm/hugepages/hugepages-2048kB"),
+            added: 0,
+        }
+    }
+}
+
+impl KernelPool {
+    fn read(&self, name: &str) -> Option<u64> {
+        fs::read_to_string(self.folder.join(name))
+            .ok()?
+            .trim()
+            .parse()
+            .ok()
+    }
+
+    /// Huge pages that are neither in use nor promised.
+    fn free(&self) -> u64 {
+        let free = self.read("free_hugepages").unwrap_or(0);
+        free.saturating_sub(self.read("resv_hugepages").unwrap_or(0))
+    }
+
+    fn may_raise(&self) -> bool {
+        fs::OpenOptions::new()
+            .write(true)
+            .open(self.folder.join("nr_hugepages"))
+            .is_ok()
+    }
+
+    /// Adds the pages that are missing, as far as the kernel lets us.
+    fn ensure_free(&mut self, need: u64) {
+        let missing = need.saturating_sub(self.free());
+        let Some(total) = self.read("nr_hugepages").filter(|_| missing > 0) else {
+            return;
+        };
+        if self.set_total(total + missing) {
+            self.added += self.read("nr_hugepages").unwrap_or(total).saturating_sub(total);
+        }
+    }
+
+    fn give_back(&mut self) {
+        let added = std::mem::take(&mut self.added);
+        if let Some(total) = self.read("nr_hugepages").filter(|_| added > 0) {
+            // Pages that a dying reader still maps become surplus and go when it does.
+            if !self.set_total(total.saturating_sub(added)) {
+                tracing::warn!(pages = added, "huge pages could not be given back to the kernel");
+            }
+        }
+    }
+
+    fn set_total(&self, pages: u64) -> bool {
+        fs::write(self.folder.join("nr_hugepages"), pages.to_string()).is_ok()
+    }
+}
+
+impl Drop for KernelPool {
+    fn drop(&mut self) {
+        self.give_back();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn layout(bytes: u64) -> Layout {
+        Layout::for_objects(1, bytes).expect("a layout")
+    }
+
+    #[test]
+    fn the_ceiling_holds_and_names_the_numbers() {
+        let mut pool = Pool::new(3 << 20, HugePages::Never);
+        let first = pool.allocate("a", layout(2 << 20)).expect("fits");
+        let error = pool
+            .allocate("b", layout(2 << 20))
+            .expect_err("too much")
+            .to_string();
+        assert!(
+            error.contains("1 MiB left of 3 MiB") && error.contains("needs 2 MiB"),
+            "{error}"
+        );
+        pool.free(first.bytes);
+        assert!(pool.allocate("b", layout(2 << 20)).is_ok());
+    }
+
+    #[test]
+    fn no_slots_and_endless_slots_are_refused() {
+        let mut pool = Pool::new(u64::MAX, HugePages::Never);
+        for layout in [
+            Layout {
+                slots: 0,
+                slot_bytes: 4096,
+            },
+            Layout {
+                slots: 1,
+                slot_bytes: 5,
+            },
+            Layout {
+                slots: u32::MAX,
+                slot_bytes: u64::MAX - 4095,
+            },
+        ] {
+            assert!(
+                matches!(pool.allocate("a", layout), Err(PoolError::Layout { .. })),
+                "{layout:?}"
+            );
+        }
+    }
+
+    #[test]
+    fn without_huge_pages_auto_says_so_and_always_fails() {
+        let nowhere = || KernelPool {
+            folder: PathBuf::from("/nonexistent"),
+            added: 0,
+        };
+        // More than any kernel's pool holds.
+        let layout = layout(1 << 45);
+        let mut auto = Pool {
+            kernel: nowhere(),
+            ..Pool::new(u64::MAX, HugePages::Auto)
+        };
+        let allocation = auto.allocate("a", layout).expect("ordinary pages");
+        assert_eq!(allocation.page_bytes, 4096);
+        assert!(
+            allocation
+                .note
+                .is_some_and(|note| note.contains("vm.nr_hugepages"))
+        );
+        let mut always = Pool {
+            kernel: nowhere(),
+            ..Pool::new(u64::MAX, HugePages::Always)
+        };
+        assert!(matches!(
+            always.allocate("a", layout),
+            Err(PoolError::NoHugePages(_))
+        ));
+    }
+}

@@ -1,0 +1,686 @@
+//! What the daemon knows: connections, jobs, workers, arenas. One task owns it ([`server`](crate::server)).
+//!
+//! ```text
+//!   connection: hello ──▶ known ──create_job──▶ makes a job ──register──▶ makes a job and is a worker of it
+//!                           └──────register──▶ worker
+//!   job:        created ──end_job, or its maker's connection closes──▶ ended ──last connection closes──▶ gone
+//!   worker:     registered ──its connection closes──▶ gone: unregistered, arenas freed, peers told
+//! ```
+//!
+//! Requests are judged here and nowhere else. Nothing here waits: answers and events go into an outbox.
+
+use std::collections::{BTreeMap, HashMap};
+use std::fs::File;
+use std::os::fd::{AsFd, OwnedFd};
+
+use lifl_common::arena::{Layout, memfd};
+use lifl_common::control::{
+    ArenaStatus, DeadLetter, ErrorCode, Event, JobStatus, Message, PROTOCOL, PeerLost, Reply, Request,
+    Status, Welcome, WorkerStatus,
+};
+use lifl_common::frame::{Frame, Refusal};
+use lifl_common::id::{ArenaId, JobId, WorkerId};
+
+use crate::plane::Plane;
+use crate::pool::Pool;
+
+/// Workers on one page of a status: a page must fit into a packet.
+const STATUS_PAGE: usize = 64;
+
+/// The longest name of a job, a role or a worker.
+const MAX_NAME_BYTES: usize = 128;
+
+/// Arenas that one worker may have.
+const MAX_ARENAS: usize = 16;
+
+/// A connection's number.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub(crate) struct ConnId(pub(crate) u64);
+
+/// Who is at the other end, as the kernel says.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Peer {
+    pub(crate) pid: i32,
+    pub(crate) uid: u32,
+}
+
+/// Something to send.
+#[derive(Debug)]
+pub(crate) struct Outgoing {
+    pub(crate) to: ConnId,
+    pub(crate) message: Message,
+    pub(crate) fd: Option<OwnedFd>,
+}
+
+#[derive(Debug)]
+struct Conn {
+    peer: Peer,
+    hello: bool,
+    job: Option<JobId>,
+    worker: Option<WorkerId>,
+}
+
+#[derive(Debug)]
+struct Job {
+    name: String,
+    uid: u32,
+    maker: ConnId,
+    ended: bool,
+    arena_bytes: u64,
+    arena_peak_bytes: u64,
+}
+
+#[derive(Debug)]
+struct Worker {
+    name: String,
+    role: String,
+    job: JobId,
+    conn: ConnId,
+    pid: i32,
+}
+
+#[derive(Debug)]
+struct Arena {
+    owner: WorkerId,
+    job: JobId,
+    layout: Layout,
+    memfd: File,
+    bytes: u64,
+    page_bytes: u64,
+    sealed: bool,
+}
+
+/// The daemon's fixed facts.
+#[derive(Clone, Debug)]
+pub(crate) struct Facts {
+    pub(crate) plane_reason: String,
+    pub(crate) max_workers: u32,
+}
+
+/// The daemon's state.
+pub(crate) struct Registry {
+    facts: Facts,
+    plane: Plane,
+    pool: Pool,
+    conns: HashMap<ConnId, Conn>,
+    jobs: BTreeMap<JobId, Job>,
+    workers: BTreeMap<WorkerId, Worker>,
+    arenas: BTreeMap<ArenaId, Arena>,
+    last_job: u32,
+    last_worker: u32,
+    last_arena: u32,
+    outbox: Vec<Outgoing>,
+}
+
+/// A request that is not granted.
+struct Denial(ErrorCode, String);
+
+type Answer = Result<(Reply, Option<OwnedFd>), Denial>;
+
+fn deny<T>(code: ErrorCode, message: impl Into<String>) -> Result<T, Denial> {
+    Err(Denial(code, message.into()))
+}
+
+impl Registry {
+    pub(crate) fn new(facts: Facts, plane: Plane, pool: Pool) -> Self {
+        Self {
+            facts,
+            plane,
+            pool,
+            conns: HashMap::new(),
+            jobs: BTreeMap::new(),
+            workers: BTreeMap::new(),
+            arenas: BTreeMap::new(),
+            last_job: 0,
+            last_worker: 0,
+            last_arena: 0,
+            outbox: Vec::new(),
+        }
+    }
+
+    /// Everything that was to be sent since the last call.
+    pub(crate) fn take_outbox(&mut self) -> Vec<Outgoing> {
+        std::mem::take(&mut self.outbox)
+    }
+
+    /// A process has connected.
+    pub(crate) fn connected(&mut self, id: ConnId, peer: Peer) {
+        self.conns.insert(
+            id,
+            Conn {
+                peer,
+                hello: false,
+                job: None,
+                worker: None,
+            },
+        );
+    }
+
+    /// A connection is closed: its worker is gone, its job ends.
+    pub(crate) fn closed(&mut self, id: ConnId) {
+        let Some(conn) = self.conns.remove(&id) else {
+            return;
+        };
+        if let Some(worker) = conn.worker {
+            self.remove_worker(worker);
+        }
+        if let Some(job) = conn.job {
+            self.end_job(job, "the process that made the job is gone");
+            self.drop_if_deserted(job);
+        }
+    }
+
+    /// A request, with the descriptors beside it.
+    pub(crate) fn request(&mut self, id: ConnId, request: Request, fds: Vec<OwnedFd>) {
+        let Some(peer) = self.conns.get(&id).map(|conn| conn.peer) else {
+            return;
+        };
+        let (reply, fd) = match self.answer(id, request, fds) {
+            Ok(answer) => answer,
+            Err(Denial(code, message)) => {
+                tracing::warn!(pid = peer.pid, uid = peer.uid, ?code, "refused: {message}");
+                (Reply::Error { code, message }, None)
+            }
+        };
+        self.outbox.push(Outgoing {
+            to: id,
+            message: Message::Reply(reply),
+            fd,
+        });
+    }
+
+    /// A frame that the plane did not deliver: its sender learns why.
+    pub(crate) fn dead_letter(&mut self, frame: &Frame) {
+        let refusal = Refusal::from_number(frame.refusal).unwrap_or(Refusal::UnknownSender);
+        let Some(sender) = self.workers.get(&frame.stamp) else {
+            // A sender that has left since, or a socket that was never registered: nobody to tell.
+            tracing::debug!(from = %frame.from, to = %frame.to, %refusal, "a dead letter of nobody");
+            return;
+        };
+        let hostile = matches!(refusal, Refusal::ForgedSource | Refusal::OtherJob);
+        if hostile {
+            tracing::warn!(
+                worker = %sender.name, pid = sender.pid, from = %frame.from, to = %frame.to,
+                "frame refused: {refusal}"
+            );
+        }
+        let receiver = self
+            .workers
+            .get(&frame.to)
+            .filter(|receiver| receiver.job == sender.job);
+        let letter = DeadLetter {
+            to: frame.to,
+            to_name: receiver.map(|receiver| receiver.name.clone()),
+            kind: frame.kind,
+            round: frame.round,
+            key: frame.key,
+            refusal,
+        };
+        let to = sender.conn;
+        self.outbox.push(Outgoing {
+            to,
+            message: Message::Event(Event::DeadLetter(letter)),
+            fd: None,
+        });
+    }
+
+    /// Ends all jobs, for the daemon's own end.
+    pub(crate) fn end_all(&mut self, reason: &str) {
+        let jobs: Vec<JobId> = self.jobs.keys().copied().collect();
+        for job in jobs {
+            self.end_job(job, reason);
+        }
+    }
+
+    /// How many connections there are.
+    pub(crate) fn connections(&self) -> usize {
+        self.conns.len()
+    }
+
+    /// Gives the plane back for its orderly end; arenas are let go.
+    pub(crate) fn into_plane(self) -> Plane {
+        self.plane
+    }
+
+    fn answer(&mut self, id: ConnId, request: Request, fds: Vec<OwnedFd>) -> Answer {
+        let Some(conn) = self.conns.get_mut(&id) else {
+            return deny(ErrorCode::BadRequest, "no connection");
+        };
+        if let Request::Hello { protocol } = request {
+            if protocol != PROTOCOL {
+                let message = format!("this daemon speaks protocol {PROTOCOL}, not {protocol}");
+                return deny(ErrorCode::BadRequest, message);
+            }
+            conn.hello = true;
+            return Ok((Reply::Welcome(self.welcome()), None));
+        }
+        if !conn.hello {
+            return deny(ErrorCode::BadRequest, "the first request must be hello");
+        }
+        match request {
+            Request::Hello { .. } => unreachable!("answered above"),
+            Request::CreateJob { name } => self.create_job(id, name),
+            Request::Register { job, role, name } => self.register(id, job, role, name, fds),
+            Request::CreateArena { layout } => self.create_arena(id, layout),
+            Request::SealArena { arena } => self.seal_arena(id, arena),
+            Request::OpenArena { arena } => self.open_arena(id, arena),
+            Request::Status { job, after } => self.status(id, job, after),
+            Request::EndJob { reason } => {
+                let Some(job) = conn.job else {
+                    return deny(ErrorCode::Denied, "only the connection that made a job ends it");
+                };
+                self.end_job(job, &reason);
+                Ok((Reply::Done {}, None))
+            }
+        }
+    }
+
+    fn create_job(&mut self, id: ConnId, name: String) -> Answer {
+        check_name("job", &name)?;
+        let conn = self.known(id)?;
+        if conn.job.is_some() || conn.worker.is_some() {
+            return deny(ErrorCode::BadRequest, "this connection has a job already");
+        }
+        let uid = conn.peer.uid;
+        self.last_job += 1;
+        let job = JobId(self.last_job);
+        tracing::info!(%job, %name, uid, "job created");
+        let made = Job {
+            name,
+            uid,
+            maker: id,
+            ended: false,
+            arena_bytes: 0,
+            arena_peak_bytes: 0,
+        };
+        self.jobs.insert(job, made);
+        self.known_mut(id)?.job = Some(job);
+        Ok((Reply::JobCreated { job }, None))
+    }
+
+    fn register(
+        &mut self,
+        id: ConnId,
+        job_id: JobId,
+        role: String,
+        name: String,
+        fds: Vec<OwnedFd>,
+    ) -> Answer {
+        check_name("role", &role)?;
+        check_name("worker", &name)?;
+        let conn = self.known(id)?;
+        if conn.worker.is_some() {
+            return deny(ErrorCode::BadRequest, "this connection is a worker already");
+        }
+        if conn.job.is_some_and(|own| own != job_id) {
+            return deny(ErrorCode::BadRequest, "this connection made another job");
+        }
+        let peer = conn.peer;
+        let Some(job) = self.jobs.get(&job_id).filter(|job| !job.ended) else {
+            return deny(ErrorCode::NotFound, format!("there is no job {job_id}"));
+        };
+        if peer.uid != job.uid && peer.uid != 0 {
+            return deny(ErrorCode::Denied, format!("job {job_id} is another user's"));
+        }
+        if self
+            .workers
+            .values()
+            .any(|worker| worker.job == job_id && worker.name == name)
+        {
+            return deny(
+                ErrorCode::BadRequest,
+                format!("job {job_id} has a worker called {name} already"),
+            );
+        }
+        let mut fds = fds.into_iter();
+        let (Some(socket), None) = (fds.next(), fds.next()) else {
+            return deny(
+                ErrorCode::BadRequest,
+                "register needs one descriptor beside it, the socket for frames",
+            );
+        };
+        let maker = job.maker;
+        let worker = WorkerId(self.last_worker + 1);
+        if let Err(error) = self.plane.register(worker, job_id, socket) {
+            let code = if error.is_full() {
+                ErrorCode::Full
+            } else {
+                ErrorCode::BadRequest
+            };
+            return deny(code, error_chain(&error));
+        }
+        self.last_worker = worker.0;
+        tracing::info!(%worker, job = %job_id, %name, pid = peer.pid, "worker registered");
+        let made = Worker {
+            name: name.clone(),
+            role,
+            job: job_id,
+            conn: id,
+            pid: peer.pid,
+        };
+        self.workers.insert(worker, made);
+        self.known_mut(id)?.worker = Some(worker);
+        let owner = self
+            .conns
+            .get(&maker)
+            .and_then(|maker| maker.worker)
+            .unwrap_or(WorkerId::NONE);
+        if maker != id {
+            let joined = Message::Event(Event::PeerJoined { worker, name });
+            self.outbox.push(Outgoing {
+                to: maker,
+                message: joined,
+                fd: None,
+            });
+        }
+        Ok((Reply::Registered { worker, owner }, None))
+    }
+
+    fn create_arena(&mut self, id: ConnId, layout: Layout) -> Answer {
+        let (owner, worker) = self.worker_of(id)?;
+        let job_id = worker.job;
+        let name = format!("lifl-{}-{}", job_id, worker.name);
+        let count = self.arenas.values().filter(|arena| arena.owner == owner).count();
+        if count >= MAX_ARENAS {
+            return deny(
+                ErrorCode::Full,
+                format!("a worker has at most {MAX_ARENAS} arenas"),
+            );
+        }
+        let Some(job) = self.jobs.get_mut(&job_id) else {
+            return deny(ErrorCode::NotFound, "the job is gone");
+        };
+        let allocation = match self.pool.allocate(&name, layout) {
+            Ok(allocation) => allocation,
+            Err(error) => {
+                let full = matches!(error, crate::pool::PoolError::Full { .. });
+                let code = if full { ErrorCode::Full } else { ErrorCode::Failed };
+                return deny(code, error_chain(&error));
+            }
+        };
+        job.arena_bytes += allocation.bytes;
+        job.arena_peak_bytes = job.arena_peak_bytes.max(job.arena_bytes);
+        self.last_arena += 1;
+        let arena = ArenaId(self.last_arena);
+        tracing::debug!(
+            %arena, %owner, bytes = allocation.bytes, page_bytes = allocation.page_bytes, "arena created"
+        );
+        let crate::pool::Allocation {
+            memfd,
+            bytes,
+            page_bytes,
+            note,
+        } = allocation;
+        let handle = duplicate(&memfd)?;
+        self.arenas.insert(
+            arena,
+            Arena {
+                owner,
+                job: job_id,
+                layout,
+                memfd,
+                bytes,
+                page_bytes,
+                sealed: false,
+            },
+        );
+        Ok((
+            Reply::ArenaCreated {
+                arena,
+                page_bytes,
+                note,
+            },
+            Some(handle),
+        ))
+    }
+
+    fn seal_arena(&mut self, id: ConnId, arena_id: ArenaId) -> Answer {
+        let (worker, _) = self.worker_of(id)?;
+        let Some(arena) = self
+            .arenas
+            .get_mut(&arena_id)
+            .filter(|arena| arena.owner == worker)
+        else {
+            return deny(ErrorCode::NotFound, format!("{worker} has no arena {arena_id}"));
+        };
+        if let Err(error) = memfd::seal(arena.memfd.as_fd()) {
+            return deny(
+                ErrorCode::Failed,
+                format!("arena {arena_id} cannot be sealed: {error}"),
+            );
+        }
+        arena.sealed = true;
+        Ok((Reply::Done {}, None))
+    }
+
+    fn open_arena(&mut self, id: ConnId, arena_id: ArenaId) -> Answer {
+        let (worker, reader) = self.worker_of(id)?;
+        // Another job's arena is told from none at all by nobody.
+        let Some(arena) = self.arenas.get(&arena_id).filter(|arena| arena.job == reader.job) else {
+            return deny(
+                ErrorCode::NotFound,
+                format!("{worker}'s job has no arena {arena_id}"),
+            );
+        };
+        if !arena.sealed {
+            return deny(
+                ErrorCode::BadRequest,
+                format!("arena {arena_id} is not sealed yet"),
+            );
+        }
+        let handle = duplicate(&arena.memfd)?;
+        Ok((Reply::ArenaOpened { layout: arena.layout }, Some(handle)))
+    }
+
+    fn status(&self, id: ConnId, job: Option<JobId>, after: Option<WorkerId>) -> Answer {
+        let uid = self.known(id)?.peer.uid;
+        let visible = |owner: u32| uid == 0 || uid == owner;
+        let jobs = self
+            .jobs
+            .iter()
+            .filter(|(id, _)| job.is_none_or(|job| job == **id))
+            .map(|(&id, job)| {
+                let workers = self.workers.values().filter(|worker| worker.job == id).count();
+                JobStatus {
+                    job: id,
+                    name: visible(job.uid).then(|| job.name.clone()),
+                    uid: job.uid,
+                    workers: workers as u32,
+                    arena_bytes: job.arena_bytes,
+                    arena_peak_bytes: job.arena_peak_bytes,
+                }
+            });
+        let start = WorkerId(after.map_or(0, |after| after.0.saturating_add(1)));
+        let mut page: Vec<WorkerStatus> = Vec::new();
+        let mut more = false;
+        for (&worker_id, worker) in self.workers.range(start..) {
+            let shown = self.jobs.get(&worker.job).is_some_and(|job| visible(job.uid));
+            if !shown || job.is_some_and(|job| job != worker.job) {
+                continue;
+            }
+            if page.len() == STATUS_PAGE {
+                more = true;
+                break;
+            }
+            page.push(self.worker_status(worker_id, worker)?);
+        }
+        let status = Status {
+            daemon: self.welcome(),
+            jobs: jobs.take(STATUS_PAGE).collect(),
+            workers: page,
+            more,
+        };
+        Ok((Reply::Status(status), None))
+    }
+
+    fn worker_status(&self, worker_id: WorkerId, worker: &Worker) -> Result<WorkerStatus, Denial> {
+        let counters = self.plane.counters(worker_id).map_err(|error| {
+            Denial(
+                ErrorCode::Failed,
+                format!("the counters of {worker_id} cannot be read: {error}"),
+            )
+        })?;
+        let arenas = self
+            .arenas
+            .iter()
+            .filter(|(_, arena)| arena.owner == worker_id)
+            .map(|(&arena, entry)| ArenaStatus {
+                arena,
+                layout: entry.layout,
+                page_bytes: entry.page_bytes,
+                sealed: entry.sealed,
+            });
+        Ok(WorkerStatus {
+            worker: worker_id,
+            job: worker.job,
+            name: worker.name.clone(),
+            role: worker.role.clone(),
+            pid: worker.pid.unsigned_abs(),
+            counters: counters.unwrap_or_default(),
+            arenas: arenas.collect(),
+        })
+    }
+
+    fn welcome(&self) -> Welcome {
+        Welcome {
+            protocol: PROTOCOL,
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            pid: std::process::id(),
+            plane: self.plane.kind(),
+            plane_reason: self.facts.plane_reason.clone(),
+            pool_bytes: self.pool.ceiling_bytes(),
+            pool_used_bytes: self.pool.used_bytes(),
+            huge_pages: self.pool.expects_huge_pages(),
+            max_workers: self.facts.max_workers,
+            workers: self.workers.len() as u32,
+        }
+    }
+
+    fn end_job(&mut self, id: JobId, reason: &str) {
+        let Some(job) = self.jobs.get_mut(&id).filter(|job| !job.ended) else {
+            return;
+        };
+        job.ended = true;
+        tracing::info!(job = %id, name = %job.name, reason, "job ended");
+        for worker in self
+            .workers
+            .values()
+            .filter(|worker| worker.job == id && worker.conn != job.maker)
+        {
+            let ended = Message::Event(Event::JobEnded {
+                reason: reason.to_owned(),
+            });
+            self.outbox.push(Outgoing {
+                to: worker.conn,
+                message: ended,
+                fd: None,
+            });
+        }
+    }
+
+    fn remove_worker(&mut self, id: WorkerId) {
+        let Some(worker) = self.workers.remove(&id) else {
+            return;
+        };
+        tracing::info!(worker = %id, name = %worker.name, pid = worker.pid, "worker gone");
+        if let Err(error) = self.plane.unregister(id) {
+            tracing::error!(worker = %id, "cannot be taken off the plane: {}", error_chain(&error));
+        }
+        let gone: Vec<ArenaId> = self
+            .arenas
+            .iter()
+            .filter(|(_, arena)| arena.owner == id)
+            .map(|(&arena, _)| arena)
+            .collect();
+        for arena in gone.iter().filter_map(|arena| self.arenas.remove(arena)) {
+            if let Some(job) = self.jobs.get_mut(&arena.job) {
+                job.arena_bytes -= arena.bytes;
+            }
+            drop(arena.memfd);
+            self.pool.free(arena.bytes);
+        }
+        // When a job ends, all its workers go: nobody needs to be told of each.
+        if self.jobs.get(&worker.job).is_some_and(|job| !job.ended) {
+            for peer in self.workers.values().filter(|peer| peer.job == worker.job) {
+                let lost = Event::PeerLost(PeerLost {
+                    worker: id,
+                    name: worker.name.clone(),
+                });
+                self.outbox.push(Outgoing {
+                    to: peer.conn,
+                    message: Message::Event(lost),
+                    fd: None,
+                });
+            }
+        }
+        self.drop_if_deserted(worker.job);
+    }
+
+    /// Forgets an ended job when nobody is left in it.
+    fn drop_if_deserted(&mut self, id: JobId) {
+        let Some(job) = self.jobs.get(&id) else { return };
+        let deserted =
+            !self.conns.contains_key(&job.maker) && self.workers.values().all(|worker| worker.job != id);
+        if job.ended && deserted {
+            self.jobs.remove(&id);
+        }
+    }
+
+    fn known(&self, id: ConnId) -> Result<&Conn, Denial> {
+        self.conns
+            .get(&id)
+            .ok_or_else(|| Denial(ErrorCode::BadRequest, "no connection".to_owned()))
+    }
+
+    fn known_mut(&mut self, id: ConnId) -> Result<&mut Conn, Denial> {
+        self.conns
+            .get_mut(&id)
+            .ok_or_else(|| Denial(ErrorCode::BadRequest, "no connection".to_owned()))
+    }
+
+    fn worker_of(&self, id: ConnId) -> Result<(WorkerId, &Worker), Denial> {
+        let worker = self
+            .known(id)?
+            .worker
+            .and_then(|id| Some((id, self.workers.get(&id)?)));
+        worker.ok_or_else(|| {
+            Denial(
+                ErrorCode::BadRequest,
+                "this connection is not a worker: register first".into(),
+            )
+        })
+    }
+}
+
+fn check_name(what: &str, name: &str) -> Result<(), Denial> {
+    let printable = !name.is_empty() && name.len() <= MAX_NAME_BYTES && !name.chars().any(char::is_control);
+    if printable {
+        return Ok(());
+    }
+    deny(
+        ErrorCode::BadRequest,
+        format!("a {what}'s name has 1 to {MAX_NAME_BYTES} bytes and no control characters"),
+    )
+}
+
+fn duplicate(file: &File) -> Result<OwnedFd, Denial> {
+    let copy = file.as_fd().try_clone_to_owned();
+    copy.map_err(|error| {
+        Denial(
+            ErrorCode::Failed,
+            format!("the arena's descriptor cannot be copied: {error}"),
+        )
+    })
+}
+
+/// An error with its causes, in one line.
+pub(crate) fn error_chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        text.push_str(": ");
+        text.push_str(&error.to_string());
+        cause = error.source();
+    }
+    text
+}

@@ -1,0 +1,328 @@
+//! The control socket: who may connect, and the tasks that carry packets to the registry and back.
+//!
+//! ```text
+//!   listener ──accept──▶ one task a connection ──commands──▶ registry task ──▶ plane, pool
+//!                              ▲                                  │
+//!                              └────────── bounded queue ─────────┘
+//! ```
+
+use std::collections::HashMap;
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use lifl_common::control::packet::{PacketError, PacketSocket};
+use lifl_common::control::{ErrorCode, Message, Reply, Request};
+use lifl_common::frame::Frame;
+use lifl_common::watch::watch;
+use nix::sys::socket::{
+    AddressFamily, Backlog, SockFlag, SockType, UnixAddr, accept4, bind, connect, getsockopt, listen, socket,
+    sockopt,
+};
+use tokio::io::unix::AsyncFd;
+use tokio::sync::mpsc;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+use crate::registry::{ConnId, Outgoing, Peer, Registry, error_chain};
+
+/// Answers and events that wait for one client; who lets more pile up is disconnected.
+const QUEUE: usize = 8192;
+
+/// How long a client may take to say hello.
+const HELLO_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// How long clients have to leave when the daemon ends.
+const DRAIN: Duration = Duration::from_secs(3);
+
+/// Why the daemon cannot listen.
+#[derive(Debug, thiserror::Error)]
+pub enum ListenError {
+    /// Another daemon is there.
+    #[error("another daemon listens at {0}: stop it, or give --socket another path")]
+    InUse(PathBuf),
+    /// A call failed.
+    #[error("{call} for the control socket {path} failed")]
+    System {
+        /// The call.
+        call: &'static str,
+        /// The socket.
+        path: PathBuf,
+        /// The kernel's answer.
+        #[source]
+        source: io::Error,
+    },
+}
+
+/// A listening control socket; its file goes when it does.
+#[derive(Debug)]
+pub(crate) struct Listener {
+    fd: AsyncFd<OwnedFd>,
+    path: PathBuf,
+}
+
+impl Listener {
+    /// Listens at `path`, whose folder is made if need be. A socket file that nobody listens at is replaced.
+    pub(crate) fn bind(path: &Path, mode: u32, group: Option<nix::unistd::Gid>) -> Result<Self, ListenError> {
+        let failed = |call, source| ListenError::System {
+            call,
+            path: path.to_owned(),
+            source,
+        };
+        if let Some(folder) = path.parent() {
+            make_folder(folder).map_err(|source| failed("mkdir", source))?;
+        }
+        let address = UnixAddr::new(path).map_err(|errno| failed("sockaddr_un", errno.into()))?;
+        let new_socket = || {
+            let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+            socket(AddressFamily::Unix, SockType::SeqPacket, flags, None)
+        };
+        let fd = new_socket().map_err(|errno| failed("socket", errno.into()))?;
+        if bind(fd.as_raw_fd(), &address) == Err(nix::errno::Errno::EADDRINUSE) {
+            let probe = new_socket().map_err(|errno| failed("socket", errno.into()))?;
+            if connect(probe.as_raw_fd(), &address).is_ok() {
+                return Err(ListenError::InUse(path.to_owned()));
+            }
+            std::fs::remove_file(path).map_err(|source| failed("unlink", source))?;
+            bind(fd.as_raw_fd(), &address).map_err(|errno| failed("bind", errno.into()))?;
+        } else if !path.exists() {
+            // Any other failure of bind leaves no file; the second try tells which.
+            bind(fd.as_raw_fd(), &address).map_err(|errno| failed("bind", errno.into()))?;
+        }
+        let listener = watch(fd).map_err(|source| failed("epoll_ctl", source))?;
+        let listener = Self {
+            fd: listener,
+            path: path.to_owned(),
+        };
+        if group.is_some() {
+            nix::unistd::chown(path, None, group).map_err(|errno| failed("chown", errno.into()))?;
+        }
+        let permissions = std::fs::Permissions::from_mode(mode);
+        std::fs::set_permissions(path, permissions).map_err(|source| failed("chmod", source))?;
+        listen(listener.fd.get_ref(), Backlog::MAXCONN).map_err(|errno| failed("listen", errno.into()))?;
+        Ok(listener)
+    }
+
+    async fn accept(&self) -> io::Result<(PacketSocket, Peer)> {
+        let fd = loop {
+            let mut ready = self.fd.readable().await?;
+            let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+            match ready.try_io(|fd| accept4(fd.as_raw_fd(), flags).map_err(io::Error::from)) {
+                Ok(accepted) => break accepted?,
+                Err(_would_block) => continue,
+            }
+        };
+        // SAFETY: accept4 has just made this descriptor for this call; nobody else knows it.
+        let fd = unsafe { OwnedFd::from_raw_fd(fd) };
+        let credentials = getsockopt(&fd.as_fd(), sockopt::PeerCredentials)?;
+        Ok((
+            PacketSocket::new(fd)?,
+            Peer {
+                pid: credentials.pid(),
+                uid: credentials.uid(),
+            },
+        ))
+    }
+}
+
+impl Drop for Listener {
+    fn drop(&mut self) {
+        if let Err(error) = std::fs::remove_file(&self.path) {
+            tracing::warn!(path = %self.path.display(), "the control socket's file stays: {error}");
+        }
+    }
+}
+
+fn make_folder(folder: &Path) -> io::Result<()> {
+    if folder.is_dir() {
+        return Ok(());
+    }
+    std::fs::create_dir_all(folder)?;
+    // The system's folder is for all users, the socket's own mode decides; a user's is for that user.
+    let mode = if nix::unistd::geteuid().is_root() {
+        0o755
+    } else {
+        0o700
+    };
+    std::fs::set_permissions(folder, std::fs::Permissions::from_mode(mode))
+}
+
+enum Command {
+    Connected(ConnId, Peer, mpsc::Sender<Outgoing>, CancellationToken),
+    Request(ConnId, Request, Vec<OwnedFd>),
+    Closed(ConnId),
+}
+
+/// Serves until `shutdown`, then lets clients leave and gives the registry back.
+pub(crate) async fn serve(
+    listener: Listener,
+    mut registry: Registry,
+    mut dead_letters: mpsc::Receiver<Frame>,
+    max_connections: usize,
+    shutdown: CancellationToken,
+) -> Registry {
+    let (commands, mut inbox) = mpsc::channel(1024);
+    let tasks = TaskTracker::new();
+    let accepting = shutdown.child_token();
+    tasks.spawn(accept(
+        listener,
+        commands,
+        tasks.clone(),
+        max_connections,
+        accepting,
+    ));
+    let mut queues: HashMap<ConnId, (mpsc::Sender<Outgoing>, CancellationToken)> = HashMap::new();
+    let mut draining = false;
+    let drained = tokio::time::sleep(Duration::MAX);
+    tokio::pin!(drained);
+    loop {
+        tokio::select! {
+            command = inbox.recv() => match command {
+                Some(Command::Connected(id, peer, queue, kick)) => {
+                    registry.connected(id, peer);
+                    queues.insert(id, (queue, kick));
+                }
+                Some(Command::Request(id, request, fds)) => registry.request(id, request, fds),
+                Some(Command::Closed(id)) => {
+                    queues.remove(&id);
+                    registry.closed(id);
+                }
+                None => break,
+            },
+            Some(frame) = dead_letters.recv() => registry.dead_letter(&frame),
+            () = shutdown.cancelled(), if !draining => {
+                draining = true;
+                registry.end_all("the daemon is stopping");
+                drained.as_mut().reset(tokio::time::Instant::now() + DRAIN);
+            }
+            () = &mut drained, if draining => {
+                tracing::warn!(left = registry.connections(), "clients did not leave in time");
+                break;
+            }
+        }
+        for outgoing in registry.take_outbox() {
+            let to = outgoing.to;
+            if let Some((queue, kick)) = queues.get(&to)
+                && queue.try_send(outgoing).is_err()
+            {
+                tracing::warn!(conn = to.0, "a client does not read its messages: disconnected");
+                kick.cancel();
+            }
+        }
+        if draining && registry.connections() == 0 {
+            break;
+        }
+    }
+    for (_, kick) in queues.values() {
+        kick.cancel();
+    }
+    inbox.close();
+    tasks.close();
+    tasks.wait().await;
+    registry
+}
+
+async fn accept(
+    listener: Listener,
+    commands: mpsc::Sender<Command>,
+    tasks: TaskTracker,
+    max_connections: usize,
+    shutdown: CancellationToken,
+) {
+    let slots = std::sync::Arc::new(tokio::sync::Semaphore::new(max_connections));
+    let mut last = 0;
+    loop {
+        let accepted = tokio::select! {
+            () = shutdown.cancelled() => return,
+            accepted = listener.accept() => accepted,
+        };
+        let (socket, peer) = match accepted {
+            Ok(accepted) => accepted,
+            Err(error) => {
+                // Out of descriptors, most likely: what is connected must go on, so wait for one to leave.
+                tracing::error!("accept on the control socket failed: {error}");
+                tokio::time::sleep(Duration::from_millis(100)).await;
+                continue;
+            }
+        };
+        let Ok(slot) = std::sync::Arc::clone(&slots).try_acquire_owned() else {
+            tracing::warn!(
+                pid = peer.pid,
+                uid = peer.uid,
+                max_connections,
+                "too many connections: refused"
+            );
+            continue;
+        };
+        last += 1;
+        let id = ConnId(last);
+        let (queue, outgoing) = mpsc::channel(QUEUE);
+        let kick = CancellationToken::new();
+        if commands
+            .send(Command::Connected(id, peer, queue, kick.clone()))
+            .await
+            .is_err()
+        {
+            return;
+        }
+        let commands = commands.clone();
+        tasks.spawn(async move {
+            tokio::select! {
+                () = kick.cancelled() => {}
+                () = converse(&socket, id, peer, &commands, outgoing) => {}
+            }
+            let _ = commands.send(Command::Closed(id)).await;
+            drop(slot);
+        });
+    }
+}
+
+/// Carries one client's packets until it leaves or misbehaves.
+async fn converse(
+    socket: &PacketSocket,
+    id: ConnId,
+    peer: Peer,
+    commands: &mpsc::Sender<Command>,
+    mut outgoing: mpsc::Receiver<Outgoing>,
+) {
+    let hello = tokio::time::sleep(HELLO_TIMEOUT);
+    tokio::pin!(hello);
+    let mut silent = true;
+    loop {
+        tokio::select! {
+            Some(Outgoing { message, fd, .. }) = outgoing.recv() => {
+                let fds: Vec<_> = fd.iter().map(AsRawFd::as_raw_fd).collect();
+                if let Err(error) = socket.send(&message, &fds).await {
+                    tracing::debug!(pid = peer.pid, "cannot be answered: {}", error_chain(&error));
+                    return;
+                }
+            }
+            packet = socket.recv::<Request>() => match packet {
+                Ok(Some((request, fds))) => {
+                    silent = false;
+                    if commands.send(Command::Request(id, request, fds)).await.is_err() {
+                        return;
+                    }
+                }
+                Ok(None) => return,
+                Err(PacketError::Io(error)) => {
+                    tracing::debug!(pid = peer.pid, "control socket: {error}");
+                    return;
+                }
+                Err(error) => {
+                    let message = error_chain(&error);
+                    tracing::warn!(pid = peer.pid, uid = peer.uid, "bad packet: {message}");
+                    let reply = Message::Reply(Reply::Error { code: ErrorCode::BadPacket, message });
+                    let _ = tokio::time::timeout(Duration::from_secs(1), socket.send(&reply, &[])).await;
+                    return;
+                }
+            },
+            () = &mut hello, if silent => {
+                tracing::warn!(pid = peer.pid, uid = peer.uid, "said nothing: disconnected");
+                return;
+            }
+        }
+    }
+}
