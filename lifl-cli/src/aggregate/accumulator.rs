@@ -1,0 +1,157 @@
+//! One aggregate in the making: how much has been folded, what each input weighs, and the private memory beside the
+//! slot.
+
+use std::sync::Arc;
+
+use lifl_common::config::{Timing, UpdateKind};
+use lifl_common::update::Schema;
+
+use super::region::{RegionMean, Weights, kept_bytes};
+use super::threads::Threads;
+use super::{FoldError, Input, Operand, check};
+
+/// A sample-weighted mean of updates, folded in place into the aggregator's slot.
+///
+/// With [`Timing::Lazy`], for one call with all inputs, there is no private memory; further calls work too, but each
+/// rounds to the slot's type. With [`Timing::Eager`], for a call whenever something has come, what a slot cannot hold
+/// is kept beside it ([`scratch_bytes`]), so that no rounding adds up over the calls. Either way the result is the
+/// flat average within the type's own rounding.
+///
+/// A call reads each input once, writes what it keeps once, and reads that once if it is not the first.
+#[derive(Debug)]
+pub struct Accumulator {
+    schema: Arc<Schema>,
+    regions: Vec<RegionMean>,
+    threads: Threads,
+    samples: u64,
+    spoilt: bool,
+}
+
+/// Private memory that an [`Accumulator`] of this schema takes beside the slot, in bytes.
+pub fn scratch_bytes(schema: &Schema, timing: Timing) -> usize {
+    let regions = schema.regions().into_iter();
+    regions
+        .map(|region| region.range.len() / region.dtype.bytes() * kept_bytes(region.dtype, timing))
+        .sum()
+}
+
+/// All samples, checked.
+fn total(before: u64, inputs: &[Input<'_>]) -> Result<u64, FoldError> {
+    inputs
+        .iter()
+        .enumerate()
+        .try_fold(before, |samples, (input, more)| match more.samples {
+            0 => Err(FoldError::NoSamples { input }),
+            more => samples
+                .checked_add(more)
+                .ok_or(FoldError::TooManySamples { input, samples }),
+        })
+}
+
+impl Accumulator {
+    /// An empty aggregate of updates of that schema. Private memory is taken here; [`reset`](Self::reset) keeps it.
+    pub fn new(schema: Arc<Schema>, updates: UpdateKind, timing: Timing, threads: Threads) -> Self {
+        let regions = schema.regions().into_iter();
+        let regions = regions
+            .map(|region| RegionMean::new(region, updates, timing))
+            .collect();
+        Self {
+            schema,
+            regions,
+            threads,
+            samples: 0,
+            spoilt: false,
+        }
+    }
+
+    /// What it is an aggregate of.
+    pub fn schema(&self) -> &Arc<Schema> {
+        &self.schema
+    }
+
+    /// Samples folded since the last reset.
+    pub fn samples(&self) -> u64 {
+        self.samples
+    }
+
+    /// Empties it: the next fold does not read its slot.
+    pub fn reset(&mut self) {
+        self.samples = 0;
+        self.spoilt = false;
+    }
+
+    /// Folds the inputs into `out`, the same slot in every call until the next reset:
+    ///
+    /// `out ← N/N′ · out + Σ nᵢ/N′ · xᵢ`, where N is the samples so far and N′ = N + Σ nᵢ,
+    ///
+    /// in `f64` (64-bit integers exactly), and rounded once: floats to the nearest, integers to the nearest with
+    /// halves to the even one. No inputs change nothing. `out` is not to be sent before [`finish`](Self::finish).
+    ///
+    /// # Errors
+    /// After [`FoldError::NotFinite`] the accumulator is spoilt: reset it, and fold all that it held again without the
+    /// culprits. After any other error it is as it was.
+    pub fn fold(&mut self, out: &mut [u8], inputs: &[Input<'_>]) -> Result<(), FoldError> {
+        if self.spoilt {
+            return Err(FoldError::Spoilt);
+        }
+        check(&self.schema, Operand::Out, out)?;
+        for (index, input) in inputs.iter().enumerate() {
+            check(&self.schema, Operand::Input(index), input.data)?;
+        }
+        let weights = Weights {
+            before: self.samples,
+            samples: total(self.samples, inputs)?,
+            inputs,
+        };
+        if inputs.is_empty() {
+            return Ok(());
+        }
+        let threads = &self.threads;
+        let good = self
+            .regions
+            .iter_mut()
+            .all(|region| region.fold(threads, out, &weights));
+        if !good {
+            self.spoilt = true;
+            return Err(FoldError::NotFinite {
+                inputs: self.culprits(inputs),
+            });
+        }
+        self.samples = weights.samples;
+        Ok(())
+    }
+
+    /// Makes `out` the aggregate, and gives its samples. More may be folded afterwards.
+    ///
+    /// # Errors
+    /// If nothing was folded, the accumulator is spoilt, or `out` is not the schema's.
+    pub fn finish(&mut self, out: &mut [u8]) -> Result<u64, FoldError> {
+        if self.spoilt {
+            return Err(FoldError::Spoilt);
+        }
+        check(&self.schema, Operand::Out, out)?;
+        if self.samples == 0 {
+            return Err(FoldError::Empty);
+        }
+        for region in &self.regions {
+            region.finish(&self.threads, out, self.samples);
+        }
+        Ok(self.samples)
+    }
+
+    /// Which inputs hold NaN or infinity: a second look, taken only when there is one.
+    fn culprits(&self, inputs: &[Input<'_>]) -> Vec<usize> {
+        let culprit = |data| {
+            !self
+                .regions
+                .iter()
+                .all(|region| region.is_finite(&self.threads, data))
+        };
+        inputs
+            .iter()
+            .enumerate()
+            .filter(|(_, input)| culprit(input.data))
+            .map(|(index, _)| index)
+            .collect()
+    }
+}

@@ -1,0 +1,165 @@
+//! FedAvg's arithmetic: the sample-weighted mean of updates (McMahan, Moore, Ramage, Hampson and Agüera y Arcas,
+//! "Communication-Efficient Learning of Deep Networks from Decentralized Data", AISTATS 2017, Algorithm 1:
+//! `w ← Σ n_k/n · w_k`), folded where it lies at the speed of the memory.
+//!
+//! An [`Accumulator`] is one aggregate in the making. It belongs to one aggregator, which calls
+//! [`fold`](Accumulator::fold) with what has arrived and its own slot, and [`finish`](Accumulator::finish) before it
+//! sends the slot up. [`subtract`] and [`add`] turn weights into deltas and back. Nothing here knows of slots, frames
+//! or sockets: bytes come in, laid out as the job's [`Schema`] says, and bytes go out.
+//!
+//! ```text
+//!                  fold                  finish
+//! empty ─────────────────────▶ folding ─────────▶ folding (its slot may be sent)
+//!   ▲ ▲                         │    │ fold: an input is not finite
+//!   │ └─────────── reset ───────┘    ▼
+//!   └───────────── reset ───────── spoilt: the slot holds rubbish; every fold is refused
+//! ```
+//!
+//! Which module does what: `accumulator` the states and the weights, `region` which arithmetic a run of elements
+//! needs, `place` where a mean is kept between folds,
+//! `element` the arithmetic of one element type, `wide` that of 64-bit integers, `threads` cuts the work, `delta`
+//! subtracts and adds.
+//!
+//! Each element is computed from its own inputs in the order given, by multiplications and additions that are not
+//! fused: the same bits come out for any number of threads, and on any machine.
+
+mod accumulator;
+mod delta;
+mod element;
+mod place;
+mod region;
+mod threads;
+mod wide;
+
+use std::ops::Range;
+
+use lifl_common::update::Schema;
+use zerocopy::{FromBytes, Immutable, IntoBytes};
+
+pub use accumulator::{Accumulator, scratch_bytes};
+pub use delta::{add, subtract};
+pub use threads::Threads;
+
+/// One update or aggregate to be folded.
+#[derive(Clone, Copy, Debug)]
+pub struct Input<'a> {
+    /// The tensors' data, laid out as the schema says.
+    pub data: &'a [u8],
+    /// Training samples behind it, at least 1: its weight.
+    pub samples: u64,
+}
+
+/// Why nothing, or nothing usable, was folded.
+#[derive(Debug, thiserror::Error)]
+pub enum FoldError {
+    /// An input that stands for no sample has no weight. Nothing was folded.
+    #[error("input {input} has 0 samples")]
+    NoSamples {
+        /// Its index among the inputs of the call.
+        input: usize,
+    },
+    /// The sum of samples passes `u64`. Nothing was folded.
+    #[error("the samples of input {input} overflow their sum, {samples} so far")]
+    TooManySamples {
+        /// Index of the input that was too much.
+        input: usize,
+        /// The sum without it.
+        samples: u64,
+    },
+    /// Data of another schema. Nothing was folded.
+    #[error("{what} has {found} bytes, the job's tensors have {expected}")]
+    Length {
+        /// Which data.
+        what: Operand,
+        /// Its bytes.
+        found: usize,
+        /// The schema's.
+        expected: usize,
+    },
+    /// Data that does not begin at a multiple of its elements' size. Nothing was folded.
+    #[error("{what} is not aligned to {align} bytes")]
+    Misaligned {
+        /// Which data.
+        what: Operand,
+        /// What the schema needs.
+        align: usize,
+    },
+    /// NaN or infinity among the inputs. The accumulator is spoilt: [`reset`](Accumulator::reset) it and fold again
+    /// all that it held, without the culprits.
+    #[error("inputs {inputs:?} hold NaN or infinity")]
+    NotFinite {
+        /// Indices of the culprits among the inputs of the call. None means that the slot itself held it, which
+        /// somebody else must have written.
+        inputs: Vec<usize>,
+    },
+    /// The accumulator was spoilt by an earlier [`NotFinite`](Self::NotFinite) and not reset since.
+    #[error("the aggregate was spoilt by an input that is not finite, and was not reset")]
+    Spoilt,
+    /// There is nothing to finish.
+    #[error("nothing was folded")]
+    Empty,
+    /// The machine refused a thread.
+    #[error("cannot start {threads} threads")]
+    Threads {
+        /// As many as were asked for.
+        threads: usize,
+        /// Why.
+        #[source]
+        source: rayon::ThreadPoolBuildError,
+    },
+}
+
+/// Which of the byte slices of a call.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Operand {
+    /// The slot that is written.
+    Out,
+    /// The input of that index.
+    Input(usize),
+}
+
+impl std::fmt::Display for Operand {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Out => f.write_str("the output"),
+            Self::Input(index) => write!(f, "input {index}"),
+        }
+    }
+}
+
+/// Whether `data` can be read as the schema's regions.
+fn check(schema: &Schema, what: Operand, data: &[u8]) -> Result<(), FoldError> {
+    let expected = schema.data_bytes();
+    if data.len() != expected {
+        return Err(FoldError::Length {
+            what,
+            found: data.len(),
+            expected,
+        });
+    }
+    // Regions come widest first and have no holes, so what suits the first suits all.
+    let align = schema.regions().first().map_or(1, |region| region.dtype.bytes());
+    if !data.as_ptr().addr().is_multiple_of(align) {
+        return Err(FoldError::Misaligned { what, align });
+    }
+    Ok(())
+}
+
+/// A region's elements.
+///
+/// # Panics
+/// If [`check`] has not been passed.
+fn elements<'a, E: FromBytes + Immutable>(data: &'a [u8], range: &Range<usize>) -> &'a [E] {
+    <[E]>::ref_from_bytes(&data[range.clone()]).expect("length and alignment were checked")
+}
+
+/// A region's elements, to be written.
+///
+/// # Panics
+/// If [`check`] has not been passed.
+fn elements_mut<'a, E>(data: &'a mut [u8], range: &Range<usize>) -> &'a mut [E]
+where
+    E: FromBytes + IntoBytes,
+{
+    <[E]>::mut_from_bytes(&mut data[range.clone()]).expect("length and alignment were checked")
+}

@@ -1,0 +1,233 @@
+//! Where a mean is kept between folds: one function for each such place, which folds one chunk of it.
+//!
+//! | place | types | private bytes per element | rounded |
+//! | --- | --- | --- | --- |
+//! | [`slot`] | all but `f64` and 64-bit integers, when lazy | 0 | at each fold |
+//! | [`clamped`] | `f64` | 0 | at each fold |
+//! | [`guarded`] | `f32`, when eager | 1 | at each fold to 31 bits, 8 of them beside the slot |
+//! | [`private`] | narrow floats, integers of up to 32 bits, when eager | 4 or 8 | to the type at the end |
+//! | [`exact_slot`] | 64-bit integers, when lazy | 0 | at each fold |
+//! | [`exact`] | 64-bit integers, when eager | 16 | at the end |
+//!
+//! Each takes the chunk, the index of its first element in the region, and the fold; each gives `false` if an input
+//! was not finite, and then what is kept is rubbish.
+//!
+//! Why `f32` is guarded: two hundred folds into an `f32` slot add up two hundred roundings, and a tensor whose values
+//! are all near 1 then misses the flat average by 10⁻⁶ and more. With eight more bits nothing adds up, for one byte
+//! read and one written beside the twelve that the fold moves anyway.
+
+use super::element::{BLOCK, Element, Weighted, finite};
+use super::wide::{self, Wide};
+
+/// One region's share in one call.
+pub(super) struct Fold<'a, E> {
+    /// Samples folded before; with none, what is kept is never read.
+    pub(super) before: u64,
+    /// Their share of all samples.
+    pub(super) weight: f64,
+    /// All samples, with those of the inputs.
+    pub(super) samples: u64,
+    /// The inputs, in the order given.
+    pub(super) inputs: Vec<Weighted<'a, E>>,
+}
+
+impl<E: Element> Fold<'_, E> {
+    /// The mean of the elements from `start` on. `kept` fills in what was folded before, if anything was.
+    #[inline(always)]
+    fn sum(&self, sums: &mut [f64], start: usize, kept: impl FnOnce(&mut [f64])) {
+        match self.before {
+            0 => sums.fill(0.0),
+            _ => kept(sums),
+        }
+        E::add(sums, &self.inputs, start);
+    }
+}
+
+/// The slot itself, rounded to its type.
+#[inline(always)]
+pub(super) fn slot<E: Element>(out: &mut [E], start: usize, fold: &Fold<'_, E>) -> bool {
+    private::<E, E>(out, start, fold)
+}
+
+/// Memory of a type `C`, rounded to that.
+#[inline(always)]
+pub(super) fn private<E: Element, C: Element>(kept: &mut [C], start: usize, fold: &Fold<'_, E>) -> bool {
+    let mut block = [0.0; BLOCK];
+    let mut good = true;
+    for (i, kept) in kept.chunks_mut(BLOCK).enumerate() {
+        let sums = &mut block[..kept.len()];
+        fold.sum(
+            sums,
+            start + i * BLOCK,
+            #[inline(always)]
+            |sums| C::scale(sums, kept, fold.weight),
+        );
+        good &= finite(sums);
+        C::write(sums, kept);
+    }
+    good
+}
+
+/// Rounds what [`private`] has kept.
+#[inline(always)]
+pub(super) fn finish<E: Element, C: Element>(out: &mut [E], kept: &[C]) {
+    let mut block = [0.0; BLOCK];
+    for (out, kept) in out.chunks_mut(BLOCK).zip(kept.chunks(BLOCK)) {
+        let sums = &mut block[..out.len()];
+        C::scale(sums, kept, 1.0);
+        E::write(sums, out);
+    }
+}
+
+/// An `f64` slot. Rounded weights may sum to a hair more than 1, which `f64` itself would show: the mean is kept
+/// between the least and the greatest input, so that equal values give that value and nothing overflows.
+#[inline(always)]
+pub(super) fn clamped(out: &mut [f64], start: usize, fold: &Fold<'_, f64>) -> bool {
+    /// Three arrays of this, and the input, are less than a first cache level.
+    const PART: usize = BLOCK / 4;
+    let (mut sums, mut least, mut greatest) = ([0.0; PART], [0.0; PART], [0.0; PART]);
+    let mut good = true;
+    for (i, out) in out.chunks_mut(PART).enumerate() {
+        let len = out.len();
+        let (sums, least, greatest) = (&mut sums[..len], &mut least[..len], &mut greatest[..len]);
+        if fold.before == 0 {
+            sums.fill(0.0);
+            least.fill(f64::INFINITY);
+            greatest.fill(f64::NEG_INFINITY);
+        } else {
+            f64::scale(sums, out, fold.weight);
+            least.copy_from_slice(out);
+            greatest.copy_from_slice(out);
+        }
+        for input in &fold.inputs {
+            let values = &input.values[start + i * PART..][..len];
+            for (i, &value) in values.iter().enumerate() {
+                sums[i] += input.weight * value;
+                least[i] = if value < least[i] { value } else { least[i] };
+                greatest[i] = if value > greatest[i] { value } else { greatest[i] };
+            }
+        }
+        for (i, out) in out.iter_mut().enumerate() {
+            // Comparisons with NaN are false, so that a NaN stays; an infinite input is its own bound.
+            let sum = if sums[i] < least[i] { least[i] } else { sums[i] };
+            *out = if sum > greatest[i] { greatest[i] } else { sum };
+        }
+        good &= finite(out);
+    }
+    good
+}
+
+/// An `f32` slot, always rounded to the nearest, and beside it what that rounding took away.
+///
+/// A mean is kept as 31 significant bits of an `f64`; as integers, those are the slot's value widened, plus the guard
+/// times 2²¹. (The bits of floats of one sign are ordered as the floats are, so that holds across powers of two.)
+#[inline(always)]
+pub(super) fn guarded(out: &mut [f32], guards: &mut [i8], start: usize, fold: &Fold<'_, f32>) -> bool {
+    let mut block = [0.0; BLOCK];
+    let mut good = true;
+    for (i, (out, guards)) in out.chunks_mut(BLOCK).zip(guards.chunks_mut(BLOCK)).enumerate() {
+        let sums = &mut block[..out.len()];
+        fold.sum(
+            sums,
+            start + i * BLOCK,
+            #[inline(always)]
+            |sums| {
+                for ((sum, &out), &guard) in sums.iter_mut().zip(out.iter()).zip(guards.iter()) {
+                    *sum = fold.weight * join(out, guard);
+                }
+            },
+        );
+        good &= finite(sums);
+        for ((out, guard), &sum) in out.iter_mut().zip(guards).zip(sums.iter()) {
+            (*out, *guard) = split(sum);
+        }
+    }
+    good
+}
+
+/// Where the guard's lowest bit stands in an `f64`.
+const GUARD_SHIFT: u32 = 21;
+
+/// The mean that a slot and its guard keep.
+#[inline(always)]
+fn join(out: f32, guard: i8) -> f64 {
+    let guard = (i64::from(guard) << GUARD_SHIFT) as u64;
+    f64::from_bits(f64::from(out).to_bits().wrapping_add(guard))
+}
+
+/// What the slot and its guard keep of a mean.
+#[inline(always)]
+fn split(mean: f64) -> (f32, i8) {
+    let kept = mean.to_bits().wrapping_add(1 << (GUARD_SHIFT - 1)) >> GUARD_SHIFT;
+    let nearest = kept.wrapping_add(1 << 7) >> 8;
+    let out = f64::from_bits(nearest << (GUARD_SHIFT + 8));
+    let guard = kept.wrapping_sub(nearest << 8) as i8;
+    // Below `f32`'s normal range the slot has fewer bits than that: it stands alone there.
+    let normal = out.abs() >= f64::from(f32::MIN_POSITIVE);
+    (out as f32, if normal { guard } else { 0 })
+}
+
+/// A slot of 64-bit integers.
+#[inline(always)]
+pub(super) fn exact_slot<E: Wide>(out: &mut [E], start: usize, fold: &Fold<'_, E>) -> bool {
+    const PART: usize = BLOCK / 2;
+    let mut sums = [E::Sum::default(); PART];
+    for (i, out) in out.chunks_mut(PART).enumerate() {
+        let sums = &mut sums[..out.len()];
+        sums.fill(E::Sum::default());
+        if fold.before > 0 {
+            let kept = Weighted {
+                values: out,
+                weight: fold.weight,
+                samples: fold.before,
+            };
+            wide::add(sums, &[kept], 0);
+        }
+        wide::add(sums, &fold.inputs, start + i * PART);
+        wide::round(sums, fold.samples, out);
+    }
+    true
+}
+
+/// Sums of 64-bit integers in private memory.
+#[inline(always)]
+pub(super) fn exact<E: Wide>(sums: &mut [E::Sum], start: usize, fold: &Fold<'_, E>) -> bool {
+    const PART: usize = BLOCK / 2;
+    for (i, sums) in sums.chunks_mut(PART).enumerate() {
+        if fold.before == 0 {
+            sums.fill(E::Sum::default());
+        }
+        wide::add(sums, &fold.inputs, start + i * PART);
+    }
+    true
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    proptest! {
+        #[test]
+        fn a_guard_keeps_31_bits_and_the_slot_is_the_nearest(bits in any::<u64>()) {
+            // Exponents that f32 has, and those around its least ones.
+            let mean = f64::from_bits(bits & !(0x7FF << 52) | (860 + (bits >> 52) % 290) << 52);
+            let (out, guard) = split(mean);
+            let kept = join(out, guard);
+            if out.abs() > f32::MIN_POSITIVE {
+                prop_assert!((kept - mean).abs() <= mean.abs() * 2_f64.powi(-31), "{mean:e} became {kept:e}");
+            } else {
+                prop_assert!((kept - mean).abs() <= 2_f64.powi(-149), "{mean:e} became {kept:e}");
+            }
+            let ulp = f64::from(out.abs().next_up() - out.abs());
+            prop_assert!((f64::from(out) - mean).abs() <= ulp * 0.502, "{mean:e} in the slot: {out:e}");
+        }
+
+        #[test]
+        fn what_f32_has_is_kept_as_it_is(value in any::<f32>()) {
+            let (out, guard) = split(value.into());
+            prop_assert_eq!((out.to_bits(), guard), (value.to_bits(), 0));
+        }
+    }
+}
