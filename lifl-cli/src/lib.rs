@@ -10,7 +10,7 @@ mod commands;
 pub mod coordinate;
 pub mod data;
 pub mod doctor;
-mod exit;
+pub mod exit;
 pub mod learn;
 pub mod memory;
 pub mod work;

@@ -9,7 +9,7 @@ use lifl_common::config::JobSpec;
 
 /// A run's folder.
 #[derive(Clone, Debug)]
-pub struct RunFolder {
+pub(super) struct RunFolder {
     path: PathBuf,
 }
 
@@ -18,7 +18,7 @@ impl RunFolder {
     ///
     /// # Errors
     /// If it is in use or cannot be made.
-    pub fn create(out: Option<&Path>, job: &JobSpec) -> anyhow::Result<Self> {
+    pub(super) fn create(out: Option<&Path>, job: &JobSpec) -> anyhow::Result<Self> {
         let path = match out {
             Some(out) => out.to_owned(),
             None => fresh(Path::new("runs"), &format!("{}-{}", file_name(&job.name), jiff::Timestamp::now().strftime("%Y%m%d-%H%M%S"))),
@@ -36,17 +36,17 @@ impl RunFolder {
     }
 
     /// Where it is.
-    pub fn path(&self) -> &Path {
+    pub(super) fn path(&self) -> &Path {
         &self.path
     }
 
     /// A worker's log.
-    pub fn log(&self, worker: &str) -> PathBuf {
+    pub(super) fn log(&self, worker: &str) -> PathBuf {
         self.path.join("logs").join(format!("{worker}.log"))
     }
 
     /// The last lines of a worker's log.
-    pub fn log_tail(&self, worker: &str) -> String {
+    pub(super) fn log_tail(&self, worker: &str) -> String {
         const LINES: usize = 5;
         let text = fs::read(self.log(worker)).unwrap_or_default();
         let text = String::from_utf8_lossy(&text);
@@ -58,7 +58,7 @@ impl RunFolder {
     ///
     /// # Errors
     /// If the disk is full, or the folder is gone.
-    pub fn checkpoint(&self, round: u32, image: &[u8]) -> anyhow::Result<()> {
+    pub(super) fn checkpoint(&self, round: u32, image: &[u8]) -> anyhow::Result<()> {
         self.write(&format!("model-{round}.safetensors"), image)
     }
 
@@ -66,7 +66,7 @@ impl RunFolder {
     ///
     /// # Errors
     /// As [`checkpoint`](Self::checkpoint).
-    pub fn last_model(&self, round: u32, image: &[u8]) -> anyhow::Result<()> {
+    pub(super) fn last_model(&self, round: u32, image: &[u8]) -> anyhow::Result<()> {
         let last = self.path.join("model.safetensors");
         // The same bytes need no second copy on the disk.
         if fs::hard_link(self.path.join(format!("model-{round}.safetensors")), &last).is_ok() {

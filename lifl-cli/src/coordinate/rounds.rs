@@ -116,10 +116,10 @@ impl<'r, 'j> Rounds<'r, 'j> {
             if ready == all {
                 return Ok(());
             }
-            if let News::Frame(frame) = self.news().await? {
-                if frame.kind == FrameKind::Ready as u16 {
-                    self.ready.insert(frame.from);
-                }
+            if let News::Frame(frame) = self.news().await?
+                && frame.kind == FrameKind::Ready as u16
+            {
+                self.ready.insert(frame.from);
             }
         }
     }

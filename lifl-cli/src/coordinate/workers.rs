@@ -19,7 +19,7 @@ use super::folder::RunFolder;
 const GRACE: Duration = Duration::from_secs(5);
 
 /// The processes of a run, each played by this very program.
-pub struct Workers {
+pub(super) struct Workers {
     processes: JoinSet<(usize, std::io::Result<ExitStatus>)>,
     pids: HashMap<usize, u32>,
     kill: CancellationToken,
@@ -30,7 +30,7 @@ impl Workers {
     ///
     /// # Errors
     /// If a process cannot be started; those that were are killed.
-    pub fn start(job: &JobSpec, job_id: JobId, socket: &Path, folder: &RunFolder) -> anyhow::Result<Self> {
+    pub(super) fn start(job: &JobSpec, job_id: JobId, socket: &Path, folder: &RunFolder) -> anyhow::Result<Self> {
         let program = std::env::current_exe().context("cannot find this program's own file")?;
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
         let trainers = job.workers.iter().filter(|worker| worker.kind == Kind::Trainer).count();
@@ -71,7 +71,7 @@ impl Workers {
     }
 
     /// Waits for the next process to end, by its index; for ever when none is left. Cancel-safe.
-    pub async fn exited(&mut self) -> (usize, String) {
+    pub(super) async fn exited(&mut self) -> (usize, String) {
         loop {
             match self.processes.join_next().await {
                 Some(Ok((index, status))) => {
@@ -85,12 +85,12 @@ impl Workers {
     }
 
     /// The processes that run.
-    pub fn pids(&self) -> impl Iterator<Item = u32> {
+    pub(super) fn pids(&self) -> impl Iterator<Item = u32> {
         self.pids.values().copied()
     }
 
     /// Waits until all have left, which the job's end tells them to; kills those that do not. Says how many.
-    pub async fn end(mut self) -> usize {
+    pub(super) async fn end(mut self) -> usize {
         let all_left = async { while self.processes.join_next().await.is_some() {} };
         if tokio::time::timeout(GRACE, all_left).await.is_ok() {
             return 0;

@@ -81,6 +81,8 @@ impl Link {
                     Event::PeerLost(lost) => {
                         tracing::info!(worker = %lost.worker, name = %lost.name, "peer lost");
                         self.arena.take_back(lost.worker);
+                        // What of it is still to be read is held by its readers.
+                        self.peers.retain(|_, peer| peer.owner() != lost.worker);
                         return Ok(Incoming::Lost(lost.worker));
                     }
                     Event::DeadLetter(letter) => {
@@ -121,10 +123,5 @@ impl Link {
         let peer = Arc::new(self.client.open_arena(arena).await?);
         self.peers.insert(arena, Arc::clone(&peer));
         Ok(peer)
-    }
-
-    /// Lets go of an arena that will not be read again: its owner is gone.
-    pub(super) fn forget(&mut self, arena: ArenaId) {
-        self.peers.remove(&arena);
     }
 }

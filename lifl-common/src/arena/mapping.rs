@@ -8,7 +8,7 @@ use memmap2::{MmapOptions, MmapRaw};
 use serde::{Deserialize, Serialize};
 
 use super::{ArenaError, memfd};
-use crate::id::{ArenaId, Key};
+use crate::id::{ArenaId, Key, WorkerId};
 
 /// How an arena is cut into slots.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -107,6 +107,7 @@ impl OwnerMapping {
 #[derive(Debug)]
 pub struct PeerArena {
     id: ArenaId,
+    owner: WorkerId,
     map: MmapRaw,
     layout: Layout,
 }
@@ -116,7 +117,7 @@ impl PeerArena {
     ///
     /// # Errors
     /// If it lacks the seals, is smaller than announced, or cannot be mapped.
-    pub fn new(file: &File, id: ArenaId, layout: Layout) -> Result<Self, ArenaError> {
+    pub fn new(file: &File, id: ArenaId, owner: WorkerId, layout: Layout) -> Result<Self, ArenaError> {
         let seals = memfd::seals(file).map_err(system("fcntl(F_GET_SEALS)", id, 0))?;
         let required = memfd::READER_SEALS;
         if seals & required != required {
@@ -129,12 +130,17 @@ impl PeerArena {
         let length = checked_length(file, id, layout)?;
         let map = MmapOptions::new().len(length).map_raw_read_only(file.as_raw_fd());
         let map = map.map_err(system("mmap(PROT_READ)", id, length as u64))?;
-        Ok(Self { id, map, layout })
+        Ok(Self { id, owner, map, layout })
     }
 
     /// Which arena it is.
     pub fn id(&self) -> ArenaId {
         self.id
+    }
+
+    /// Who writes it.
+    pub fn owner(&self) -> WorkerId {
+        self.owner
     }
 
     /// The object that the key names, `length` bytes of it.

@@ -246,7 +246,7 @@ mod tests {
     #[test]
     fn readers_see_what_the_owner_publishes_after_the_seal() {
         let (file, mut arena) = arena(2);
-        let peer = PeerArena::new(&file, ArenaId(1), arena.layout()).expect("mapped");
+        let peer = PeerArena::new(&file, ArenaId(1), WorkerId(1), arena.layout()).expect("mapped");
         let mut slot = arena.begin().expect("free");
         slot.bytes_mut()[..3].copy_from_slice(b"abc");
         let key = arena.publish(slot);
@@ -279,7 +279,7 @@ mod tests {
     fn an_unsealed_memfd_is_not_mapped_for_reading() {
         let layout = Layout::for_objects(1, 10).expect("a layout");
         let file = memfd::create("test", 4096, false).expect("memfd");
-        let error = PeerArena::new(&file, ArenaId(1), layout).expect_err("not sealed");
+        let error = PeerArena::new(&file, ArenaId(1), WorkerId(1), layout).expect_err("not sealed");
         assert!(matches!(error, ArenaError::NotSealed { .. }), "{error}");
     }
 

@@ -211,7 +211,7 @@ impl Client {
     /// If there is no such arena, or it is another job's.
     pub async fn open_arena(&mut self, arena: ArenaId) -> Result<PeerArena, ClientError> {
         let (reply, fds) = self.request(&Request::OpenArena { arena }, &[]).await?;
-        let Reply::ArenaOpened { layout } = reply else {
+        let Reply::ArenaOpened { owner, layout } = reply else {
             return Err(ClientError::Unexpected {
                 request: "open_arena",
             });
@@ -219,7 +219,7 @@ impl Client {
         let file = only(fds).ok_or(ClientError::Unexpected {
             request: "open_arena",
         })?;
-        Ok(PeerArena::new(&file, arena, layout)?)
+        Ok(PeerArena::new(&file, arena, owner, layout)?)
     }
 
     /// Everything that is registered, of one job or of all.

@@ -92,6 +92,8 @@ pub enum Reply {
     },
     /// To [`Request::OpenArena`].
     ArenaOpened {
+        /// Whose it is.
+        owner: WorkerId,
         /// Its slots.
         #[serde(flatten)]
         layout: Layout,
