@@ -469,7 +469,13 @@ impl Registry {
             );
         }
         let handle = duplicate(&arena.memfd)?;
-        Ok((Reply::ArenaOpened { owner: arena.owner, layout: arena.layout }, Some(handle)))
+        Ok((
+            Reply::ArenaOpened {
+                owner: arena.owner,
+                layout: arena.layout,
+            },
+            Some(handle),
+        ))
     }
 
     fn status(&self, id: ConnId, job: Option<JobId>, after: Option<WorkerId>) -> Answer {

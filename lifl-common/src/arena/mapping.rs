@@ -130,7 +130,12 @@ impl PeerArena {
         let length = checked_length(file, id, layout)?;
         let map = MmapOptions::new().len(length).map_raw_read_only(file.as_raw_fd());
         let map = map.map_err(system("mmap(PROT_READ)", id, length as u64))?;
-        Ok(Self { id, owner, map, layout })
+        Ok(Self {
+            id,
+            owner,
+            map,
+            layout,
+        })
     }
 
     /// Which arena it is.

@@ -209,7 +209,9 @@ pub fn import(file: &[u8], mut model: TensorsMut<'_>) -> Result<(), ImageError> 
             found,
             expected: format!("{} {:?}", tensor.dtype, tensor.shape),
         };
-        let view = theirs.tensor(&tensor.name).map_err(|_| differs("missing".to_owned()))?;
+        let view = theirs
+            .tensor(&tensor.name)
+            .map_err(|_| differs("missing".to_owned()))?;
         if view.dtype() != tensor.dtype.to_safetensors() || view.shape() != tensor.shape {
             return Err(differs(format!("{:?} {:?}", view.dtype(), view.shape())));
         }
@@ -218,7 +220,11 @@ pub fn import(file: &[u8], mut model: TensorsMut<'_>) -> Result<(), ImageError> 
     match theirs.names().into_iter().find(|name| schema.get(name).is_none()) {
         Some(name) => {
             let name = name.to_owned();
-            Err(ImageError::OtherTensor { name, found: "present".to_owned(), expected: "none".to_owned() })
+            Err(ImageError::OtherTensor {
+                name,
+                found: "present".to_owned(),
+                expected: "none".to_owned(),
+            })
         }
         None => Ok(()),
     }
