@@ -1,7 +1,8 @@
 //! The frame: the fixed-size message on a worker's socket.
 //!
 //! Frames carry references, never model bytes. All are [`Frame::BYTES`] long, so a stream of them needs no
-//! framing. The kernel program reads the destination, the source and the key's length; the rest is between workers.
+//! framing. One write to the socket is some whole frames, or a piece of one that ends where the frame ends at the
+//! latest; a sockmap loses what goes beyond. The kernel program reads the destination, the source and the key's length; the rest is between workers.
 
 use core::fmt;
 
@@ -184,7 +185,12 @@ mod tests {
 
     #[test]
     fn fields_lie_where_the_table_says() {
-        let frame = Frame { to: WorkerId(7), kind: FrameKind::Update as u16, samples: 600, ..Frame::default() };
+        let frame = Frame {
+            to: WorkerId(7),
+            kind: FrameKind::Update as u16,
+            samples: 600,
+            ..Frame::default()
+        };
         let bytes = frame.as_bytes();
         assert_eq!(bytes[..4], 7_u32.to_ne_bytes());
         assert_eq!(bytes[8..10], 5_u16.to_ne_bytes());

@@ -50,9 +50,7 @@ impl WorkerId {
 /// Names one object in shared memory: 16 bytes, as in LIFL (MLSys 2024, section 4.1).
 ///
 /// Layout, little endian as the machine is: arena u32, slot u32, generation u64.
-#[derive(
-    Clone, Copy, Debug, Default, PartialEq, Eq, Hash, FromBytes, IntoBytes, Immutable, KnownLayout,
-)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[cfg_attr(feature = "std", derive(serde::Serialize, serde::Deserialize))]
 #[repr(C)]
 pub struct Key {
@@ -68,7 +66,11 @@ const _: () = assert!(size_of::<Key>() == 16);
 
 impl Key {
     /// No object.
-    pub const NONE: Self = Self { arena: ArenaId(0), slot: 0, generation: Generation(0) };
+    pub const NONE: Self = Self {
+        arena: ArenaId(0),
+        slot: 0,
+        generation: Generation(0),
+    };
 }
 
 impl fmt::Display for Key {

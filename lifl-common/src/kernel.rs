@@ -85,11 +85,15 @@ pub struct Counters {
 /// The reason for which the frame is a dead letter.
 #[inline(always)]
 pub fn verdict(frame: &Frame, sender: Option<&Sender>, member: Option<&Member>) -> Result<(), Refusal> {
-    let Some(sender) = sender else { return Err(Refusal::UnknownSender) };
+    let Some(sender) = sender else {
+        return Err(Refusal::UnknownSender);
+    };
     if frame.from.0 != sender.worker.0 {
         return Err(Refusal::ForgedSource);
     }
-    let Some(member) = member else { return Err(Refusal::UnknownWorker) };
+    let Some(member) = member else {
+        return Err(Refusal::UnknownWorker);
+    };
     if member.job.0 != sender.job.0 {
         return Err(Refusal::OtherJob);
     }
@@ -102,13 +106,32 @@ mod tests {
 
     #[test]
     fn a_frame_passes_only_from_its_own_socket_to_its_own_job() {
-        let frame = Frame { to: WorkerId(2), from: WorkerId(1), ..Frame::default() };
-        let sender = |worker, job| Sender { worker: WorkerId(worker), job: JobId(job) };
+        let frame = Frame {
+            to: WorkerId(2),
+            from: WorkerId(1),
+            ..Frame::default()
+        };
+        let sender = |worker, job| Sender {
+            worker: WorkerId(worker),
+            job: JobId(job),
+        };
         let member = |job| Member { job: JobId(job) };
         assert_eq!(verdict(&frame, Some(&sender(1, 1)), Some(&member(1))), Ok(()));
-        assert_eq!(verdict(&frame, None, Some(&member(1))), Err(Refusal::UnknownSender));
-        assert_eq!(verdict(&frame, Some(&sender(3, 1)), Some(&member(1))), Err(Refusal::ForgedSource));
-        assert_eq!(verdict(&frame, Some(&sender(1, 1)), None), Err(Refusal::UnknownWorker));
-        assert_eq!(verdict(&frame, Some(&sender(1, 1)), Some(&member(2))), Err(Refusal::OtherJob));
+        assert_eq!(
+            verdict(&frame, None, Some(&member(1))),
+            Err(Refusal::UnknownSender)
+        );
+        assert_eq!(
+            verdict(&frame, Some(&sender(3, 1)), Some(&member(1))),
+            Err(Refusal::ForgedSource)
+        );
+        assert_eq!(
+            verdict(&frame, Some(&sender(1, 1)), None),
+            Err(Refusal::UnknownWorker)
+        );
+        assert_eq!(
+            verdict(&frame, Some(&sender(1, 1)), Some(&member(2))),
+            Err(Refusal::OtherJob)
+        );
     }
 }

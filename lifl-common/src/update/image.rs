@@ -104,7 +104,10 @@ pub fn image_bytes(schema: &Schema) -> usize {
 pub fn write_header(image: &mut [u8], schema: &Schema, metadata: &Metadata) {
     let tensors = tensors_json(schema);
     let offset = (8 + tensors.len() + METADATA_ROOM).next_multiple_of(DATA_ALIGN);
-    assert!(image.len() >= offset + schema.data_bytes(), "slot too small for the schema");
+    assert!(
+        image.len() >= offset + schema.data_bytes(),
+        "slot too small for the schema"
+    );
     let mut maker = metadata.maker.clone();
     while maker.len() > 128 {
         maker.pop();
@@ -140,13 +143,21 @@ pub fn write_header(image: &mut [u8], schema: &Schema, metadata: &Metadata) {
 /// If it is not a safetensors image of this schema.
 pub fn check(image: &[u8], schema: &Schema) -> Result<(Metadata, usize), ImageError> {
     let have = image.len();
-    let length = image.first_chunk::<8>().ok_or(ImageError::HeaderCut { have, need: 8 })?;
+    let length = image
+        .first_chunk::<8>()
+        .ok_or(ImageError::HeaderCut { have, need: 8 })?;
     let length = u64::from_le_bytes(*length);
     if length > MAX_HEADER_BYTES as u64 {
         return Err(ImageError::HeaderTooLarge(length));
     }
     let offset = 8 + length as usize;
-    let header = image.get(8..offset).ok_or(ImageError::HeaderCut { have, need: offset as u64 })?.to_vec();
+    let header = image
+        .get(8..offset)
+        .ok_or(ImageError::HeaderCut {
+            have,
+            need: offset as u64,
+        })?
+        .to_vec();
     if !offset.is_multiple_of(DATA_ALIGN) {
         return Err(ImageError::Misaligned(offset));
     }
@@ -155,19 +166,26 @@ pub fn check(image: &[u8], schema: &Schema) -> Result<(Metadata, usize), ImageEr
     check_tensors(&header, schema)?;
     let found = have - offset;
     if found != schema.data_bytes() {
-        return Err(ImageError::DataLength { found, expected: schema.data_bytes() });
+        return Err(ImageError::DataLength {
+            found,
+            expected: schema.data_bytes(),
+        });
     }
     let fields = header.metadata().as_ref();
     let text = |name: &'static str| fields.and_then(|fields| fields.get(name));
     let number = |name: &'static str| -> Result<u64, ImageError> {
-        text(name).and_then(|n| n.parse().ok()).ok_or(ImageError::Metadata(name))
+        text(name)
+            .and_then(|n| n.parse().ok())
+            .ok_or(ImageError::Metadata(name))
     };
     let metadata = Metadata {
         maker: text("maker").cloned().unwrap_or_default(),
         round: u32::try_from(number("round")?).map_err(|_| ImageError::Metadata("round"))?,
         generation: Generation(number("generation")?),
         samples: number("samples")?,
-        loss: text("loss").and_then(|loss| loss.parse().ok()).filter(|loss: &f64| loss.is_finite()),
+        loss: text("loss")
+            .and_then(|loss| loss.parse().ok())
+            .filter(|loss: &f64| loss.is_finite()),
         folded: number("folded")?,
         bytes_copied: number("bytes_copied")?,
     };
@@ -177,18 +195,31 @@ pub fn check(image: &[u8], schema: &Schema) -> Result<(Metadata, usize), ImageEr
 fn check_tensors(header: &safetensors::tensor::Metadata, schema: &Schema) -> Result<(), ImageError> {
     for (tensor, range) in schema.iter() {
         let expected = || format!("{} {:?} at byte {}", tensor.dtype, tensor.shape, range.start);
-        let differs = |found| ImageError::OtherTensor { name: tensor.name.clone(), found, expected: expected() };
-        let info = header.info(&tensor.name).ok_or_else(|| differs("missing".to_owned()))?;
+        let differs = |found| ImageError::OtherTensor {
+            name: tensor.name.clone(),
+            found,
+            expected: expected(),
+        };
+        let info = header
+            .info(&tensor.name)
+            .ok_or_else(|| differs("missing".to_owned()))?;
         let same = info.dtype == tensor.dtype.to_safetensors()
             && info.shape == tensor.shape
             && info.data_offsets == (range.start, range.end);
         if !same {
-            return Err(differs(format!("{:?} {:?} at byte {}", info.dtype, info.shape, info.data_offsets.0)));
+            return Err(differs(format!(
+                "{:?} {:?} at byte {}",
+                info.dtype, info.shape, info.data_offsets.0
+            )));
         }
     }
     let names = header.offset_keys();
     if let Some(name) = names.into_iter().find(|name| schema.get(name).is_none()) {
-        return Err(ImageError::OtherTensor { name, found: "present".to_owned(), expected: "none".to_owned() });
+        return Err(ImageError::OtherTensor {
+            name,
+            found: "present".to_owned(),
+            expected: "none".to_owned(),
+        });
     }
     Ok(())
 }

@@ -90,7 +90,11 @@ pub struct TensorSpec {
 impl TensorSpec {
     /// A tensor of that name, type and shape.
     pub fn new(name: impl Into<String>, dtype: DType, shape: impl Into<Vec<usize>>) -> Self {
-        Self { name: name.into(), dtype, shape: shape.into() }
+        Self {
+            name: name.into(),
+            dtype,
+            shape: shape.into(),
+        }
     }
 
     /// Elements in it; `None` when that overflows.
@@ -190,7 +194,9 @@ impl Schema {
 
     /// Elements in all tensors together.
     pub fn elements(&self) -> usize {
-        self.iter().map(|(tensor, range)| range.len() / tensor.dtype.bytes()).sum()
+        self.iter()
+            .map(|(tensor, range)| range.len() / tensor.dtype.bytes())
+            .sum()
     }
 
     /// The data as runs of one element type; at most one run for each type.
@@ -199,7 +205,10 @@ impl Schema {
         for (tensor, range) in self.iter() {
             match regions.last_mut() {
                 Some(last) if last.dtype == tensor.dtype => last.range.end = range.end,
-                _ => regions.push(Region { dtype: tensor.dtype, range }),
+                _ => regions.push(Region {
+                    dtype: tensor.dtype,
+                    range,
+                }),
             }
         }
         regions
@@ -288,7 +297,10 @@ impl<'a> TensorsMut<'a> {
 
     /// To read what was written.
     pub fn as_tensors(&self) -> Tensors<'_> {
-        Tensors { schema: self.schema, data: self.data }
+        Tensors {
+            schema: self.schema,
+            data: self.data,
+        }
     }
 }
 
@@ -311,14 +323,20 @@ mod tests {
             assert_eq!(range.start % tensor.dtype.bytes(), 0, "{}", tensor.name);
             end = range.end;
         }
-        assert_eq!((end, schema.data_bytes(), schema.elements()), (8 + 24 + 10 + 3, 45, 1 + 6 + 5 + 3));
+        assert_eq!(
+            (end, schema.data_bytes(), schema.elements()),
+            (8 + 24 + 10 + 3, 45, 1 + 6 + 5 + 3)
+        );
     }
 
     #[test]
     fn refuses_what_cannot_be_laid_out() {
         let w = || TensorSpec::new("w", DType::F32, [2]);
         assert_eq!(Schema::new(vec![]), Err(SchemaError::Empty));
-        assert_eq!(Schema::new(vec![w(), w()]), Err(SchemaError::Duplicate("w".into())));
+        assert_eq!(
+            Schema::new(vec![w(), w()]),
+            Err(SchemaError::Duplicate("w".into()))
+        );
         let huge = TensorSpec::new("h", DType::F64, [usize::MAX, 2]);
         assert_eq!(Schema::new(vec![huge]), Err(SchemaError::TooLarge("h".into())));
     }
@@ -333,7 +351,19 @@ mod tests {
         .expect("a schema");
         let regions = schema.regions();
         assert_eq!(regions.len(), 2);
-        assert_eq!(regions[0], Region { dtype: DType::F32, range: 0..24 });
-        assert_eq!(regions[1], Region { dtype: DType::I32, range: 24..28 });
+        assert_eq!(
+            regions[0],
+            Region {
+                dtype: DType::F32,
+                range: 0..24
+            }
+        );
+        assert_eq!(
+            regions[1],
+            Region {
+                dtype: DType::I32,
+                range: 24..28
+            }
+        );
     }
 }

@@ -1,0 +1,29 @@
+//! How frames travel on a node.
+
+use std::fmt;
+
+use serde::{Deserialize, Serialize};
+
+/// The two ways for a frame from one worker to another.
+///
+/// | | worker's socket | the daemon gets |
+/// | --- | --- | --- |
+/// | `sockmap` | near end of a TCP pair on 127.0.0.1; both ends stay with the worker | a duplicate of the near end, which it closes after registration |
+/// | `relay` | one end of a Unix stream pair | the other end, which it keeps |
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum PlaneKind {
+    /// Through the kernel: the SK_MSG program.
+    Sockmap,
+    /// Through the daemon.
+    Relay,
+}
+
+impl fmt::Display for PlaneKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Sockmap => "sockmap",
+            Self::Relay => "relay",
+        })
+    }
+}
