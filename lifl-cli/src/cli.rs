@@ -6,7 +6,7 @@ use std::process::ExitCode;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use lifl_common::config::{Overrides, Timing};
 use lifl_common::id::JobId;
-use lifl_daemon::plane::PlaneRequest;
+use lifl_daemon::plane;
 use lifl_daemon::pool::HugePages;
 
 use crate::commands;
@@ -106,8 +106,8 @@ pub(crate) struct RunArgs {
     #[arg(long, value_name = "auto|own|SOCKET", default_value = "auto", value_parser = daemon_choice)]
     pub(crate) daemon: DaemonChoice,
     /// How references travel: through the kernel, through the daemon, or the best that is allowed
-    #[arg(long, value_enum, default_value_t = PlaneRequest::Auto)]
-    pub(crate) plane: PlaneRequest,
+    #[arg(long, value_enum, default_value_t = plane::Request::Auto)]
+    pub(crate) plane: plane::Request,
     /// The run's folder, new or empty [default: runs/JOB-TIME]
     #[arg(long, value_name = "FOLDER")]
     pub(crate) out: Option<PathBuf>,

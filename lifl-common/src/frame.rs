@@ -1,7 +1,8 @@
 //! The frame: the fixed-size message on a worker's socket.
 //!
 //! Frames carry references, never model bytes. All are [`Frame::BYTES`] long, so a stream of them needs no
-//! framing. The kernel program reads the destination, the source and the key's length; the rest is between workers.
+//! framing. One write to the socket is some whole frames, or a piece of one that ends where the frame ends at the
+//! latest; a sockmap loses what goes beyond. The kernel program reads the destination, the source and the key's length; the rest is between workers.
 
 use core::fmt;
 

@@ -2,8 +2,8 @@
 //!
 //! Without the `std` feature this crate holds only what the kernel program shares with user space: [`id`]s, the
 //! [`frame`] and the [`kernel`] map values. With it come the [`arena`]s that updates lie in, the [`update`]
-//! format, the [`control`] messages between a worker and its daemon, the worker's [`client`], and the job file
-//! ([`config`]).
+//! format, the [`control`] messages between a worker and its daemon, the worker's [`client`], the two [`plane`]s
+//! that frames travel on, and the job file ([`config`]).
 #![cfg_attr(not(feature = "std"), no_std)]
 
 pub mod frame;

@@ -1,14 +1,19 @@
-//! How frames travel.
+//! How frames travel on a node.
 
 use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
-/// One of the two ways of a frame.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+/// The two ways for a frame from one worker to another.
+///
+/// | | worker's socket | the daemon gets |
+/// | --- | --- | --- |
+/// | `sockmap` | near end of a TCP pair on 127.0.0.1; both ends stay with the worker | a duplicate of the near end, which it closes after registration |
+/// | `relay` | one end of a Unix stream pair | the other end, which it keeps |
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum PlaneKind {
-    /// Through the kernel: an SK_MSG program and a sockmap.
+    /// Through the kernel: the SK_MSG program.
     Sockmap,
     /// Through the daemon.
     Relay,

@@ -13,7 +13,7 @@ use std::path::PathBuf;
 use lifl_common::plane::PlaneKind;
 use tokio_util::sync::CancellationToken;
 
-use crate::plane::{PlaneError, PlaneRequest};
+use crate::plane::PlaneError;
 use crate::pool::{HugePages, Pool};
 use crate::registry::{Facts, Registry};
 pub use crate::server::ListenError;
@@ -32,7 +32,7 @@ pub struct Options {
     /// The socket's group.
     pub socket_group: Option<nix::unistd::Gid>,
     /// Which plane.
-    pub plane: PlaneRequest,
+    pub plane: plane::Request,
     /// Bytes that arenas may take together.
     pub pool_bytes: u64,
     /// Which pages they get.
@@ -73,7 +73,7 @@ impl Daemon {
     /// Outside of a tokio runtime.
     pub fn start(options: Options, shutdown: CancellationToken) -> Result<Self, StartError> {
         let listener = Listener::bind(&options.socket, options.socket_mode, options.socket_group)?;
-        let chosen = plane::choose(options.plane, options.max_workers)?;
+        let chosen = plane::choose(options.plane, plane::Options { max_workers: options.max_workers })?;
         let (plane, plane_reason) = (chosen.plane.kind(), chosen.reason.clone());
         let facts = Facts {
             plane_reason: chosen.reason,
@@ -89,7 +89,7 @@ impl Daemon {
             max_connections,
             shutdown.clone(),
         );
-        let task = tokio::spawn(async move { served.await.into_plane().shutdown().await });
+        let task = tokio::spawn(async move { served.await.into_plane().shutdown() });
         Ok(Self {
             socket: options.socket,
             plane,

@@ -7,7 +7,7 @@ use anyhow::Context;
 use clap::{Parser, ValueEnum};
 use lifl_common::control::paths;
 use lifl_common::kernel::DEFAULT_MAX_WORKERS;
-use lifl_daemon::plane::PlaneRequest;
+use lifl_daemon::plane;
 use lifl_daemon::pool::HugePages;
 use lifl_daemon::{Daemon, Options, StartError, default_pool_bytes};
 use tokio::signal::unix::{SignalKind, signal};
@@ -38,8 +38,8 @@ struct Cli {
     #[arg(long, value_name = "GROUP")]
     socket_group: Option<String>,
     /// How frames travel: through the kernel, through the daemon, or the best that is allowed
-    #[arg(long, value_enum, default_value_t = PlaneRequest::Auto)]
-    plane: PlaneRequest,
+    #[arg(long, value_enum, default_value_t = plane::Request::Auto)]
+    plane: plane::Request,
     /// What arenas may take together, in MiB [default: half of the memory available at start]
     #[arg(long, value_name = "MIB")]
     pool_mib: Option<u64>,

@@ -21,7 +21,7 @@ use lifl_common::control::{
 use lifl_common::frame::{Frame, Refusal};
 use lifl_common::id::{ArenaId, JobId, WorkerId};
 
-use crate::plane::Plane;
+use crate::plane::{Plane, PlaneError};
 use crate::pool::Pool;
 
 /// Workers on one page of a status: a page must fit into a packet.
@@ -342,7 +342,7 @@ impl Registry {
         let maker = job.maker;
         let worker = WorkerId(self.last_worker + 1);
         if let Err(error) = self.plane.register(worker, job_id, socket) {
-            let code = if error.is_full() {
+            let code = if matches!(error, PlaneError::Full { .. }) {
                 ErrorCode::Full
             } else {
                 ErrorCode::BadRequest

@@ -7,7 +7,7 @@ use anyhow::{Context, anyhow};
 use lifl_common::client::{Client, ClientError};
 use lifl_common::control::paths;
 use lifl_common::kernel::DEFAULT_MAX_WORKERS;
-use lifl_daemon::plane::PlaneRequest;
+use lifl_daemon::plane;
 use lifl_daemon::pool::HugePages;
 use lifl_daemon::{Daemon, Options, default_pool_bytes};
 use tokio_util::sync::CancellationToken;
@@ -31,7 +31,7 @@ pub struct NodeOptions {
     /// Which daemon.
     pub daemon: DaemonChoice,
     /// Which plane.
-    pub plane: PlaneRequest,
+    pub plane: plane::Request,
     /// The own daemon's ceiling for arenas, in bytes.
     pub pool_bytes: Option<u64>,
     /// The own daemon's pages.
@@ -117,7 +117,7 @@ impl Node {
         self.own.is_some()
     }
 
-    fn check_plane(&self, wanted: PlaneRequest) -> Outcome {
+    fn check_plane(&self, wanted: plane::Request) -> Outcome {
         let has = self.client.welcome().plane;
         if wanted.admits(has) {
             return Ok(());

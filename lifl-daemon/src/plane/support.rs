@@ -1,0 +1,67 @@
+//! What the sockmap plane needs of a machine, asked of the machine.
+
+use std::fs;
+
+/// The oldest kernel with the sockmap fixes that the job boundary rests on (two threads sending on one socket
+/// could share a verdict before `cd9733f5d75c`).
+pub const OLDEST_KERNEL: (u32, u32) = (5, 15);
+
+/// The capabilities that loading takes, with their numbers in `include/uapi/linux/capability.h`.
+pub const CAPABILITIES: [(&str, u32); 2] = [("CAP_BPF", 39), ("CAP_NET_ADMIN", 12)];
+
+/// The capability that stands for both.
+const SYS_ADMIN: u32 = 21;
+
+/// The running kernel's release as it calls itself, with its major and minor number.
+pub fn kernel() -> Option<(String, (u32, u32))> {
+    let release = fs::read_to_string("/proc/sys/kernel/osrelease")
+        .ok()?
+        .trim()
+        .to_owned();
+    let version = parse_release(&release)?;
+    Some((release, version))
+}
+
+fn parse_release(release: &str) -> Option<(u32, u32)> {
+    let mut numbers = release.split(|c: char| !c.is_ascii_digit());
+    Some((numbers.next()?.parse().ok()?, numbers.next()?.parse().ok()?))
+}
+
+/// This process's effective capabilities, a bit for each; 0 where `/proc` does not tell.
+pub fn effective_capabilities() -> u64 {
+    let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let line = status.lines().find_map(|line| line.strip_prefix("CapEff:"));
+    line.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok())
+        .unwrap_or(0)
+}
+
+/// Those of [`CAPABILITIES`] that are not in the mask.
+pub fn missing_capabilities(effective: u64) -> Vec<&'static str> {
+    let has = |number: u32| effective & (1 << number) != 0;
+    // CAP_NET_ADMIN is asked for by itself where sockets enter the map.
+    CAPABILITIES
+        .into_iter()
+        .filter(|&(name, number)| !has(number) && !(name == "CAP_BPF" && has(SYS_ADMIN)))
+        .map(|(name, _)| name)
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn reads_the_releases_that_distributions_make() {
+        assert_eq!(parse_release("6.1.0-37-amd64"), Some((6, 1)));
+        assert_eq!(parse_release("5.15.167.4-microsoft-standard-WSL2"), Some((5, 15)));
+        assert_eq!(parse_release("unknown"), None);
+    }
+
+    #[test]
+    fn names_what_is_missing() {
+        assert_eq!(missing_capabilities(0), ["CAP_BPF", "CAP_NET_ADMIN"]);
+        assert_eq!(missing_capabilities(1 << 12), ["CAP_BPF"]);
+        assert_eq!(missing_capabilities(1 << 12 | 1 << 21), [""; 0]);
+        assert_eq!(missing_capabilities(u64::MAX), [""; 0]);
+    }
+}

@@ -1,0 +1,222 @@
+//! Hands each frame from the socket that it was sent on to the destination's socket, inside the kernel.
+//!
+//! Runs on every `sendmsg` of a worker's socket, once per frame:
+//!
+//! ```text
+//!            fewer than 64 bytes            64 bytes or more
+//!  sendmsg ─────────────────────▶ cork    ─────────────────▶ verdict ── taken ───▶ SOCKETS[to]
+//!                                   │                           │
+//!                                   └── the rest comes ────▶    └────── refused ─▶ SOCKETS[0], with the reason
+//! ```
+//!
+//! Who may send to whom is in the maps, which only the daemon writes ([`lifl_common::kernel`]). A refused frame is
+//! redirected and never dropped: after `SK_DROP` the kernel fails every later send on that socket.
+//!
+//! A write is one or more whole frames, or a piece of one. Whole frames followed by a piece of one would be corked
+//! wrongly: `sk_msg_memcopy_from_iter` in `net/core/skmsg.c` does not notice that the message became shorter, and
+//! completes the frame with whatever lay in memory. So such a piece is cut off.
+
+use core::arch::asm;
+use core::mem::offset_of;
+use core::ptr;
+
+use aya_ebpf::bindings::{BPF_F_INGRESS, sk_action, sk_msg_md};
+use aya_ebpf::helpers::{bpf_ktime_get_ns, bpf_msg_apply_bytes, bpf_msg_cork_bytes, bpf_msg_pull_data};
+use aya_ebpf::macros::{map, sk_msg};
+use aya_ebpf::maps::{HashMap, SockHash};
+use aya_ebpf::programs::SkMsgContext;
+use aya_log_ebpf::warn;
+use lifl_common::frame::{Frame, FrameKind, Refusal};
+use lifl_common::id::WorkerId;
+use lifl_common::kernel::{self, Connection, Counters, DEFAULT_MAX_WORKERS, Member, Sender};
+
+/// The worker's sockets; one more for the dead letters, under 0.
+#[map]
+static SOCKETS: SockHash<u32> = SockHash::with_max_entries(DEFAULT_MAX_WORKERS + 1, 0);
+
+/// Whose a sending socket is.
+#[map]
+static SENDERS: HashMap<Connection, Sender> = HashMap::with_max_entries(DEFAULT_MAX_WORKERS, 0);
+
+/// Who may be sent to.
+#[map]
+static MEMBERS: HashMap<u32, Member> = HashMap::with_max_entries(DEFAULT_MAX_WORKERS, 0);
+
+/// What each worker has sent.
+#[map]
+static COUNTERS: HashMap<u32, Counters> = HashMap::with_max_entries(DEFAULT_MAX_WORKERS, 0);
+
+/// [`Frame::BYTES`] as the helpers take it.
+const FRAME: u32 = Frame::BYTES as u32;
+
+/// The program; its name is [`kernel::PROGRAM`].
+#[sk_msg]
+pub(crate) fn lifl_verdict(ctx: SkMsgContext) -> u32 {
+    let msg = ctx.msg;
+    if ctx.size() < FRAME {
+        // SAFETY: `msg` is the kernel's context for this call.
+        unsafe { bpf_msg_cork_bytes(msg, FRAME) };
+        return sk_action::SK_PASS;
+    }
+    let piece = ctx.size() % FRAME;
+    if piece != 0 {
+        let cut = ctx.pop_data(ctx.size() - piece, piece, 0);
+        warn!(
+            &ctx,
+            "cut a write that ended {} bytes into a frame: {}",
+            piece,
+            cut.is_ok() as u8
+        );
+        if cut.is_err() {
+            return sk_action::SK_DROP;
+        }
+    }
+    // SAFETY: as above. The verdict is for the first frame alone; the kernel asks again for the next. `pull` makes
+    // that frame one writable piece, even where it lay across two pages.
+    let pulled = unsafe {
+        bpf_msg_apply_bytes(msg, FRAME);
+        bpf_msg_pull_data(msg, 0, FRAME, 0)
+    };
+    let data = ctx.data();
+    if pulled != 0 || data + Frame::BYTES > ctx.data_end() {
+        // No memory for the copy: the only way to tell the sender is to fail its send.
+        return sk_action::SK_DROP;
+    }
+    // SAFETY: the 64 bytes from `data` were just compared with `data_end`.
+    let frame = unsafe { head(data) };
+    let connection = connection(msg);
+    // SAFETY: an entry that the daemon removes meanwhile may be read as another's. No worker id is given out twice
+    // and the daemon takes the socket out of SOCKETS first, so the worst of it is one refusal for another reason.
+    let (sender, member) = unsafe { (SENDERS.get(connection), MEMBERS.get(frame.to.0)) };
+
+    let refusal = match kernel::verdict(&frame, sender, member) {
+        Ok(()) => {
+            if redirect(&ctx, frame.to) == sk_action::SK_PASS {
+                if let Some(sender) = sender {
+                    count_taken(sender.worker, &frame);
+                }
+                return sk_action::SK_PASS;
+            }
+            Refusal::WorkerGone
+        }
+        Err(refusal) => refusal,
+    };
+    let stamp = sender.map_or(WorkerId::NONE, |sender| sender.worker);
+    // SAFETY: the 64 bytes from `data` were compared with `data_end`, and nothing since moves the message's data.
+    unsafe { mark(data, refusal, stamp) };
+    if stamp.0 != 0 {
+        count_refused(stamp);
+    }
+    let verdict = redirect(&ctx, WorkerId::NONE);
+    warn!(
+        &ctx,
+        "refused a frame of worker {} (it says {}) to worker {}: reason {}",
+        stamp.0,
+        frame.from.0,
+        frame.to.0,
+        refusal as u16
+    );
+    verdict
+}
+
+/// The fields that are decided on, each read by itself: a frame may lie at any address.
+///
+/// # Safety
+/// [`Frame::BYTES`] bytes from `data` are the message's.
+#[inline(always)]
+unsafe fn head(data: usize) -> Frame {
+    let frame = data as *const u8;
+    // SAFETY: the offsets are within a frame, and the caller vouches for all of it.
+    unsafe {
+        Frame {
+            to: ptr::read_unaligned(frame.add(offset_of!(Frame, to)).cast()),
+            from: ptr::read_unaligned(frame.add(offset_of!(Frame, from)).cast()),
+            kind: ptr::read_unaligned(frame.add(offset_of!(Frame, kind)).cast()),
+            length: ptr::read_unaligned(frame.add(offset_of!(Frame, length)).cast()),
+            ..Frame::default()
+        }
+    }
+}
+
+/// Makes the frame a dead letter.
+///
+/// # Safety
+/// As for [`head`].
+#[inline(always)]
+unsafe fn mark(data: usize, refusal: Refusal, stamp: WorkerId) {
+    let frame = data as *mut u8;
+    // SAFETY: the offsets are within a frame, and the caller vouches for all of it.
+    unsafe {
+        ptr::write_unaligned(frame.add(offset_of!(Frame, refusal)).cast(), refusal as u16);
+        ptr::write_unaligned(frame.add(offset_of!(Frame, stamp)).cast(), stamp.0);
+    }
+}
+
+/// The sending socket's connection.
+#[inline(always)]
+fn connection(msg: *const sk_msg_md) -> Connection {
+    // SAFETY: `msg` is the kernel's context. Each field is read as it stands, since the verifier knows only whole
+    // fields of a context: volatile keeps two from being merged into one load.
+    unsafe {
+        Connection {
+            local_ip4: ptr::read_volatile(&raw const (*msg).local_ip4),
+            remote_ip4: ptr::read_volatile(&raw const (*msg).remote_ip4),
+            local_port: ptr::read_volatile(&raw const (*msg).local_port),
+            remote_port: ptr::read_volatile(&raw const (*msg).remote_port),
+        }
+    }
+}
+
+/// To the receive queue of that worker's socket; `SK_DROP` when it has none.
+#[inline(always)]
+fn redirect(ctx: &SkMsgContext, to: WorkerId) -> u32 {
+    SOCKETS.redirect_msg(ctx, to.0, u64::from(BPF_F_INGRESS)) as u32
+}
+
+#[inline(always)]
+fn count_taken(worker: WorkerId, frame: &Frame) {
+    let lends = frame.kind == FrameKind::Model as u16 || frame.kind == FrameKind::Update as u16;
+    let Some(counters) = COUNTERS.get_ptr_mut(worker.0) else {
+        return;
+    };
+    // SAFETY: the map's values are 8-aligned `Counters` and live as long as this call.
+    unsafe {
+        add(&raw mut (*counters).frames, 1);
+        if lends {
+            add(&raw mut (*counters).referenced_bytes, frame.length);
+        }
+        ptr::write_volatile(&raw mut (*counters).last_ns, bpf_ktime_get_ns());
+    }
+}
+
+#[inline(always)]
+fn count_refused(worker: WorkerId) {
+    let Some(counters) = COUNTERS.get_ptr_mut(worker.0) else {
+        return;
+    };
+    // SAFETY: as in `count_taken`.
+    unsafe {
+        add(&raw mut (*counters).refused, 1);
+        ptr::write_volatile(&raw mut (*counters).last_ns, bpf_ktime_get_ns());
+    }
+}
+
+/// Adds where other CPUs may be adding too.
+///
+/// # Safety
+/// `counter` is aligned and stays a map value of this program for the call.
+#[inline(always)]
+unsafe fn add(counter: *mut u64, n: u64) {
+    // SAFETY: one atomic add to an address that the caller vouches for. `core` has no `fetch_add` for this target.
+    unsafe { asm!("lock *(u64 *)({0} + 0) += {1}", in(reg) counter, in(reg) n, options(nostack)) };
+}
+
+/// What the kernel reads to allow helpers that are for GPL-compatible programs.
+#[unsafe(no_mangle)]
+#[unsafe(link_section = "license")]
+static LICENSE: [u8; 13] = *b"Dual MIT/GPL\0";
+
+#[panic_handler]
+fn panic(_: &core::panic::PanicInfo<'_>) -> ! {
+    loop {}
+}
