@@ -279,7 +279,8 @@ async fn accept(
     }
 }
 
-/// Carries one client's packets until it leaves or misbehaves.
+/// Carries one client's packets until it leaves or misbehaves. One request is under way at a time, so that answers
+/// come in the requests' order and nobody fills the registry's queue alone.
 async fn converse(
     socket: &PacketSocket,
     id: ConnId,
@@ -290,6 +291,7 @@ async fn converse(
     let hello = tokio::time::sleep(HELLO_TIMEOUT);
     tokio::pin!(hello);
     let mut silent = true;
+    let mut unanswered = false;
     loop {
         tokio::select! {
             Some(Outgoing { message, fd, .. }) = outgoing.recv() => {
@@ -298,10 +300,12 @@ async fn converse(
                     tracing::debug!(pid = peer.pid, "cannot be answered: {}", error_chain(&error));
                     return;
                 }
+                unanswered &= !matches!(message, Message::Reply(_));
             }
-            packet = socket.recv::<Request>() => match packet {
+            packet = socket.recv::<Request>(), if !unanswered => match packet {
                 Ok(Some((request, fds))) => {
                     silent = false;
+                    unanswered = true;
                     if commands.send(Command::Request(id, request, fds)).await.is_err() {
                         return;
                     }
