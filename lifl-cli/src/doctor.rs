@@ -136,7 +136,7 @@ fn sockmap() -> Check {
             .ok()?;
         Some(runtime.block_on(async {
             let (sockmap, _dead_letters) = Sockmap::load(Options { max_workers: 1 })?;
-            lifl_daemon::plane::Plane::Sockmap(sockmap).shutdown()
+            sockmap.shutdown()
         }))
     });
     match tried.join() {
