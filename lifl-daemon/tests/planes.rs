@@ -469,7 +469,6 @@ async fn a_dropped_sockmap_leaves_no_program_and_no_map() {
             .count()
     };
     assert_eq!(left(), maps.len());
-    drop(info);
     drop(sockmap);
     // The kernel frees them after a grace period.
     within(async {
@@ -533,7 +532,7 @@ async fn a_relay_gives_back_what_a_full_receiver_cannot_take() {
         let first = within(node.dead_letters.recv()).await.expect("the plane runs");
         let mut back = 1;
         // The relay reads no more of worker 1 while its dead letters are not read.
-        while node.dead_letters.len() > 0 || one_is_unread(&node.plane, 100_000) {
+        while !node.dead_letters.is_empty() || one_is_unread(&node.plane, 100_000) {
             back += u32::from(within(node.dead_letters.recv()).await.is_some());
         }
         (first, back)

@@ -1,3 +1,30 @@
-//! Tasks of LIFL's developers.
+//! Tasks of LIFL's developers: `cargo xtask --help`.
 
-fn main() {}
+mod ci;
+mod ebpf;
+
+use anyhow::Result;
+use clap::{Parser, Subcommand};
+
+/// Tasks of LIFL's developers.
+#[derive(Parser)]
+#[command(bin_name = "cargo xtask")]
+struct Arguments {
+    #[command(subcommand)]
+    task: Task,
+}
+
+#[derive(Subcommand)]
+enum Task {
+    /// Compile the SK_MSG program to the object that the daemon carries, lifl-ebpf/lifl.bpf.o.
+    BuildEbpf(ebpf::Options),
+    /// Run what CI runs.
+    Ci,
+}
+
+fn main() -> Result<()> {
+    match Arguments::parse().task {
+        Task::BuildEbpf(options) => ebpf::build(&options),
+        Task::Ci => ci::run(),
+    }
+}

@@ -3,12 +3,17 @@
 use std::collections::HashMap;
 
 use lifl_common::config::{self, ConfigError, JobSpec, Loaded};
+use lifl_common::control::Welcome;
+use lifl_daemon::plane;
+use lifl_daemon::pool::HugePages;
 use serde_json::json;
+use tokio::runtime::Builder;
 
+use super::runtime;
 use crate::cli::JobArgs;
+use crate::coordinate::node::{DaemonChoice, Node, NodeOptions};
 use crate::coordinate::pairing::{Pair, pair};
 use crate::coordinate::report::human_bytes;
-use crate::doctor;
 use crate::exit::{Because, Cause, Failure, Outcome};
 use crate::learn;
 use crate::memory::Plan;
@@ -48,15 +53,15 @@ pub(crate) fn validate(args: &JobArgs) -> Outcome {
 pub(crate) fn plan(args: &JobArgs) -> Outcome {
     let Loaded { job, .. } = load(args)?;
     let schema = learn::schema(&job.model).because(Cause::Config)?;
-    let forecast = doctor::forecast();
-    let plan = Plan::new(&job, &schema, forecast.huge_pages);
+    let daemon = daemon_for(&job)?;
+    let plan = Plan::new(&job, &schema, daemon.huge_pages);
     let pairs = pair(&job.workers, |_| true);
     if args.report.json {
         let tree: Vec<_> = job.workers.iter().enumerate().map(|(index, worker)| {
             let parent = pairs.get(&index).and_then(|pair| pair.parent).map(|parent| &job.workers[parent].name);
             json!({ "name": worker.name, "role": worker.role, "parent": parent, "takes_part": pairs.contains_key(&index) })
         }).collect();
-        let (plane, reason) = (forecast.plane, forecast.reason);
+        let (plane, reason) = (daemon.plane, daemon.plane_reason);
         println!("{}", json!({ "event": "plan", "job": job.name, "tree": tree, "memory": plan, "plane": plane, "plane_reason": reason }));
         return Ok(());
     }
@@ -75,8 +80,25 @@ pub(crate) fn plan(args: &JobArgs) -> Outcome {
     println!("arenas   {} in {arenas} arenas, pages of {pages}", human_bytes(plan.pool_bytes));
     println!("private  at most {} in {} processes", human_bytes(plan.private_bytes), arenas + 1);
     println!("memory   at most {}", human_bytes(plan.total_bytes));
-    println!("plane    {}: {}", forecast.plane, forecast.reason);
+    println!("plane    {}: {}", daemon.plane, daemon.plane_reason);
     Ok(())
+}
+
+/// The daemon that a run would get: one that listens, or one started for a moment to see what this user may have.
+fn daemon_for(job: &JobSpec) -> Outcome<Welcome> {
+    let options = NodeOptions {
+        daemon: DaemonChoice::Auto,
+        plane: plane::Request::Auto,
+        pool_bytes: None,
+        huge_pages: HugePages::Auto,
+        workers: job.workers.len() as u32 + 1,
+    };
+    runtime(&mut Builder::new_current_thread())?.block_on(async {
+        let node = Node::find(&options).await?;
+        let welcome = node.client.welcome().clone();
+        node.stop().await.because(Cause::Machine)?;
+        Ok(welcome)
+    })
 }
 
 fn print_tree(job: &JobSpec, pairs: &HashMap<usize, Pair>, index: usize, indent: &str, branch: &str) {

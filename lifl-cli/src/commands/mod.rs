@@ -49,7 +49,7 @@ pub(crate) fn doctor(report: Report) -> Outcome {
             println!("{}", json!({ "event": "check", "check": check }));
         }
     } else {
-        print!("{}", doctor::text(&checks));
+        print!("{}", doctor::render(&checks));
     }
     let missing: Vec<&str> =
         checks.iter().filter(|check| check.state == State::Missing).map(|check| check.name).collect();

@@ -107,7 +107,7 @@ pub fn choose(request: Request, options: Options) -> Result<Chosen, PlaneError> 
         Ok((sockmap, dead_letters)) => {
             let reason = "the kernel hands the frames over".to_owned();
             Ok(Chosen {
-                plane: Plane::Sockmap(sockmap),
+                plane: Plane::Sockmap(Box::new(sockmap)),
                 dead_letters,
                 reason,
             })
@@ -122,7 +122,7 @@ pub fn choose(request: Request, options: Options) -> Result<Chosen, PlaneError> 
 #[derive(Debug)]
 pub enum Plane {
     /// Through the kernel.
-    Sockmap(Sockmap),
+    Sockmap(Box<Sockmap>),
     /// Through the daemon.
     Relay(Relay),
 }

@@ -249,7 +249,11 @@ impl Sockmap {
         Ok(Some(transmute!(counters)))
     }
 
-    pub(super) fn shutdown(mut self) -> Result<(), PlaneError> {
+    /// As [`Plane::shutdown`](super::Plane::shutdown).
+    ///
+    /// # Errors
+    /// If the program cannot be detached.
+    pub fn shutdown(mut self) -> Result<(), PlaneError> {
         let Some(link) = self.link.take() else {
             return Ok(());
         };

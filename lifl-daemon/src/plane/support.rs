@@ -38,10 +38,10 @@ pub fn effective_capabilities() -> u64 {
 /// Those of [`CAPABILITIES`] that are not in the mask.
 pub fn missing_capabilities(effective: u64) -> Vec<&'static str> {
     let has = |number: u32| effective & (1 << number) != 0;
-    // CAP_NET_ADMIN is asked for by itself where sockets enter the map.
+    let lacks = |&(_, number): &(&str, u32)| !(has(number) || has(SYS_ADMIN));
     CAPABILITIES
         .into_iter()
-        .filter(|&(name, number)| !has(number) && !(name == "CAP_BPF" && has(SYS_ADMIN)))
+        .filter(lacks)
         .map(|(name, _)| name)
         .collect()
 }
@@ -61,7 +61,7 @@ mod tests {
     fn names_what_is_missing() {
         assert_eq!(missing_capabilities(0), ["CAP_BPF", "CAP_NET_ADMIN"]);
         assert_eq!(missing_capabilities(1 << 12), ["CAP_BPF"]);
-        assert_eq!(missing_capabilities(1 << 12 | 1 << 21), [""; 0]);
-        assert_eq!(missing_capabilities(u64::MAX), [""; 0]);
+        assert!(missing_capabilities(1 << 21).is_empty());
+        assert!(missing_capabilities(1 << 12 | 1 << 39).is_empty());
     }
 }

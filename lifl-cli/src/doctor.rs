@@ -1,0 +1,305 @@
+//! `lifl doctor`: what this machine has of what LIFL can use, and how to get the rest.
+//!
+//! Each check looks for itself and none fails: what cannot be found out is reported as such.
+
+use std::fmt;
+use std::fs;
+
+use lifl_daemon::plane::{Options, PlaneError, Sockmap, support};
+use nix::errno::Errno;
+use nix::sys::memfd::{MFdFlags, memfd_create};
+use nix::sys::resource::{RLIM_INFINITY, Resource, getrlimit};
+use serde::Serialize;
+
+/// Open files that a job of a few hundred workers takes of its daemon: each has a control socket, a pidfd and an
+/// arena there.
+const OPEN_FILES: u64 = 4096;
+
+/// How it stands with one thing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum State {
+    /// As it should be.
+    Ok,
+    /// LIFL runs without it, but slower or smaller.
+    Warn,
+    /// The sockmap plane does not work without it.
+    Missing,
+}
+
+/// One thing that was looked at.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Check {
+    /// What.
+    pub name: &'static str,
+    /// How it stands.
+    pub state: State,
+    /// What was found.
+    pub found: String,
+    /// The command, or what else helps; `None` when nothing needs to be done.
+    pub remedy: Option<String>,
+}
+
+impl Check {
+    fn ok(name: &'static str, found: impl Into<String>) -> Self {
+        Self {
+            name,
+            state: State::Ok,
+            found: found.into(),
+            remedy: None,
+        }
+    }
+
+    fn warn(name: &'static str, found: impl Into<String>, remedy: impl Into<String>) -> Self {
+        Self {
+            name,
+            state: State::Warn,
+            found: found.into(),
+            remedy: Some(remedy.into()),
+        }
+    }
+
+    fn missing(name: &'static str, found: impl Into<String>, remedy: impl Into<String>) -> Self {
+        Self {
+            state: State::Missing,
+            ..Self::warn(name, found, remedy)
+        }
+    }
+}
+
+/// Looks at everything. Loads the SK_MSG program for a moment, if it may.
+pub fn run() -> Vec<Check> {
+    vec![
+        kernel(),
+        capabilities(),
+        sockmap(),
+        unprivileged_bpf(),
+        bpffs(),
+        huge_pages(),
+        huge_memfd(),
+        memlock(),
+        open_files(),
+    ]
+}
+
+/// The checks as a table for people: state, name, what was found, and the remedy beneath.
+pub fn render(checks: &[Check]) -> String {
+    checks.iter().map(ToString::to_string).collect()
+}
+
+impl fmt::Display for Check {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let state = match self.state {
+            State::Ok => "ok",
+            State::Warn => "warn",
+            State::Missing => "missing",
+        };
+        writeln!(f, "{state:<8} {:<18} {}", self.name, self.found)?;
+        match &self.remedy {
+            Some(remedy) => writeln!(f, "{:27} → {remedy}", ""),
+            None => Ok(()),
+        }
+    }
+}
+
+fn kernel() -> Check {
+    const NAME: &str = "kernel";
+    let (major, minor) = support::OLDEST_KERNEL;
+    let remedy = format!("install kernel {major}.{minor} or newer; without it use --plane relay");
+    match support::kernel() {
+        Some((release, version)) if version >= support::OLDEST_KERNEL => Check::ok(NAME, release),
+        Some((release, _)) => Check::missing(NAME, format!("{release}, older than {major}.{minor}"), remedy),
+        None => Check::warn(NAME, "/proc/sys/kernel/osrelease cannot be read", remedy),
+    }
+}
+
+fn capabilities() -> Check {
+    const NAME: &str = "capabilities";
+    let missing = support::missing_capabilities(support::effective_capabilities());
+    if missing.is_empty() {
+        return Check::ok(NAME, "may load eBPF programs and put sockets into their maps");
+    }
+    Check::missing(
+        NAME,
+        format!("this process lacks {}", missing.join(" and ")),
+        "sudo lifl doctor",
+    )
+}
+
+fn sockmap() -> Check {
+    const NAME: &str = "sockmap plane";
+    // The plane's tasks need a runtime, and this may be called within one.
+    let tried = std::thread::spawn(|| {
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_io()
+            .build()
+            .ok()?;
+        Some(runtime.block_on(async {
+            let (sockmap, _dead_letters) = Sockmap::load(Options { max_workers: 1 })?;
+            sockmap.shutdown()
+        }))
+    });
+    match tried.join() {
+        Ok(Some(Ok(()))) => Check::ok(NAME, "the SK_MSG program loads and attaches"),
+        Ok(Some(Err(PlaneError::Unavailable { reason, remedy }))) => Check::missing(NAME, reason, remedy),
+        Ok(Some(Err(error))) => Check::missing(NAME, error.to_string(), "report this kernel and message"),
+        Ok(None) | Err(_) => Check::warn(NAME, "could not be tried: no I/O runtime", "ulimit -n 4096"),
+    }
+}
+
+fn unprivileged_bpf() -> Check {
+    const NAME: &str = "unprivileged eBPF";
+    const COMMAND: &str = "sudo sysctl kernel.unprivileged_bpf_disabled=2";
+    match read("/proc/sys/kernel/unprivileged_bpf_disabled").as_deref() {
+        Some("0") => Check::warn(NAME, "allowed to everybody, which LIFL does not need", COMMAND),
+        Some(value) => Check::ok(NAME, format!("off (kernel.unprivileged_bpf_disabled={value})")),
+        None => Check::ok(NAME, "this kernel has no such setting"),
+    }
+}
+
+fn bpffs() -> Check {
+    const NAME: &str = "bpffs";
+    const PATH: &str = "/sys/fs/bpf";
+    let mounts = read("/proc/self/mounts").unwrap_or_default();
+    let mounted = mounts.lines().any(|line| {
+        let mut fields = line.split(' ').skip(1);
+        (fields.next(), fields.next()) == (Some(PATH), Some("bpf"))
+    });
+    if mounted {
+        return Check::ok(NAME, format!("mounted at {PATH}"));
+    }
+    Check::warn(
+        NAME,
+        format!("not mounted at {PATH}"),
+        format!("sudo mount -t bpf bpf {PATH}"),
+    )
+}
+
+fn huge_pages() -> Check {
+    const NAME: &str = "huge pages";
+    const POOL: &str = "/sys/kernel/mm/hugepages/hugepages-2048kB";
+    let number = |file| read(&format!("{POOL}/{file}")).and_then(|n| n.parse::<u64>().ok());
+    let (Some(total), Some(free)) = (number("nr_hugepages"), number("free_hugepages")) else {
+        return Check::warn(
+            NAME,
+            "this kernel has no pages of 2 MiB",
+            "use --huge-pages never",
+        );
+    };
+    let may_raise = nix::unistd::access("/proc/sys/vm/nr_hugepages", nix::unistd::AccessFlags::W_OK).is_ok();
+    let who = if may_raise {
+        "this user may raise it"
+    } else {
+        "only root may raise it"
+    };
+    let found = format!("{free} of {total} pages of 2 MiB are free; {who}");
+    if free > 0 {
+        return Check::ok(NAME, found);
+    }
+    let sudo = if may_raise { "" } else { "sudo " };
+    Check::warn(
+        NAME,
+        found,
+        format!("{sudo}sysctl vm.nr_hugepages={}", total + 512),
+    )
+}
+
+fn huge_memfd() -> Check {
+    const NAME: &str = "huge memfd";
+    match memfd_create(
+        c"lifl-doctor",
+        MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_HUGETLB | MFdFlags::MFD_HUGE_2MB,
+    ) {
+        Ok(_) => Check::ok(NAME, "memfd_create(MFD_HUGETLB) works"),
+        Err(errno) => Check::warn(
+            NAME,
+            format!("memfd_create(MFD_HUGETLB) failed: {}", errno.desc()),
+            match errno {
+                Errno::ENODEV | Errno::EINVAL | Errno::ENOSYS => "run a kernel with CONFIG_HUGETLBFS",
+                _ => "sudo lifl doctor",
+            },
+        ),
+    }
+}
+
+fn memlock() -> Check {
+    const NAME: &str = "locked memory";
+    match getrlimit(Resource::RLIMIT_MEMLOCK) {
+        // Kernels since 5.11 charge maps to the memory cgroup, so this limit holds nothing back.
+        Ok((soft, _)) => Check::ok(
+            NAME,
+            format!("limit {}; eBPF maps do not count against it", bytes(soft)),
+        ),
+        Err(errno) => Check::warn(NAME, format!("getrlimit failed: {}", errno.desc()), "ulimit -l"),
+    }
+}
+
+fn open_files() -> Check {
+    const NAME: &str = "open files";
+    match getrlimit(Resource::RLIMIT_NOFILE) {
+        Ok((soft, hard)) if soft >= OPEN_FILES => {
+            Check::ok(NAME, format!("limit {soft} (hard limit {hard})"))
+        }
+        Ok((soft, hard)) => Check::warn(
+            NAME,
+            format!(
+                "limit {soft} (hard limit {hard}): enough for about {} workers",
+                soft / 4
+            ),
+            format!("ulimit -n {}", OPEN_FILES.min(hard)),
+        ),
+        Err(errno) => Check::warn(NAME, format!("getrlimit failed: {}", errno.desc()), "ulimit -n"),
+    }
+}
+
+fn bytes(limit: u64) -> String {
+    match limit {
+        RLIM_INFINITY => "unlimited".to_owned(),
+        limit => format!("{} KiB", limit / 1024),
+    }
+}
+
+fn read(path: &str) -> Option<String> {
+    fs::read_to_string(path).ok().map(|text| text.trim().to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn whatever_is_not_ok_has_a_remedy() {
+        let checks = run();
+        for check in &checks {
+            assert_eq!(check.remedy.is_none(), check.state == State::Ok, "{check:?}");
+        }
+        let text = render(&checks);
+        assert!(checks.iter().all(|check| text.contains(check.name)), "{text}");
+    }
+
+    #[tokio::test]
+    async fn may_be_asked_for_within_a_runtime() {
+        assert_eq!(run().len(), 9);
+    }
+
+    #[test]
+    fn the_table_has_aligned_columns() {
+        let checks = [
+            Check::ok("bpffs", "mounted"),
+            Check::missing("kernel", "4.19", "install a newer one"),
+        ];
+        let expected = "ok       bpffs              mounted\n\
+                        missing  kernel             4.19\n\
+                        \u{20}                           → install a newer one\n";
+        assert_eq!(render(&checks), expected);
+    }
+
+    #[test]
+    fn a_check_is_json_with_lower_case_states() {
+        let json = serde_json::to_value(Check::warn("bpffs", "no", "mount it")).expect("json");
+        let expected = serde_json::json!({
+            "name": "bpffs", "state": "warn", "found": "no", "remedy": "mount it",
+        });
+        assert_eq!(json, expected);
+    }
+}

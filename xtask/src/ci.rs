@@ -1,0 +1,59 @@
+//! What CI runs, in the order in which a fault is cheapest to find.
+
+use std::ffi::OsStr;
+use std::process::Command;
+use std::time::Instant;
+
+use anyhow::{Context, Result, ensure};
+
+use crate::ebpf;
+
+pub(crate) fn run() -> Result<()> {
+    step("format", cargo(["fmt", "--all", "--check"]))?;
+    let clippy = [
+        "clippy",
+        "--workspace",
+        "--all-targets",
+        "--locked",
+        "--",
+        "-D",
+        "warnings",
+    ];
+    step("clippy", cargo(clippy))?;
+    let mut doc = cargo([
+        "doc",
+        "--workspace",
+        "--no-deps",
+        "--document-private-items",
+        "--locked",
+    ]);
+    doc.env("RUSTDOCFLAGS", "-D warnings");
+    step("docs", doc)?;
+    println!("=== the carried eBPF object");
+    ebpf::build(&ebpf::Options::check())?;
+    let mut test = cargo(["test", "--workspace", "--release", "--locked"]);
+    // A test that this machine cannot run must fail here, and not pass unseen.
+    test.env("LIFL_REQUIRE_KERNEL", "1");
+    step("tests", test)
+}
+
+fn cargo<const N: usize>(arguments: [&str; N]) -> Command {
+    let mut command = Command::new(
+        std::env::var_os("CARGO")
+            .as_deref()
+            .unwrap_or(OsStr::new("cargo")),
+    );
+    command.args(arguments).current_dir(ebpf::workspace());
+    command
+}
+
+fn step(name: &str, mut command: Command) -> Result<()> {
+    println!("=== {name}");
+    let begun = Instant::now();
+    let status = command
+        .status()
+        .with_context(|| format!("cannot start {command:?}"))?;
+    ensure!(status.success(), "{name} failed ({status})");
+    println!("=== {name}: done in {:.0?}", begun.elapsed());
+    Ok(())
+}
