@@ -26,6 +26,9 @@ mod support;
 mod tree;
 mod walk;
 
+#[cfg(test)]
+mod tests;
+
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
