@@ -1,7 +1,221 @@
 //! Job files: Flame's terms in, a job that cannot be wrong out.
+//!
+//! ```text
+//! paths ─files─▶ values ─walk─▶ documents ─draft─▶ roles, channels ─links, tree─▶ workers ┐
+//!        json      (against the   (raw types)                                             ├─▶ JobSpec
+//!                   schema)           └────────────────── settings ──────────────────────┘
+//! ```
+//!
+//! [`load`] takes a *job file* (Flame's schema, job and model in one: it has `roles`), or the *worker files* of one
+//! job (it has `role` and `taskid`), or folders of them. What Flame has no field for stands under `lifl`. Paths in a
+//! file (`dataset`, `baseModel.name`) are kept as they are, so relative ones are relative to the current directory.
+//!
+//! Every step reports all that it finds wrong and goes on with the rest, as far as what follows could not be a mere
+//! consequence.
 
+mod document;
+mod draft;
+mod files;
+mod json;
+mod links;
+mod problem;
+mod raw;
+mod settings;
 mod spec;
+mod support;
+mod tree;
+mod walk;
 
+#[cfg(test)]
+mod tests;
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use document::{Document, FileKind};
+use problem::{Findings, Place};
+use settings::{Settings, Sources};
+use tree::Tree;
+
+pub use problem::{ConfigError, Problem, ProblemKind};
 pub use spec::{
     DataSource, Group, JobSpec, Kind, ModelSpec, Partition, Timing, TrainingSpec, UpdateKind, WorkerSpec,
 };
+
+/// Bytes of the largest file that is read.
+pub const MAX_FILE_BYTES: u64 = 16 << 20;
+/// Workers of the largest job.
+pub const MAX_WORKERS: usize = 65_536;
+/// Levels of aggregators of the deepest tree: top, middle, leaf.
+pub const MAX_LEVELS: usize = 3;
+/// The dataset that needs no file.
+pub const DIGITS: &str = "builtin:digits";
+
+/// What the command line says instead of the files.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Overrides {
+    /// Rounds to run.
+    pub rounds: Option<u32>,
+    /// What every random choice comes from.
+    pub seed: Option<u64>,
+    /// When aggregators fold.
+    pub timing: Option<Timing>,
+    /// The dataset: an http(s) URL, a file or folder, or [`DIGITS`].
+    pub data: Option<String>,
+}
+
+/// A job, and what there is to say about its files.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Loaded {
+    /// The job.
+    pub job: JobSpec,
+    /// What of the files means nothing here, each once.
+    pub notes: Vec<String>,
+}
+
+/// Reads a job from its file, from its workers' files, or from folders of these (searched for `*.json`, in the
+/// order of their paths).
+///
+/// # Errors
+/// If anything is wrong with the files, or in them; all that is.
+pub fn load(paths: &[PathBuf], overrides: &Overrides) -> Result<Loaded, ConfigError> {
+    let mut findings = Findings::default();
+    let job = understand(paths, overrides, &mut findings);
+    let notes = findings.into_notes()?;
+    match job {
+        Some(job) => Ok(Loaded { job, notes }),
+        None => Err(nothing(paths)),
+    }
+}
+
+/// The JSON Schema of job and worker files, generated from the types that they are read into.
+pub fn schema() -> serde_json::Value {
+    schemars::schema_for!(raw::FlameFile).to_value()
+}
+
+/// The job, if nothing is wrong with it.
+fn understand(paths: &[PathBuf], overrides: &Overrides, findings: &mut Findings) -> Option<JobSpec> {
+    let parsed = files::read(paths, findings);
+    let all_read = !findings.any();
+    let schema = schema();
+    let documents: Vec<Document> = parsed
+        .into_iter()
+        .filter_map(|file| Document::new(file, &schema, findings))
+        .collect();
+    if findings.full() {
+        return None;
+    }
+    for document in &documents {
+        support::check(document, findings);
+    }
+    let first = documents.first()?;
+    let job_file = documents.iter().find(|document| document.kind == FileKind::Job);
+    let draft = match job_file {
+        Some(job_file) if documents.len() > 1 => {
+            findings
+                .add(
+                    ProblemKind::Conflict,
+                    &job_file.place,
+                    "a job file among other files",
+                )
+                .expected("one job file alone, or worker files only");
+            return None;
+        }
+        Some(job_file) => draft::from_job_file(job_file, findings),
+        None => draft::from_worker_files(&documents, first, all_read, findings),
+    };
+    let links = links::understand(&draft, findings);
+    let tree = if links.sound {
+        Tree::new(&draft, &links, findings)
+    } else {
+        None
+    };
+    // What is wrong in a role or a channel may have taken its groups away.
+    let groups_known = documents.iter().all(|document| {
+        ["roles", "channels", "groupAssociation"]
+            .iter()
+            .all(|key| !findings.any_at(&document.place.key(key)))
+    });
+    let workers = match &tree {
+        Some(tree) if groups_known => tree.workers(&draft, findings),
+        _ => Vec::new(),
+    };
+    let sources = sources(&documents, first, tree.as_ref());
+    let trainers = workers
+        .iter()
+        .filter(|worker| worker.kind == Kind::Trainer)
+        .count();
+    let settings = Settings::new(&sources, overrides, trainers, findings);
+    note_data_consumers(first, tree.as_ref(), findings);
+    let job = draft.job.filter(|_| !workers.is_empty())?;
+    Some(JobSpec {
+        name: job.name.unwrap_or_else(|| job.id.clone()),
+        id: job.id,
+        rounds: settings.rounds,
+        seed: settings.seed,
+        timing: settings.timing,
+        updates: settings.updates,
+        workers,
+        model: settings.model,
+        base_model: settings.base_model,
+        training: settings.training,
+        data: settings.data,
+        max_run_time_s: settings.max_run_time_s,
+    })
+}
+
+/// Which files count for what; without a tree, no worker file is known to be a trainer's.
+fn sources<'d>(documents: &'d [Document], first: &'d Document, tree: Option<&Tree<'_>>) -> Sources<'d> {
+    let of = |role: Option<&str>| -> Vec<&'d Document> {
+        let Some(role) = role else { return Vec::new() };
+        documents
+            .iter()
+            .filter(|document| document.raw.role.as_deref() == Some(role))
+            .collect()
+    };
+    let top = of(tree.map(|tree| tree.top().name.as_str()))
+        .first()
+        .copied()
+        .unwrap_or(first);
+    let coordinator = tree.and_then(Tree::coordinator).map(|role| role.name.as_str());
+    let lead = of(coordinator).first().copied().unwrap_or(top);
+    let mut trainers = of(tree.map(|tree| tree.trainer().name.as_str()));
+    if first.kind == FileKind::Job {
+        trainers.push(first);
+    }
+    Sources {
+        all: documents.iter().collect(),
+        lead,
+        trainers,
+    }
+}
+
+/// Only trainers get data, whatever a role's `isDataConsumer` says.
+fn note_data_consumers(document: &Document, tree: Option<&Tree<'_>>, findings: &mut Findings) {
+    let Some(tree) = tree else { return };
+    for role in document.raw.roles.iter().flatten() {
+        let trains = role.name == tree.trainer().name;
+        if role.is_data_consumer.is_some_and(|consumes| consumes != trains) {
+            findings.note("isDataConsumer is not used: trainers get data, and only they");
+        }
+    }
+}
+
+/// There was not even a file to find something wrong in.
+fn nothing(paths: &[PathBuf]) -> ConfigError {
+    let mut findings = Findings::default();
+    let place = match paths.first() {
+        Some(path) => Place::file(&Arc::<Path>::from(path.as_path())),
+        None => Place::overriding("paths"),
+    };
+    findings
+        .add(ProblemKind::Missing, &place, "no job")
+        .expected("a job file, worker files, or a folder of them");
+    match findings.into_notes() {
+        Err(error) => error,
+        Ok(_) => ConfigError {
+            problems: Vec::new(),
+            omitted: 0,
+        },
+    }
+}

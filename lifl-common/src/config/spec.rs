@@ -1,6 +1,6 @@
 //! The job as understood: what every other part of LIFL works from.
 //!
-//! Only this module's [`load`](super) makes one from a person's files; a run's folder holds it as `job.json`, from
+//! Only this module's [`load`](super::load) makes one from a person's files; a run's folder holds it as `job.json`, from
 //! which the workers of that run read it back.
 
 use std::path::PathBuf;
@@ -36,6 +36,31 @@ pub struct JobSpec {
     pub data: Option<DataSource>,
     /// Flame's `maxRunTime` in seconds.
     pub max_run_time_s: u64,
+}
+
+impl JobSpec {
+    /// Levels of aggregators: 1 for a top over trainers, 3 for top, middle and leaf.
+    pub fn levels(&self) -> u32 {
+        self.aggregators()
+            .map(|worker| worker.level + 1)
+            .max()
+            .unwrap_or(0)
+    }
+
+    /// The top; there is one in every job that was loaded.
+    pub fn top(&self) -> Option<&WorkerSpec> {
+        self.workers.iter().find(|worker| worker.kind == Kind::Top)
+    }
+
+    /// The top and the other aggregators, level by level.
+    pub fn aggregators(&self) -> impl Iterator<Item = &WorkerSpec> {
+        self.workers.iter().filter(|worker| worker.kind != Kind::Trainer)
+    }
+
+    /// The trainers, by their share.
+    pub fn trainers(&self) -> impl Iterator<Item = &WorkerSpec> {
+        self.workers.iter().filter(|worker| worker.kind == Kind::Trainer)
+    }
 }
 
 /// When an aggregator folds an update.

@@ -1,0 +1,369 @@
+//! Everything of a job but its tree.
+//!
+//! In a job file each thing stands once. Among worker files some fields count from one file only and others must
+//! agree:
+//!
+//! | fields | whose |
+//! | --- | --- |
+//! | `rounds`, `maxRunTime` | the coordinator's, else the top's |
+//! | other `hyperparameters`, `dataset` | the trainers', which must agree |
+//! | `baseModel.name`, `lifl` | of any file; files that have it must agree |
+//!
+//! Where a file whose word does not count says something else, that is noted.
+
+use std::path::PathBuf;
+
+use super::document::Document;
+use super::problem::{Findings, Place, ProblemKind, shorten};
+use super::raw::{self, FlameFile, Hyperparameters, Lifl, Model, ModelName, ModelSize};
+use super::spec::{DataSource, ModelSpec, Partition, Timing, TrainingSpec, UpdateKind};
+use super::{DIGITS, Overrides};
+use crate::update::DType;
+
+/// A job without its names and its tree.
+pub(super) struct Settings {
+    pub(super) rounds: u32,
+    pub(super) seed: u64,
+    pub(super) timing: Timing,
+    pub(super) updates: UpdateKind,
+    pub(super) model: ModelSpec,
+    pub(super) base_model: Option<PathBuf>,
+    pub(super) training: TrainingSpec,
+    pub(super) data: Option<DataSource>,
+    pub(super) max_run_time_s: u64,
+}
+
+/// Which files count for what.
+pub(super) struct Sources<'d> {
+    /// Every file.
+    pub(super) all: Vec<&'d Document>,
+    /// The coordinator's, else the top's.
+    pub(super) lead: &'d Document,
+    /// The trainers'.
+    pub(super) trainers: Vec<&'d Document>,
+}
+
+impl Settings {
+    /// The settings, as far as the files are right about them; `trainers` is how many there are.
+    pub(super) fn new(
+        sources: &Sources<'_>,
+        overrides: &Overrides,
+        trainers: usize,
+        findings: &mut Findings,
+    ) -> Self {
+        let lifl = Extra {
+            documents: &sources.all,
+        };
+        let model = lifl.agreed("model", |lifl| lifl.model.as_ref(), findings);
+        let timing = lifl.agreed("timing", |lifl| lifl.timing.as_ref(), findings);
+        let updates = lifl.agreed("updates", |lifl| lifl.updates.as_ref(), findings);
+        let seed = lifl.agreed("seed", |lifl| lifl.seed.as_ref(), findings);
+        let model = match model.map(|(model, _)| model) {
+            None | Some(Model::Named(ModelName::Cnn)) => ModelSpec::Cnn,
+            Some(Model::Named(ModelName::Softmax)) => ModelSpec::Softmax,
+            Some(Model::Named(ModelName::Mlp)) => ModelSpec::Mlp { hidden: 200 },
+            Some(Model::Sized(ModelSize::Mlp(size))) => ModelSpec::Mlp { hidden: size.hidden },
+            Some(Model::Sized(ModelSize::Synthetic(size))) => ModelSpec::Synthetic {
+                parameters: size.parameters,
+                dtype: size.dtype.map_or(DType::F32, DType::from),
+            },
+        };
+        let base_models = sources.all.iter().filter_map(|document| {
+            let name = document
+                .raw
+                .base_model
+                .as_ref()?
+                .name
+                .as_ref()
+                .filter(|name| !name.is_empty())?;
+            Some((name, document.place.key("baseModel").key("name")))
+        });
+        Self {
+            rounds: rounds(sources, overrides, findings),
+            seed: overrides.seed.or(seed.map(|(&seed, _)| seed)).unwrap_or(1),
+            timing: overrides
+                .timing
+                .unwrap_or_else(|| timing.map_or(Timing::Lazy, |(&timing, _)| timing.into())),
+            updates: updates.map_or(UpdateKind::Weights, |(&updates, _)| updates.into()),
+            base_model: agree(base_models, findings).map(|(name, _)| PathBuf::from(name)),
+            training: training(sources, findings),
+            data: data(sources, overrides, &model, trainers, findings),
+            model,
+            max_run_time_s: leads(sources, "maxRunTime", |raw| raw.max_run_time, findings).unwrap_or(300),
+        }
+    }
+}
+
+fn rounds(sources: &Sources<'_>, overrides: &Overrides, findings: &mut Findings) -> u32 {
+    if let Some(rounds) = overrides.rounds {
+        if rounds == 0 {
+            let place = Place::overriding("rounds");
+            findings
+                .add(ProblemKind::Invalid, &place, "0")
+                .expected("at least 1");
+        }
+        return rounds;
+    }
+    let given = |raw: &FlameFile| raw.hyperparameters.as_ref().and_then(|given| given.rounds);
+    leads(sources, "rounds", given, findings).unwrap_or(1)
+}
+
+/// What the leading file says. If others say something else, that is noted.
+fn leads<T: PartialEq>(
+    sources: &Sources<'_>,
+    name: &str,
+    get: fn(&FlameFile) -> Option<T>,
+    findings: &mut Findings,
+) -> Option<T> {
+    let value = get(&sources.lead.raw);
+    let mut others = sources.all.iter().filter_map(|document| get(&document.raw));
+    if others.any(|other| value.as_ref() != Some(&other)) {
+        findings.note(format!(
+            "{name} is what {} says; what other files say is not used",
+            sources.lead.place.file_name()
+        ));
+    }
+    value
+}
+
+/// What the trainers' files say, which must agree. If others say something else, that is noted.
+fn trainers_agree<'d, T: PartialEq>(
+    sources: &Sources<'d>,
+    name: &str,
+    get: impl Fn(&'d Document) -> Option<(T, Place)>,
+    findings: &mut Findings,
+) -> Option<(T, Place)> {
+    let agreed = agree(
+        sources.trainers.iter().filter_map(|document| get(document)),
+        findings,
+    );
+    let value = agreed.as_ref().map(|(value, _)| value);
+    let mut others = sources.all.iter().filter_map(|document| get(document));
+    if others.any(|(other, _)| value != Some(&other)) {
+        findings.note(format!(
+            "{name} is what the trainers' files say; what other files say is not used"
+        ));
+    }
+    agreed
+}
+
+fn training(sources: &Sources<'_>, findings: &mut Findings) -> TrainingSpec {
+    let mut field = |name: &str, get: fn(&Hyperparameters) -> Option<f64>| {
+        let given = |document: &Document| {
+            let value = get(document.raw.hyperparameters.as_ref()?)?;
+            Some((value, document.place.key("hyperparameters").key(name)))
+        };
+        trainers_agree(sources, name, given, findings).map(|(value, _)| value)
+    };
+    // An f64 holds every u32.
+    let epochs = field("epochs", |given| given.epochs.map(f64::from));
+    let batch_size = field("batchSize", |given| given.batch_size.map(f64::from));
+    let learning_rate = field("learningRate", |given| given.learning_rate);
+    let weight_decay = field("weightDecay", |given| given.weight_decay);
+    TrainingSpec {
+        epochs: epochs.map_or(1, |epochs| epochs as u32),
+        batch_size: batch_size.map_or(16, |size| size as u32),
+        learning_rate: learning_rate.unwrap_or(0.01),
+        weight_decay: weight_decay.unwrap_or(0.0),
+    }
+}
+
+fn data(
+    sources: &Sources<'_>,
+    overrides: &Overrides,
+    model: &ModelSpec,
+    trainers: usize,
+    findings: &mut Findings,
+) -> Option<DataSource> {
+    let lifl = Extra {
+        documents: &sources.all,
+    };
+    let sha256 = lifl.agreed("sha256", |lifl| lifl.sha256.as_ref(), findings);
+    let train_samples = lifl.agreed("trainSamples", |lifl| lifl.train_samples.as_ref(), findings);
+    let test_samples = lifl.agreed("testSamples", |lifl| lifl.test_samples.as_ref(), findings);
+    let partition = lifl.agreed("partition", |lifl| lifl.partition.as_ref(), findings);
+    if let Some((hash, place)) = &sha256
+        && (hash.len() != 64 || !hash.bytes().all(|digit| digit.is_ascii_hexdigit()))
+    {
+        findings
+            .add(ProblemKind::Invalid, place, format!("{:?}", shorten(hash)))
+            .expected("64 hex digits");
+    }
+
+    let in_files = trainers_agree(
+        sources,
+        "dataset",
+        |document| {
+            let dataset = document
+                .raw
+                .dataset
+                .as_ref()
+                .filter(|dataset| !dataset.is_empty())?;
+            Some((dataset, document.place.key("dataset")))
+        },
+        findings,
+    );
+    let dataset = match &overrides.data {
+        Some(dataset) => Some((dataset, Place::overriding("data"))),
+        None => in_files.clone(),
+    };
+    if matches!(model, ModelSpec::Synthetic { .. }) {
+        let options = [
+            sha256.is_some(),
+            train_samples.is_some(),
+            test_samples.is_some(),
+            partition.is_some(),
+        ];
+        if dataset.is_some() || options.contains(&true) {
+            findings
+                .note("the dataset and what is said about it are not used: a synthetic model needs no data");
+        }
+        return None;
+    }
+    let Some((dataset, place)) = dataset else {
+        let place = sources.trainers.first()?.place.key("dataset");
+        let model_unsure = sources
+            .all
+            .iter()
+            .any(|document| findings.any_at(&document.place.key("lifl").key("model")));
+        if !model_unsure && !findings.any_at(&place) {
+            let found = "missing: every model but a synthetic one needs data";
+            let expected = format!("an http(s) URL, a file or folder, or {DIGITS}");
+            findings
+                .add(ProblemKind::Missing, &place, found)
+                .expected(expected);
+        }
+        return None;
+    };
+    check_dataset(dataset, &place, findings);
+    let replaced = in_files.as_ref().is_none_or(|(in_files, _)| *in_files != dataset);
+    if sha256.is_some() && replaced {
+        findings.note("lifl.sha256 is not used: it is not of the dataset given on the command line");
+    } else if let Some((_, place)) = &sha256
+        && dataset == DIGITS
+    {
+        let found = format!("a hash, and {DIGITS}, which is no file");
+        findings
+            .add(ProblemKind::Conflict, place, found)
+            .expected("no sha256, or another dataset");
+    }
+    if let Some((samples, place)) = &train_samples
+        && **samples < trainers as u64
+    {
+        let found = format!("{samples} samples for {trainers} trainers");
+        findings
+            .add(ProblemKind::Invalid, place, found)
+            .expected("at least one sample each");
+    }
+    Some(DataSource {
+        dataset: dataset.clone(),
+        sha256: sha256
+            .filter(|_| !replaced)
+            .map(|(hash, _)| hash.to_ascii_lowercase()),
+        train_samples: train_samples.map(|(&samples, _)| samples),
+        test_samples: test_samples.map(|(&samples, _)| samples),
+        partition: partition.map_or(Partition::Iid, |(&partition, _)| partition.into()),
+    })
+}
+
+fn check_dataset(dataset: &str, place: &Place, findings: &mut Findings) {
+    let found = |what: &str| format!("{what} {:?}", shorten(dataset));
+    if dataset.starts_with("builtin:") {
+        if dataset != DIGITS {
+            findings
+                .add(ProblemKind::Unknown, place, found("unknown dataset"))
+                .one_of(dataset, [DIGITS]);
+        }
+    } else if let Some((scheme, _)) = dataset.split_once("://") {
+        if !matches!(scheme, "http" | "https") {
+            findings
+                .add(ProblemKind::Unsupported, place, found("dataset at"))
+                .expected(format!("an http(s) URL, a file or folder, or {DIGITS}"));
+        }
+    } else if dataset.is_empty() || dataset.contains('\0') {
+        findings
+            .add(ProblemKind::Invalid, place, found("dataset"))
+            .expected(format!("an http(s) URL, a file or folder, or {DIGITS}"));
+    }
+}
+
+/// The `lifl` sections of the files.
+struct Extra<'d> {
+    documents: &'d [&'d Document],
+}
+
+impl<'d> Extra<'d> {
+    /// A field on which all sections that have it must agree.
+    fn agreed<T: PartialEq>(
+        &self,
+        name: &str,
+        get: fn(&'d Lifl) -> Option<&'d T>,
+        findings: &mut Findings,
+    ) -> Option<(&'d T, Place)> {
+        let given = self.documents.iter().filter_map(|document| {
+            let value = get(document.raw.lifl.as_ref()?)?;
+            Some((value, document.place.key("lifl").key(name)))
+        });
+        agree(given, findings)
+    }
+}
+
+/// The first of the values; each that differs from it is reported.
+fn agree<T: PartialEq>(
+    given: impl Iterator<Item = (T, Place)>,
+    findings: &mut Findings,
+) -> Option<(T, Place)> {
+    let mut first: Option<(T, Place)> = None;
+    for (value, place) in given {
+        match &first {
+            None => first = Some((value, place)),
+            Some((known, at)) if *known != value => {
+                let found = format!("not what {} says", at.file_name());
+                findings
+                    .add(ProblemKind::Conflict, &place, found)
+                    .expected("the same in all these files");
+            }
+            Some(_) => {}
+        }
+    }
+    first
+}
+
+impl From<raw::Timing> for Timing {
+    fn from(timing: raw::Timing) -> Self {
+        match timing {
+            raw::Timing::Eager => Self::Eager,
+            raw::Timing::Lazy => Self::Lazy,
+        }
+    }
+}
+
+impl From<raw::Updates> for UpdateKind {
+    fn from(updates: raw::Updates) -> Self {
+        match updates {
+            raw::Updates::Weights => Self::Weights,
+            raw::Updates::Deltas => Self::Deltas,
+        }
+    }
+}
+
+impl From<raw::Partition> for Partition {
+    fn from(partition: raw::Partition) -> Self {
+        match partition {
+            raw::Partition::Iid {} => Self::Iid,
+            raw::Partition::Shards { per_trainer } => Self::Shards { per_trainer },
+            raw::Partition::Dirichlet { alpha } => Self::Dirichlet { alpha },
+        }
+    }
+}
+
+impl From<raw::Float> for DType {
+    fn from(float: raw::Float) -> Self {
+        match float {
+            raw::Float::F64 => Self::F64,
+            raw::Float::F32 => Self::F32,
+            raw::Float::F16 => Self::F16,
+            raw::Float::BF16 => Self::BF16,
+        }
+    }
+}

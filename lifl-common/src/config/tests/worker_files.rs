@@ -1,0 +1,300 @@
+//! Worker files as one job.
+
+use std::path::Path;
+
+use super::super::{Group, Kind, ModelSpec};
+use super::*;
+
+/// The file of one worker.
+fn worker(role: &str, taskid: &str, channels: &[Value]) -> Value {
+    let groups: serde_json::Map<String, Value> = channels
+        .iter()
+        .filter_map(|channel| Some((channel["name"].as_str()?.to_owned(), json!("default"))))
+        .collect();
+    json!({
+        "taskid": taskid,
+        "role": role,
+        "job": { "id": "job-1", "name": "digits" },
+        "backend": "shm",
+        "groupAssociation": groups,
+        "channels": channels,
+        "hyperparameters": { "rounds": 5 },
+        "dataset": "builtin:digits",
+    })
+}
+
+fn models() -> Value {
+    channel("models", "top", "leaf", &["default"])
+}
+
+fn updates() -> Value {
+    channel("updates", "leaf", "trainer", &["default"])
+}
+
+/// A top, a leaf and two trainers.
+fn files() -> Vec<Value> {
+    vec![
+        worker("trainer", "03", &[updates()]),
+        worker("trainer", "04", &[updates()]),
+        worker("leaf", "03", &[models(), updates()]),
+        with(
+            worker("top", "01", &[models()]),
+            &[("/hyperparameters/rounds", json!(10))],
+        ),
+    ]
+}
+
+fn coordinator() -> Value {
+    let channel = coordinator_channel("top-coord", "top", "coordinateWithTopAgg");
+    with(
+        worker("coordinator", "00", &[channel]),
+        &[("/hyperparameters/rounds", json!(20))],
+    )
+}
+
+#[track_caller]
+fn assert_problems(files: &[Value], expected: &[&str]) {
+    let found = problems(files);
+    assert_eq!(found, expected, "found:\n{}", found.join("\n"));
+}
+
+#[test]
+fn worker_files_are_one_job() {
+    let loaded = load_all(&files(), &Overrides::default()).unwrap_or_else(|error| panic!("{error}"));
+    let job = loaded.job;
+    let workers: Vec<_> = job
+        .workers
+        .iter()
+        .map(|worker| (worker.name.as_str(), worker.task_id.as_deref()))
+        .collect();
+    // The same taskid in two roles is two workers.
+    let expected = [
+        ("top-1", Some("01")),
+        ("leaf-1", Some("03")),
+        ("trainer-1", Some("03")),
+        ("trainer-2", Some("04")),
+    ];
+    assert_eq!(workers, expected);
+    assert_eq!((job.rounds, job.levels(), job.model), (10, 2, ModelSpec::Cnn));
+    assert_eq!(loaded.notes.len(), 1, "{:?}", loaded.notes);
+    assert!(
+        loaded.notes[0].starts_with("rounds is what "),
+        "{:?}",
+        loaded.notes
+    );
+}
+
+#[test]
+fn a_folder_is_searched_in_the_order_of_its_names() {
+    let folder = TempDir::new().expect("a folder");
+    let names = [
+        "z/config2.json",
+        "z/config1.json",
+        "a/leaf/config.json",
+        "top.json",
+    ];
+    for (name, file) in names.iter().zip(files()) {
+        let path = folder.path().join(name);
+        fs::create_dir_all(path.parent().expect("a folder")).expect("a folder");
+        fs::write(path, file.to_string()).expect("a file");
+    }
+    fs::write(folder.path().join("README.md"), "not a config").expect("a file");
+    let job = load(&[folder.path().to_owned()], &Overrides::default())
+        .expect("a job")
+        .job;
+    let trainers: Vec<_> = job.trainers().map(|trainer| trainer.task_id.as_deref()).collect();
+    assert_eq!(trainers, [Some("04"), Some("03")]);
+}
+
+#[test]
+fn the_coordinators_rounds_end_the_job() {
+    let mut files = files();
+    files.insert(0, coordinator());
+    let job = load_all(&files, &Overrides::default())
+        .unwrap_or_else(|error| panic!("{error}"))
+        .job;
+    assert_eq!((job.rounds, job.workers.len()), (20, 4));
+}
+
+#[test]
+fn a_coordinators_file_may_be_left_out() {
+    let coordinated = coordinator_channel("top-coord", "top", "coordinateWithTopAgg");
+    let mut files = files();
+    files[3] = worker("top", "01", &[models(), coordinated]);
+    assert!(load_all(&files, &Overrides::default()).is_ok());
+}
+
+#[test]
+fn files_of_different_jobs_are_refused() {
+    let mut files = files();
+    files[1]["job"]["id"] = json!("job-2");
+    assert_problems(
+        &files,
+        &[r#"1.json: job.id: another job: "job-2"; expected "job-1" as in 0.json"#],
+    );
+}
+
+#[test]
+fn a_worker_is_named_by_role_and_taskid() {
+    let mut files = files();
+    files[1]["taskid"] = json!("03");
+    assert_problems(
+        &files,
+        &["1.json: taskid: role trainer with taskid 03 is in 0.json too; expected one file for each worker"],
+    );
+}
+
+#[test]
+fn two_kinds_of_the_same_workers_are_told_apart_by_their_backends() {
+    let mut files = files();
+    let p2p = |mut file: Value, taskid: &str| {
+        file["backend"] = json!("p2p");
+        file["taskid"] = json!(taskid);
+        file
+    };
+    let again = [p2p(files[2].clone(), "13"), p2p(files[3].clone(), "11")];
+    files.extend(again);
+    let expected = "expected one kind: give only the files of one backend";
+    assert_problems(
+        &files,
+        &[
+            &format!("4.json: backend: channel models is shm in 2.json, p2p in 4.json; {expected}"),
+            &format!("4.json: backend: channel updates is shm in 0.json, p2p in 4.json; {expected}"),
+        ],
+    );
+}
+
+#[test]
+fn files_must_agree() {
+    let mut files = files();
+    files[1]["channels"][0]["groupBy"]["value"] = json!(["default", "b"]);
+    files[1]["dataset"] = json!("other.npz");
+    files[1]["lifl"] = json!({ "timing": "eager" });
+    files[2]["lifl"] = json!({ "timing": "lazy" });
+    assert_problems(
+        &files,
+        &[
+            "1.json: channels[0].groupBy: channel updates: other groupBy than in 0.json; expected the same in all \
+             files",
+            "2.json: lifl.timing: not what 1.json says; expected the same in all these files",
+        ],
+    );
+    files[1]["channels"][0] = updates();
+    assert_problems(
+        &files,
+        &[
+            "2.json: lifl.timing: not what 1.json says; expected the same in all these files",
+            "1.json: dataset: not what 0.json says; expected the same in all these files",
+        ],
+    );
+}
+
+#[test]
+fn missing_workers_and_mixed_files_are_told() {
+    let without_trainers = &files()[2..];
+    assert_problems(
+        without_trainers,
+        &["0.json: channels[1].pair[0]: unknown role \"trainer\"; expected leaf or top"],
+    );
+    let mixed = [files(), vec![job()]].concat();
+    assert_problems(
+        &mixed,
+        &["4.json: a job file among other files; expected one job file alone, or worker files only"],
+    );
+    let half = with(files()[0].clone(), &[("/taskid", Value::Null)]);
+    assert_eq!(problems(&[half])[0], "0.json: taskid: missing; expected a string");
+}
+
+#[test]
+fn groups_of_worker_files_are_subtrees_too() {
+    let mut files = files();
+    for file in &mut files[..3] {
+        let updates = file["channels"].as_array().map_or(0, Vec::len) - 1;
+        file["channels"][updates] = channel("updates", "leaf", "trainer", &["a", "b"]);
+        file["groupAssociation"]["updates"] = json!("a");
+    }
+    files[1]["groupAssociation"]["updates"] = json!("b");
+    let found = problems(&files);
+    let expected =
+        "1.json: groupAssociation.updates: no leaf is in group \"b\" of channel updates; did you mean a?";
+    assert_eq!(found, [expected]);
+    files.push(with(
+        files[2].clone(),
+        &[
+            ("/taskid", json!("05")),
+            ("/groupAssociation/updates", json!("b")),
+        ],
+    ));
+    let job = load_all(&files, &Overrides::default()).expect("a job").job;
+    let group = |name: &str| {
+        Some(Group {
+            channel: "updates".into(),
+            group: name.into(),
+        })
+    };
+    let down: Vec<_> = job.workers.iter().map(|worker| worker.down.clone()).collect();
+    assert_eq!(down[1..3], [group("a"), group("b")]);
+}
+
+/// Flame's own LIFL examples, where a developer has them beside the workspace.
+#[test]
+fn flames_examples_are_understood() {
+    let manifest = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let mut roots = manifest
+        .ancestors()
+        .map(|folder| folder.join("shared/data/flame-configs"));
+    let Some(root) = roots.find(|root| root.is_dir()) else {
+        eprintln!("not tried: Flame's examples are not here");
+        return;
+    };
+    for (example, levels) in [("coord_hier_syncfl_mnist", 2), ("coord_3_hier_syncfl_mnist", 3)] {
+        let folder = root.join(example);
+        // Both variants of each aggregator.
+        let error = load(std::slice::from_ref(&folder), &Overrides::default()).expect_err("both variants");
+        let shown = error.to_string();
+        assert!(shown.contains("channel global-channel is "), "{shown}");
+        assert!(shown.contains("give only the files of one backend"), "{shown}");
+        assert!(!shown.contains("unknown field"), "{shown}");
+
+        // Those of shared memory: their trainers' channel is not.
+        let mut shm = Vec::new();
+        let mut folders = vec![folder];
+        while let Some(folder) = folders.pop() {
+            for entry in fs::read_dir(folder).expect("a folder") {
+                let path = entry.expect("an entry").path();
+                if path.is_dir() {
+                    folders.push(path);
+                } else if !path.to_string_lossy().contains("_p2p") {
+                    shm.push(path);
+                }
+            }
+        }
+        let error = load(&shm, &Overrides::default()).expect_err("trainers over p2p");
+        assert_eq!(error.problems.len(), 1, "{error}");
+        assert_eq!(
+            error.problems[0].found,
+            "channel param-channel: backend p2p is not supported yet"
+        );
+        assert_eq!(error.problems[0].expected.as_deref(), Some("shm or local"));
+
+        // With that said to be shm, too.
+        let files: Vec<Value> = shm
+            .iter()
+            .map(|path| serde_json::from_slice(&fs::read(path).expect("a file")).expect("JSON"))
+            .map(|file| with(file, &[("/backend", json!("shm"))]))
+            .collect();
+        let job = load_all(&files, &Overrides::default())
+            .unwrap_or_else(|error| panic!("{error}"))
+            .job;
+        assert_eq!(
+            (job.levels(), job.rounds, job.trainers().count()),
+            (levels, 10, 2)
+        );
+        assert_eq!(job.training.batch_size, 32);
+        assert!(
+            job.workers
+                .iter()
+                .all(|worker| worker.kind != Kind::Top || worker.level == 0)
+        );
+    }
+}
