@@ -10,7 +10,7 @@ use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 use lifl_common::update::{DType, Schema};
 
-use super::element::{BLOCK, bf16_nearest, bf16_wide};
+use super::element::{BLOCK, bf16_nearest, bf16_wide, f16_wide};
 use super::threads::Threads;
 use super::{FoldError, Operand, check, elements, elements_mut};
 
@@ -124,31 +124,142 @@ differences! {
     u8: |a, b| a.wrapping_sub(b), a.wrapping_add(b);
 }
 
-/// In blocks of `f32`, which `half` converts with the machine's own instructions.
+/// In blocks of `f32`, since `half` narrows slices with the machine's own instruction.
 impl Difference for f16 {
     #[inline(always)]
     fn minus(out: &mut [Self], a: &[Self], b: &[Self]) {
-        let (mut wide_a, mut wide_b) = ([0_f32; BLOCK], [0_f32; BLOCK]);
+        let mut wide = [0_f32; BLOCK];
         for ((out, a), b) in out.chunks_mut(BLOCK).zip(a.chunks(BLOCK)).zip(b.chunks(BLOCK)) {
-            let (wide_a, wide_b) = (&mut wide_a[..out.len()], &mut wide_b[..out.len()]);
-            a.convert_to_f32_slice(wide_a);
-            b.convert_to_f32_slice(wide_b);
-            for (a, b) in wide_a.iter_mut().zip(wide_b.iter()) {
-                *a -= b;
+            let wide = &mut wide[..out.len()];
+            for ((wide, &a), &b) in wide.iter_mut().zip(a).zip(b) {
+                *wide = f16_wide(a) - f16_wide(b);
             }
-            out.convert_from_f32_slice(wide_a);
+            out.convert_from_f32_slice(wide);
         }
     }
 
     #[inline(always)]
     fn plus(to: &mut [Self], a: &[Self]) {
-        let (mut wide_to, mut wide_a) = ([0_f32; BLOCK], [0_f32; BLOCK]);
+        let mut wide = [0_f32; BLOCK];
         for (to, a) in to.chunks_mut(BLOCK).zip(a.chunks(BLOCK)) {
-            let (wide_to, wide_a) = (&mut wide_to[..to.len()], &mut wide_a[..to.len()]);
-            to.convert_to_f32_slice(wide_to);
-            a.convert_to_f32_slice(wide_a);
-            f32::plus(wide_to, wide_a);
-            to.convert_from_f32_slice(wide_to);
+            let wide = &mut wide[..to.len()];
+            for ((wide, &to), &a) in wide.iter_mut().zip(to.iter()).zip(a) {
+                *wide = f16_wide(a) + f16_wide(to);
+            }
+            to.convert_from_f32_slice(wide);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use lifl_common::config::{Timing, UpdateKind};
+    use lifl_common::update::TensorSpec;
+    use zerocopy::{FromBytes, IntoBytes};
+
+    use super::*;
+    use crate::aggregate::{Accumulator, Input};
+
+    fn schema(dtype: DType, elements: usize) -> Schema {
+        Schema::new(vec![TensorSpec::new("w", dtype, [elements])]).expect("a schema")
+    }
+
+    /// The new model after one round with equal samples.
+    fn round(schema: &Schema, model: &[u8], weights: &[&[u8]], timing: Timing) -> Vec<u64> {
+        let threads = Threads::new(1).expect("threads");
+        let mut aggregate = Accumulator::new(
+            Arc::new(schema.clone()),
+            UpdateKind::Deltas,
+            timing,
+            threads.clone(),
+        );
+        let mut slot = vec![0_u64; model.len().div_ceil(8)];
+        let out = &mut slot.as_mut_bytes()[..model.len()];
+        for weights in weights {
+            let mut delta = vec![0_u64; model.len().div_ceil(8)];
+            let delta = &mut delta.as_mut_bytes()[..model.len()];
+            subtract(&threads, schema, weights, model, delta).expect("same schema");
+            aggregate
+                .fold(
+                    out,
+                    &[Input {
+                        data: delta,
+                        samples: 5,
+                    }],
+                )
+                .expect("finite");
+        }
+        aggregate.finish(out).expect("an aggregate");
+        add(&threads, schema, model, out).expect("same schema");
+        slot
+    }
+
+    #[test]
+    fn unsigned_deltas_are_averaged_as_signed() {
+        for timing in [Timing::Eager, Timing::Lazy] {
+            let (model, weights) = ([100_u8, 7], [[90_u8, 8], [110, 7], [70, 6]]);
+            let weights: Vec<_> = weights.iter().map(IntoBytes::as_bytes).collect();
+            let new = round(&schema(DType::U8, 2), &model, &weights, timing);
+            assert_eq!(new.as_bytes()[..2], [90, 7]);
+            let (model, weights) = ([1_u64 << 63], [[(1_u64 << 63) - 1], [(1 << 63) - 3]]);
+            let weights: Vec<_> = weights.iter().map(IntoBytes::as_bytes).collect();
+            assert_eq!(
+                round(&schema(DType::U64, 1), model.as_bytes(), &weights, timing),
+                [(1 << 63) - 2]
+            );
+        }
+    }
+
+    #[test]
+    fn a_lone_trainers_weights_come_back() {
+        const N: usize = 3 * BLOCK + 5;
+        let model: Vec<f16> = (0..N).map(|i| f16::from_f32(i as f32 / 64.0 - 40.0)).collect();
+        let weights: Vec<f16> = model.iter().map(|w| f16::from_f32(w.to_f32() * 0.5)).collect();
+        let new = round(
+            &schema(DType::F16, N),
+            model.as_bytes(),
+            &[weights.as_bytes()],
+            Timing::Lazy,
+        );
+        let new = <[f16]>::ref_from_bytes(&new.as_bytes()[..2 * N]).expect("aligned");
+        for ((new, weight), model) in new.iter().zip(&weights).zip(&model) {
+            assert!(
+                (new.to_f32() - weight.to_f32()).abs() <= model.to_f32().abs() * 1e-3,
+                "{new} for {weight}"
+            );
+        }
+    }
+
+    #[test]
+    fn wrapped_integers_come_back_exactly() {
+        let (model, weights) = ([i32::MAX, i32::MIN, 0, -7], [i32::MIN, i32::MAX, -1, 9]);
+        let new = round(
+            &schema(DType::I32, 4),
+            model.as_bytes(),
+            &[weights.as_bytes()],
+            Timing::Lazy,
+        );
+        assert_eq!(new.as_bytes(), weights.as_bytes());
+    }
+
+    #[test]
+    fn what_is_not_finite_stays_so() {
+        let threads = Threads::new(1).expect("threads");
+        for bad in [f32::NAN, f32::INFINITY, -f32::NAN] {
+            let (model, weights) = ([bf16::ONE], [bf16::from_f32(bad)]);
+            let mut delta = [bf16::ZERO];
+            let schema = schema(DType::BF16, 1);
+            subtract(
+                &threads,
+                &schema,
+                weights.as_bytes(),
+                model.as_bytes(),
+                delta.as_mut_bytes(),
+            )
+            .expect("fits");
+            assert!(!delta[0].is_finite());
         }
     }
 }

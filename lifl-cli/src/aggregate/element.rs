@@ -38,15 +38,14 @@ pub(super) trait Element: Copy + Send + Sync + 'static {
     /// Adds the inputs' elements from `start` on, times their weights.
     #[inline(always)]
     fn add(sums: &mut [f64], inputs: &[Weighted<'_, Self>], start: usize) {
-        let end = start + sums.len();
-        let mut groups = inputs.chunks_exact(4);
-        for group in &mut groups {
-            let values = [0, 1, 2, 3].map(|i| &group[i].values[start..end]);
-            add_group(sums, values, [0, 1, 2, 3].map(|i| group[i].weight));
-        }
-        for input in groups.remainder() {
-            add_group(sums, [&input.values[start..end]], [input.weight]);
-        }
+        let (eights, rest) = inputs.as_chunks::<8>();
+        let (fours, rest) = rest.as_chunks::<4>();
+        let (twos, ones) = rest.as_chunks::<2>();
+        eights.iter().for_each(|group| add_group(sums, group, start));
+        fours.iter().for_each(|group| add_group(sums, group, start));
+        twos.iter().for_each(|group| add_group(sums, group, start));
+        ones.iter()
+            .for_each(|one| add_group(sums, std::array::from_ref(one), start));
     }
 
     /// Rounds the sums.
@@ -66,10 +65,13 @@ pub(super) trait Element: Copy + Send + Sync + 'static {
     }
 }
 
-/// Adds several inputs in one pass over the sums, in their order.
+/// Adds several inputs in one pass over the sums, in their order. Eight streams at once is what keeps the memory
+/// busy: one alone reaches half of its speed.
 #[inline(always)]
-fn add_group<E: Element, const N: usize>(sums: &mut [f64], values: [&[E]; N], weights: [f64; N]) {
-    let values = values.map(|values| &values[..sums.len()]);
+fn add_group<E: Element, const N: usize>(sums: &mut [f64], group: &[Weighted<'_, E>; N], start: usize) {
+    let len = sums.len();
+    let values = group.each_ref().map(|input| &input.values[start..start + len]);
+    let weights = group.each_ref().map(|input| input.weight);
     for (i, sum) in sums.iter_mut().enumerate() {
         let mut total = *sum;
         for (values, weight) in values.iter().zip(weights) {
@@ -111,8 +113,7 @@ impl Element for f32 {
     }
 }
 
-/// By way of `f32`: the mean of a few values of 8 bits has more bits than that only when it is rounded twice either
-/// way, and the error stays below 0.51 ulp.
+/// Rounded by way of `f32`: twice, so that the error is below 0.51 ulp rather than 0.5.
 impl Element for bf16 {
     #[inline(always)]
     fn to_f64(self) -> f64 {
@@ -141,27 +142,16 @@ pub(super) fn bf16_nearest(value: f32) -> bf16 {
     bf16::from_bits((bits >> 16) as u16)
 }
 
-/// By way of blocks of `f32`, which `half` converts with the machine's own instructions. Rounded twice: the error
-/// stays below 0.51 ulp.
+/// Rounded by way of `f32` too, and that by `half`, with the machine's own instruction.
 impl Element for f16 {
     #[inline(always)]
     fn to_f64(self) -> f64 {
-        self.into()
+        f16_wide(self).into()
     }
 
     #[inline(always)]
     fn nearest(mean: f64) -> Self {
         Self::from_f32(mean as f32)
-    }
-
-    #[inline(always)]
-    fn add(sums: &mut [f64], inputs: &[Weighted<'_, Self>], start: usize) {
-        let mut wide = [0_f32; BLOCK];
-        let wide = &mut wide[..sums.len()];
-        for input in inputs {
-            input.values[start..start + sums.len()].convert_to_f32_slice(wide);
-            add_group(sums, [&*wide], [input.weight]);
-        }
     }
 
     #[inline(always)]
@@ -171,20 +161,26 @@ impl Element for f16 {
         f32::write(sums, wide);
         out.convert_from_f32_slice(wide);
     }
+}
 
-    #[inline(always)]
-    fn scale(sums: &mut [f64], values: &[Self], weight: f64) {
-        sums.fill(0.0);
-        Self::add(
-            sums,
-            &[Weighted {
-                values,
-                weight,
-                samples: 0,
-            }],
-            0,
-        );
-    }
+/// The same value. `half` has the machine's instruction for it, but behind a call for every eight values; this is
+/// inlined and vectorised (measured: 3 times as fast), and makes no subnormal `f32`, which some machines are slow at.
+#[inline(always)]
+pub(super) fn f16_wide(value: f16) -> f32 {
+    const EXPONENT: u32 = 0x1F << 23;
+    let bits = u32::from(value.to_bits());
+    let magnitude = (bits & 0x7FFF) << 13;
+    // The exponents' biases are 15 and 127; all ones stays all ones.
+    let normal = f32::from_bits(magnitude + (112 << 23));
+    let infinite = f32::from_bits(magnitude + (224 << 23));
+    // 2⁻¹⁴ times 1.m, less 2⁻¹⁴: what 0.m means in a subnormal.
+    let subnormal = f32::from_bits(magnitude + (113 << 23)) - f32::from_bits(113 << 23);
+    let value = match magnitude & EXPONENT {
+        0 => subnormal,
+        EXPONENT => infinite,
+        _ => normal,
+    };
+    f32::from_bits(value.to_bits() | (bits & 0x8000) << 16)
 }
 
 /// Integers of up to 32 bits, rounded to the nearest, halves to the even one.
@@ -206,3 +202,43 @@ macro_rules! integers {
 }
 
 integers!(i8 i16 i32 u8 u16 u32);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Every value of 16 bits.
+    fn all() -> impl Iterator<Item = u16> {
+        0..=u16::MAX
+    }
+
+    #[test]
+    fn widens_as_half_does() {
+        for bits in all() {
+            let (brain, ieee) = (bf16::from_bits(bits), f16::from_bits(bits));
+            assert!(
+                bf16_wide(brain) == brain.to_f32() || brain.is_nan() && bf16_wide(brain).is_nan(),
+                "{bits:#x}"
+            );
+            assert!(
+                f16_wide(ieee) == ieee.to_f32() || ieee.is_nan() && f16_wide(ieee).is_nan(),
+                "{bits:#x}"
+            );
+            assert_eq!(f16_wide(ieee).is_sign_negative(), ieee.is_sign_negative());
+        }
+    }
+
+    #[test]
+    fn narrows_as_half_does() {
+        for bits in all()
+            .flat_map(|high| [0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF].map(|low| u32::from(high) << 16 | low))
+        {
+            let value = f32::from_bits(bits);
+            let (ours, theirs) = (bf16_nearest(value), bf16::from_f32(value));
+            assert!(
+                ours.to_bits() == theirs.to_bits() || ours.is_nan() && theirs.is_nan(),
+                "{value:e}"
+            );
+        }
+    }
+}

@@ -31,6 +31,9 @@ mod region;
 mod threads;
 mod wide;
 
+#[cfg(test)]
+mod tests;
+
 use std::ops::Range;
 
 use lifl_common::update::Schema;

@@ -5,7 +5,8 @@
 //! | [`slot`] | all but `f64` and 64-bit integers, when lazy | 0 | at each fold |
 //! | [`clamped`] | `f64` | 0 | at each fold |
 //! | [`guarded`] | `f32`, when eager | 1 | at each fold to 31 bits, 8 of them beside the slot |
-//! | [`private`] | narrow floats, integers of up to 32 bits, when eager | 4 or 8 | to the type at the end |
+//! | [`private`] | 16-bit floats and 8-bit integers, when eager | 4 | at each fold to `f32`, to the type at the end |
+//! | [`private`] | 16-bit and 32-bit integers, when eager | 8 | at each fold to `f64`, to the type at the end |
 //! | [`exact_slot`] | 64-bit integers, when lazy | 0 | at each fold |
 //! | [`exact`] | 64-bit integers, when eager | 16 | at the end |
 //!
@@ -34,7 +35,7 @@ pub(super) struct Fold<'a, E> {
 impl<E: Element> Fold<'_, E> {
     /// The mean of the elements from `start` on. `kept` fills in what was folded before, if anything was.
     #[inline(always)]
-    fn sum(&self, sums: &mut [f64], start: usize, kept: impl FnOnce(&mut [f64])) {
+    fn sum(&self, sums: &mut [f64], start: usize, kept: impl Fn(&mut [f64])) {
         match self.before {
             0 => sums.fill(0.0),
             _ => kept(sums),
@@ -164,7 +165,10 @@ fn split(mean: f64) -> (f32, i8) {
     let guard = kept.wrapping_sub(nearest << 8) as i8;
     // Below `f32`'s normal range the slot has fewer bits than that: it stands alone there.
     let normal = out.abs() >= f64::from(f32::MIN_POSITIVE);
-    (out as f32, if normal { guard } else { 0 })
+    (
+        if normal { out } else { mean } as f32,
+        if normal { guard } else { 0 },
+    )
 }
 
 /// A slot of 64-bit integers.

@@ -26,9 +26,9 @@ enum Kept {
     Nothing,
     /// What rounding took from an `f32`.
     Guards(Vec<i8>),
-    /// Means of narrow types.
+    /// Means of types of up to 11 significant bits.
     Single(Vec<f32>),
-    /// Means of 32-bit integers.
+    /// Means of integers of 16 and 32 bits.
     Double(Vec<f64>),
     /// Sums of samples times values.
     Signed(Vec<i128>),
@@ -41,8 +41,8 @@ pub(super) const fn kept_bytes(dtype: DType, timing: Timing) -> usize {
     match (timing, dtype) {
         (Timing::Lazy, _) | (_, DType::F64) => 0,
         (_, DType::F32) => size_of::<i8>(),
-        (_, DType::F16 | DType::BF16 | DType::I8 | DType::U8 | DType::I16 | DType::U16) => size_of::<f32>(),
-        (_, DType::I32 | DType::U32) => size_of::<f64>(),
+        (_, DType::F16 | DType::BF16 | DType::I8 | DType::U8) => size_of::<f32>(),
+        (_, DType::I16 | DType::U16 | DType::I32 | DType::U32) => size_of::<f64>(),
         (_, DType::I64 | DType::U64) => size_of::<i128>(),
     }
 }
@@ -89,7 +89,7 @@ impl RegionMean {
         let kept = match (timing, dtype) {
             (Timing::Lazy, _) | (_, DType::F64) => Kept::Nothing,
             (_, DType::F32) => Kept::Guards(vec![0; elements]),
-            (_, DType::I32 | DType::U32) => Kept::Double(vec![0.0; elements]),
+            (_, DType::I16 | DType::U16 | DType::I32 | DType::U32) => Kept::Double(vec![0.0; elements]),
             (_, DType::I64) => Kept::Signed(vec![0; elements]),
             (_, DType::U64) => Kept::Unsigned(vec![0; elements]),
             _ => Kept::Single(vec![0.0; elements]),
@@ -120,9 +120,9 @@ impl RegionMean {
             (DType::I8, _) => call.slot::<i8>(),
             (DType::U8, Kept::Single(means)) => call.private::<u8, _>(means),
             (DType::U8, _) => call.slot::<u8>(),
-            (DType::I16, Kept::Single(means)) => call.private::<i16, _>(means),
+            (DType::I16, Kept::Double(means)) => call.private::<i16, _>(means),
             (DType::I16, _) => call.slot::<i16>(),
-            (DType::U16, Kept::Single(means)) => call.private::<u16, _>(means),
+            (DType::U16, Kept::Double(means)) => call.private::<u16, _>(means),
             (DType::U16, _) => call.slot::<u16>(),
             (DType::I32, Kept::Double(means)) => call.private::<i32, _>(means),
             (DType::I32, _) => call.slot::<i32>(),
@@ -143,9 +143,9 @@ impl RegionMean {
             (DType::F16, Kept::Single(means)) => write::<f16, _>(threads, elements_mut(out, range), means),
             (DType::BF16, Kept::Single(means)) => write::<bf16, _>(threads, elements_mut(out, range), means),
             (DType::I8, Kept::Single(means)) => write::<i8, _>(threads, elements_mut(out, range), means),
-            (DType::U8, Kept::Single(means)) => write::<u8, _>(threads, elements_mut(out, range), means),
-            (DType::I16, Kept::Single(means)) => write::<i16, _>(threads, elements_mut(out, range), means),
-            (_, Kept::Single(means)) => write::<u16, _>(threads, elements_mut(out, range), means),
+            (_, Kept::Single(means)) => write::<u8, _>(threads, elements_mut(out, range), means),
+            (DType::I16, Kept::Double(means)) => write::<i16, _>(threads, elements_mut(out, range), means),
+            (DType::U16, Kept::Double(means)) => write::<u16, _>(threads, elements_mut(out, range), means),
             (DType::I32, Kept::Double(means)) => write::<i32, _>(threads, elements_mut(out, range), means),
             (_, Kept::Double(means)) => write::<u32, _>(threads, elements_mut(out, range), means),
             (_, Kept::Signed(sums)) => write_exact::<i64>(threads, elements_mut(out, range), sums, samples),

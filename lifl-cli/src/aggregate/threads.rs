@@ -52,20 +52,30 @@ impl Threads {
         self.pool.as_ref().map_or(1, |pool| pool.current_num_threads())
     }
 
+    /// The same threads as on a machine that has only the baseline's vectors.
+    #[cfg(test)]
+    pub(super) fn without_vectors(self) -> Self {
+        Self {
+            arch: pulp::Arch::Scalar,
+            ..self
+        }
+    }
+
     /// Cuts `work` into chunks and gives each to `run` with the index of its first element, compiled for this
     /// machine's vectors. Gives `false`, early, as soon as one chunk did.
     ///
     /// What `run` calls must be `inline(always)` to be compiled for those vectors too.
     pub(super) fn all<P: Part>(&self, work: P, run: impl Fn(usize, P) -> bool + Sync) -> bool {
         let good = AtomicBool::new(true);
-        let each = |(start, part): (usize, P)| {
+        // Behind a pointer, since each use would else be another copy of all that `run` inlines.
+        let each: &(dyn Fn((usize, P)) + Sync) = &|(start, part)| {
+            let run = Run {
+                run: &run,
+                start,
+                part,
+            };
             // Relaxed: the flag carries no data, and joining the threads orders its last value before the return.
-            if good.load(Ordering::Relaxed)
-                && !self.arch.dispatch(
-                    #[inline(always)]
-                    || run(start, part),
-                )
-            {
+            if good.load(Ordering::Relaxed) && !self.arch.dispatch(run) {
                 good.store(false, Ordering::Relaxed);
             }
         };
@@ -86,6 +96,23 @@ impl Threads {
             }
         }
         good.into_inner()
+    }
+}
+
+/// One chunk's run. A closure in its place would be compiled for the baseline: what calls a closure once does not
+/// pass its `inline(always)` on.
+struct Run<'a, F, P> {
+    run: &'a F,
+    start: usize,
+    part: P,
+}
+
+impl<F: Fn(usize, P) -> bool, P> pulp::NullaryFnOnce for Run<'_, F, P> {
+    type Output = bool;
+
+    #[inline(always)]
+    fn call(self) -> bool {
+        (self.run)(self.start, self.part)
     }
 }
 
