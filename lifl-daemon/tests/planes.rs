@@ -16,7 +16,7 @@ use lifl_common::frame::{Frame, FrameKind, Refusal};
 use lifl_common::id::{JobId, WorkerId};
 use lifl_common::kernel::Counters;
 use lifl_common::plane::PlaneKind;
-use lifl_daemon::plane::{Chosen, Options, Plane, PlaneError, Request, SocketError, choose};
+use lifl_daemon::plane::{Chosen, Options, Plane, PlaneError, Request, SocketError, choose, support};
 use tokio::sync::mpsc;
 use zerocopy::IntoBytes;
 
@@ -477,6 +477,51 @@ async fn a_dropped_sockmap_leaves_no_program_and_no_map() {
         }
     })
     .await;
+}
+
+#[test]
+fn two_capabilities_are_enough_for_the_sockmap() {
+    let runtime = || {
+        tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()
+            .expect("a runtime")
+    };
+    if runtime()
+        .block_on(async { node_for(PlaneKind::Sockmap, 2) })
+        .is_none()
+    {
+        return;
+    }
+    let masks = [
+        support::CAPABILITIES
+            .iter()
+            .fold(0_u64, |mask, (_, number)| mask | 1 << number),
+        0,
+    ];
+    let [loaded, refused] = masks.map(|effective| {
+        let on_thread = move || {
+            limit_capabilities(effective);
+            let request = Request::Sockmap;
+            runtime().block_on(async { choose(request, Options { max_workers: 2 }).map(|_| ()) })
+        };
+        std::thread::spawn(on_thread).join().expect("the thread's work")
+    });
+    loaded.expect("loaded");
+    let message = refused.expect_err("no capability").to_string();
+    assert!(message.contains("lacks CAP_BPF and CAP_NET_ADMIN"), "{message}");
+    assert!(message.contains("sudo"), "{message}");
+}
+
+/// Leaves the calling thread's effective capabilities only those of the mask.
+fn limit_capabilities(effective: u64) {
+    // `struct __user_cap_header_struct` and two of `__user_cap_data_struct` in include/uapi/linux/capability.h.
+    let header: [u32; 2] = [0x2008_0522, 0];
+    let halves = [effective as u32, (effective >> 32) as u32];
+    let data = halves.map(|half| [half, half, 0]);
+    // SAFETY: `capset` reads the two structs, laid out as the header file says, and writes nothing.
+    let status = unsafe { libc::syscall(libc::SYS_capset, header.as_ptr(), data.as_ptr()) };
+    assert_eq!(status, 0, "{}", std::io::Error::last_os_error());
 }
 
 #[tokio::test]

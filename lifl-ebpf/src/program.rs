@@ -61,12 +61,7 @@ pub(crate) fn lifl_verdict(ctx: SkMsgContext) -> u32 {
     let piece = ctx.size() % FRAME;
     if piece != 0 {
         let cut = ctx.pop_data(ctx.size() - piece, piece, 0);
-        warn!(
-            &ctx,
-            "cut a write that ended {} bytes into a frame: {}",
-            piece,
-            cut.is_ok() as u8
-        );
+        log_cut(piece);
         if cut.is_err() {
             return sk_action::SK_DROP;
         }
@@ -107,16 +102,27 @@ pub(crate) fn lifl_verdict(ctx: SkMsgContext) -> u32 {
     if stamp.0 != 0 {
         count_refused(stamp);
     }
-    let verdict = redirect(&ctx, WorkerId::NONE);
+    log_refused(stamp.0, frame.from.0, frame.to.0, refusal as u32);
+    redirect(&ctx, WorkerId::NONE)
+}
+
+// Logging has subprograms to itself: within the program, its variables would share stack slots with pointers, which
+// the verifier lets only CAP_PERFMON do.
+
+#[inline(never)]
+fn log_cut(bytes: u32) {
     warn!(
-        &ctx,
-        "refused a frame of worker {} (it says {}) to worker {}: reason {}",
-        stamp.0,
-        frame.from.0,
-        frame.to.0,
-        refusal as u16
+        (),
+        "cut off {} bytes that a write ended with after its last whole frame", bytes
     );
-    verdict
+}
+
+#[inline(never)]
+fn log_refused(worker: u32, from: u32, to: u32, refusal: u32) {
+    warn!(
+        (),
+        "refused a frame of worker {} (it says {}) to worker {}: reason {}", worker, from, to, refusal
+    );
 }
 
 /// The fields that are decided on, each read by itself: a frame may lie at any address.

@@ -384,11 +384,11 @@ fn unavailable(error: &LoadError) -> PlaneError {
     PlaneError::Unavailable { reason, remedy }
 }
 
-/// Whether `EPERM` is at the bottom of it.
+/// Whether `EPERM` is at the bottom of it. (`EACCES` is the verifier's.)
 fn is_refused(error: &LoadError) -> bool {
     causes(error).any(|cause| {
         let io = cause.downcast_ref::<io::Error>();
-        io.is_some_and(|io| io.kind() == io::ErrorKind::PermissionDenied)
+        io.is_some_and(|io| io.raw_os_error() == Some(libc::EPERM))
     })
 }
 
