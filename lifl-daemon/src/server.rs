@@ -17,6 +17,7 @@ use lifl_common::control::packet::{PacketError, PacketSocket};
 use lifl_common::control::{ErrorCode, Message, Reply, Request};
 use lifl_common::frame::Frame;
 use lifl_common::watch::watch;
+use nix::errno::Errno;
 use nix::sys::socket::{
     AddressFamily, Backlog, SockFlag, SockType, UnixAddr, accept4, bind, connect, getsockopt, listen, socket,
     sockopt,
@@ -80,17 +81,20 @@ impl Listener {
             socket(AddressFamily::Unix, SockType::SeqPacket, flags, None)
         };
         let fd = new_socket().map_err(|errno| failed("socket", errno.into()))?;
-        if bind(fd.as_raw_fd(), &address) == Err(nix::errno::Errno::EADDRINUSE) {
-            let probe = new_socket().map_err(|errno| failed("socket", errno.into()))?;
-            if connect(probe.as_raw_fd(), &address).is_ok() {
-                return Err(ListenError::InUse(path.to_owned()));
+        match bind(fd.as_raw_fd(), &address) {
+            Ok(()) => {}
+            Err(Errno::EADDRINUSE) => {
+                let probe = new_socket().map_err(|errno| failed("socket", errno.into()))?;
+                if connect(probe.as_raw_fd(), &address).is_ok() {
+                    return Err(ListenError::InUse(path.to_owned()));
+                }
+                std::fs::remove_file(path).map_err(|source| failed("unlink", source))?;
+                bind(fd.as_raw_fd(), &address).map_err(|errno| failed("bind", errno.into()))?;
             }
-            std::fs::remove_file(path).map_err(|source| failed("unlink", source))?;
-            bind(fd.as_raw_fd(), &address).map_err(|errno| failed("bind", errno.into()))?;
-        } else if !path.exists() {
-            // Any other failure of bind leaves no file; the second try tells which.
-            bind(fd.as_raw_fd(), &address).map_err(|errno| failed("bind", errno.into()))?;
+            Err(errno) => return Err(failed("bind", errno.into())),
         }
+        // Only now: epoll would find a socket that does not listen yet hung up, and tokio would remember that for good.
+        listen(&fd, Backlog::MAXCONN).map_err(|errno| failed("listen", errno.into()))?;
         let listener = watch(fd).map_err(|source| failed("epoll_ctl", source))?;
         let listener = Self {
             fd: listener,
@@ -101,7 +105,6 @@ impl Listener {
         }
         let permissions = std::fs::Permissions::from_mode(mode);
         std::fs::set_permissions(path, permissions).map_err(|source| failed("chmod", source))?;
-        listen(listener.fd.get_ref(), Backlog::MAXCONN).map_err(|errno| failed("listen", errno.into()))?;
         Ok(listener)
     }
 

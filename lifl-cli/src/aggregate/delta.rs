@@ -33,30 +33,19 @@ macro_rules! for_regions {
         }
     };
 }
-/// `out ← weights − model`.
+/// `weights ← weights − model`: the delta, where the trained weights lay.
 ///
 /// # Errors
-/// If one of them is not the schema's; `weights` is [`Operand::Input`] 0 and `model` is 1.
-pub fn subtract(
-    threads: &Threads,
-    schema: &Schema,
-    weights: &[u8],
-    model: &[u8],
-    out: &mut [u8],
-) -> Result<(), FoldError> {
-    check(schema, Operand::Input(0), weights)?;
-    check(schema, Operand::Input(1), model)?;
-    check(schema, Operand::Out, out)?;
+/// If one of them is not the schema's; `model` is [`Operand::Input`] 0.
+pub fn subtract(threads: &Threads, schema: &Schema, model: &[u8], weights: &mut [u8]) -> Result<(), FoldError> {
+    check(schema, Operand::Input(0), model)?;
+    check(schema, Operand::Out, weights)?;
     for_regions!(schema, |range, E| {
-        let work = (
-            elements_mut::<E>(out, range),
-            (elements::<E>(weights, range), elements::<E>(model, range)),
-        );
         threads.all(
-            work,
+            (elements_mut::<E>(weights, range), elements::<E>(model, range)),
             #[inline(always)]
-            |_, (out, (weights, model))| {
-                E::minus(out, weights, model);
+            |_, (weights, model)| {
+                E::minus(weights, model);
                 true
             },
         );
@@ -86,27 +75,28 @@ pub fn add(threads: &Threads, schema: &Schema, model: &[u8], delta: &mut [u8]) -
 
 /// An element type whose values have differences.
 trait Difference: Sized {
-    /// `out ← a − b`.
-    fn minus(out: &mut [Self], a: &[Self], b: &[Self]);
+    /// `to ← to − a`.
+    fn minus(to: &mut [Self], a: &[Self]);
 
-    /// `to ← a + to`.
+    /// `to ← to + a`.
     fn plus(to: &mut [Self], a: &[Self]);
 }
 
 macro_rules! differences {
-    ($($type:ty: |$a:ident, $b:ident| $minus:expr, $plus:expr;)*) => {$(
+    ($($type:ty: |$to:ident, $a:ident| $minus:expr, $plus:expr;)*) => {$(
         impl Difference for $type {
             #[inline(always)]
-            fn minus(out: &mut [Self], a: &[Self], b: &[Self]) {
-                for ((out, &$a), &$b) in out.iter_mut().zip(a).zip(b) {
-                    *out = $minus;
+            fn minus(to: &mut [Self], a: &[Self]) {
+                for (to, &$a) in to.iter_mut().zip(a) {
+                    let $to = *to;
+                    *to = $minus;
                 }
             }
 
             #[inline(always)]
             fn plus(to: &mut [Self], a: &[Self]) {
                 for (to, &$a) in to.iter_mut().zip(a) {
-                    let $b = *to;
+                    let $to = *to;
                     *to = $plus;
                 }
             }
@@ -115,39 +105,37 @@ macro_rules! differences {
 }
 
 differences! {
-    f64: |a, b| a - b, a + b;
-    f32: |a, b| a - b, a + b;
-    bf16: |a, b| bf16_nearest(bf16_wide(a) - bf16_wide(b)), bf16_nearest(bf16_wide(a) + bf16_wide(b));
-    u64: |a, b| a.wrapping_sub(b), a.wrapping_add(b);
-    u32: |a, b| a.wrapping_sub(b), a.wrapping_add(b);
-    u16: |a, b| a.wrapping_sub(b), a.wrapping_add(b);
-    u8: |a, b| a.wrapping_sub(b), a.wrapping_add(b);
+    f64: |to, a| to - a, to + a;
+    f32: |to, a| to - a, to + a;
+    bf16: |to, a| bf16_nearest(bf16_wide(to) - bf16_wide(a)), bf16_nearest(bf16_wide(to) + bf16_wide(a));
+    u64: |to, a| to.wrapping_sub(a), to.wrapping_add(a);
+    u32: |to, a| to.wrapping_sub(a), to.wrapping_add(a);
+    u16: |to, a| to.wrapping_sub(a), to.wrapping_add(a);
+    u8: |to, a| to.wrapping_sub(a), to.wrapping_add(a);
 }
 
 /// In blocks of `f32`, since `half` narrows slices with the machine's own instruction.
+#[inline(always)]
+fn by_blocks(to: &mut [f16], a: &[f16], each: impl Fn(f32, f32) -> f32) {
+    let mut wide = [0_f32; BLOCK];
+    for (to, a) in to.chunks_mut(BLOCK).zip(a.chunks(BLOCK)) {
+        let wide = &mut wide[..to.len()];
+        for ((wide, &to), &a) in wide.iter_mut().zip(&*to).zip(a) {
+            *wide = each(f16_wide(to), f16_wide(a));
+        }
+        to.convert_from_f32_slice(wide);
+    }
+}
+
 impl Difference for f16 {
     #[inline(always)]
-    fn minus(out: &mut [Self], a: &[Self], b: &[Self]) {
-        let mut wide = [0_f32; BLOCK];
-        for ((out, a), b) in out.chunks_mut(BLOCK).zip(a.chunks(BLOCK)).zip(b.chunks(BLOCK)) {
-            let wide = &mut wide[..out.len()];
-            for ((wide, &a), &b) in wide.iter_mut().zip(a).zip(b) {
-                *wide = f16_wide(a) - f16_wide(b);
-            }
-            out.convert_from_f32_slice(wide);
-        }
+    fn minus(to: &mut [Self], a: &[Self]) {
+        by_blocks(to, a, |to, a| to - a);
     }
 
     #[inline(always)]
     fn plus(to: &mut [Self], a: &[Self]) {
-        let mut wide = [0_f32; BLOCK];
-        for (to, a) in to.chunks_mut(BLOCK).zip(a.chunks(BLOCK)) {
-            let wide = &mut wide[..to.len()];
-            for ((wide, &to), &a) in wide.iter_mut().zip(to.iter()).zip(a) {
-                *wide = f16_wide(a) + f16_wide(to);
-            }
-            to.convert_from_f32_slice(wide);
-        }
+        by_blocks(to, a, |to, a| to + a);
     }
 }
 
@@ -180,7 +168,8 @@ mod tests {
         for weights in weights {
             let mut delta = vec![0_u64; model.len().div_ceil(8)];
             let delta = &mut delta.as_mut_bytes()[..model.len()];
-            subtract(&threads, schema, weights, model, delta).expect("same schema");
+            delta.copy_from_slice(weights);
+            subtract(&threads, schema, model, delta).expect("same schema");
             aggregate
                 .fold(
                     out,
