@@ -13,4 +13,5 @@ pub mod doctor;
 pub mod exit;
 pub mod learn;
 pub mod memory;
+mod random;
 pub mod work;

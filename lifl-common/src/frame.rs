@@ -87,7 +87,7 @@ macro_rules! numbered {
 numbered!(
     /// What a frame says.
     FrameKind {
-        /// Worker to coordinator: registered, arena made, data loaded. `samples`: its training samples.
+        /// Worker to coordinator: registered, arena made, data loaded.
         Ready = 1,
         /// Coordinator to parent: `value` is the id of one of this round's children; they come in folding order.
         Child = 2,

@@ -90,10 +90,12 @@ async fn prepare_data(job: &JobSpec, reporter: &Reporter, shutdown: &Cancellatio
         reporter.say(&format!("dataset {}", data.dataset));
     }
     let trainers = job.trainers().count() as u32;
-    let seed = job.seed;
-    let prepared = tokio::task::spawn_blocking(move || crate::data::prepare(&data, seed, trainers));
+    let prepared = tokio::task::spawn_blocking(move || crate::data::prepare(&data, trainers));
     tokio::select! {
-        prepared = prepared => prepared.context("the data could not be looked at").because(Cause::Job)?.because(Cause::Config),
+        prepared = prepared => {
+            prepared.context("the data could not be looked at").because(Cause::Job)?.because(Cause::Config)?;
+            Ok(())
+        }
         () = shutdown.cancelled() => Err(interrupted()),
     }
 }

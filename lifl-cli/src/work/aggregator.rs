@@ -93,7 +93,7 @@ pub(super) async fn play(place: Place, job: JobSpec, spec: WorkerSpec, schema: S
     if spec.kind == Kind::Top {
         aggregator.first_model()?;
     }
-    ready(&mut aggregator.link, 0).await?;
+    ready(&mut aggregator.link).await?;
     loop {
         match aggregator.link.next().await? {
             Incoming::Frame(kind, frame) => aggregator.frame(kind, frame).await?,

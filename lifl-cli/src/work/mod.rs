@@ -62,7 +62,7 @@ async fn join(place: &Place, spec: &WorkerSpec, schema: &Schema) -> anyhow::Resu
 }
 
 /// Tells the coordinator that this worker can begin.
-async fn ready(link: &mut Link, samples: u64) -> anyhow::Result<()> {
+async fn ready(link: &mut Link) -> anyhow::Result<()> {
     let coordinator = link.coordinator();
-    link.send(coordinator, FrameKind::Ready, Frame { samples, ..Frame::default() }).await
+    link.send(coordinator, FrameKind::Ready, Frame::default()).await
 }

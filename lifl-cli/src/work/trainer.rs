@@ -67,7 +67,6 @@ pub(super) async fn play(place: Place, job: JobSpec, spec: WorkerSpec, schema: S
     let learner = learner.await.context("the learner could not be made")??;
     let link = join(&place, &spec, &schema).await?;
     let shared = Shared { name: spec.name, updates: job.updates, schema, threads: Threads::new(1)? };
-    let samples = learner.samples();
     let mut trainer = Trainer {
         link,
         shared: Arc::new(shared),
@@ -76,7 +75,7 @@ pub(super) async fn play(place: Place, job: JobSpec, spec: WorkerSpec, schema: S
         begun: None,
         model: None,
     };
-    ready(&mut trainer.link, samples).await?;
+    ready(&mut trainer.link).await?;
     loop {
         tokio::select! {
             learned = finished(&mut trainer.training) => {

@@ -1,0 +1,33 @@
+//! What a job's processes learn with and judge by.
+
+use anyhow::Context;
+use lifl_common::config::JobSpec;
+
+use super::{Evaluator, Learner, build};
+use crate::data;
+
+/// The learner of the trainer with that share of the job's data.
+///
+/// # Errors
+/// If the data or the model cannot be had.
+pub fn for_trainer(job: &JobSpec, share: u32) -> anyhow::Result<Box<dyn Learner>> {
+    let trainers = job.trainers().count() as u32;
+    let samples = match &job.data {
+        Some(source) => Some(data::open(source, job.seed)?.train_share(share, trainers)?),
+        None => None,
+    };
+    build(&job.model, &job.training, samples, share, job.seed).context("the model cannot be trained")
+}
+
+/// What judges the job's models; `None` without data to judge by.
+///
+/// # Errors
+/// If the data cannot be had.
+pub fn evaluator(job: &JobSpec) -> anyhow::Result<Option<Evaluator>> {
+    let Some(source) = &job.data else { return Ok(None) };
+    let test = data::open(source, job.seed)?.test();
+    if test.is_empty() {
+        return Ok(None);
+    }
+    Ok(Some(Evaluator::new(&job.model, test).context("the model cannot be judged")?))
+}
