@@ -41,11 +41,18 @@ pub(super) trait Element: Copy + Send + Sync + 'static {
         let (eights, rest) = inputs.as_chunks::<8>();
         let (fours, rest) = rest.as_chunks::<4>();
         let (twos, ones) = rest.as_chunks::<2>();
-        eights.iter().for_each(|group| add_group(sums, group, start));
-        fours.iter().for_each(|group| add_group(sums, group, start));
-        twos.iter().for_each(|group| add_group(sums, group, start));
-        ones.iter()
-            .for_each(|one| add_group(sums, std::array::from_ref(one), start));
+        for group in eights {
+            add_group(sums, group, start);
+        }
+        for group in fours {
+            add_group(sums, group, start);
+        }
+        for group in twos {
+            add_group(sums, group, start);
+        }
+        for one in ones {
+            add_group(sums, std::array::from_ref(one), start);
+        }
     }
 
     /// Rounds the sums.
@@ -85,8 +92,12 @@ fn add_group<E: Element, const N: usize>(sums: &mut [f64], group: &[Weighted<'_,
 #[inline(always)]
 pub(super) fn finite(sums: &[f64]) -> bool {
     const EXPONENT: u64 = 0x7FF << 52;
-    // Zero times a finite value has no exponent bit; times any other, all of them.
-    sums.iter().fold(0, |bits, sum| bits | (sum * 0.0).to_bits()) & EXPONENT == 0
+    let mut bits = 0;
+    for sum in sums {
+        // Zero times a finite value has no exponent bit; times any other, all of them.
+        bits |= (sum * 0.0).to_bits();
+    }
+    bits & EXPONENT == 0
 }
 
 impl Element for f64 {
@@ -175,11 +186,9 @@ pub(super) fn f16_wide(value: f16) -> f32 {
     let infinite = f32::from_bits(magnitude + (224 << 23));
     // 2⁻¹⁴ times 1.m, less 2⁻¹⁴: what 0.m means in a subnormal.
     let subnormal = f32::from_bits(magnitude + (113 << 23)) - f32::from_bits(113 << 23);
-    let value = match magnitude & EXPONENT {
-        0 => subnormal,
-        EXPONENT => infinite,
-        _ => normal,
-    };
+    // Two selections rather than a match, which would be a branch.
+    let finite = if magnitude & EXPONENT == 0 { subnormal } else { normal };
+    let value = if magnitude & EXPONENT == EXPONENT { infinite } else { finite };
     f32::from_bits(value.to_bits() | (bits & 0x8000) << 16)
 }
 
