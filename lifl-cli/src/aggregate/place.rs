@@ -100,13 +100,12 @@ pub(super) fn clamped(out: &mut [f64], start: usize, fold: &Fold<'_, f64>) -> bo
             least.copy_from_slice(out);
             greatest.copy_from_slice(out);
         }
-        for input in &fold.inputs {
-            let values = &input.values[start + i * PART..][..len];
-            for (i, &value) in values.iter().enumerate() {
-                sums[i] += input.weight * value;
-                least[i] = if value < least[i] { value } else { least[i] };
-                greatest[i] = if value > greatest[i] { value } else { greatest[i] };
-            }
+        let (fours, ones) = fold.inputs.as_chunks::<4>();
+        for group in fours {
+            clamp_group(sums, least, greatest, group, start + i * PART);
+        }
+        for one in ones {
+            clamp_group(sums, least, greatest, std::array::from_ref(one), start + i * PART);
         }
         for (i, out) in out.iter_mut().enumerate() {
             // Comparisons with NaN are false, so that a NaN stays; an infinite input is its own bound.
@@ -116,6 +115,31 @@ pub(super) fn clamped(out: &mut [f64], start: usize, fold: &Fold<'_, f64>) -> bo
         good &= finite(out);
     }
     good
+}
+
+/// Adds several inputs in one pass, and widens the bounds to hold them.
+#[inline(always)]
+fn clamp_group<const N: usize>(
+    sums: &mut [f64],
+    least: &mut [f64],
+    greatest: &mut [f64],
+    group: &[Weighted<'_, f64>; N],
+    start: usize,
+) {
+    let len = sums.len();
+    let (least, greatest) = (&mut least[..len], &mut greatest[..len]);
+    let values = group.each_ref().map(|input| &input.values[start..start + len]);
+    let weights = group.each_ref().map(|input| input.weight);
+    for i in 0..len {
+        let (mut sum, mut low, mut high) = (sums[i], least[i], greatest[i]);
+        for n in 0..N {
+            let value = values[n][i];
+            sum += weights[n] * value;
+            low = if value < low { value } else { low };
+            high = if value > high { value } else { high };
+        }
+        (sums[i], least[i], greatest[i]) = (sum, low, high);
+    }
 }
 
 /// An `f32` slot, always rounded to the nearest, and beside it what that rounding took away.

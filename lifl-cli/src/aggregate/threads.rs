@@ -64,7 +64,8 @@ impl Threads {
     /// Cuts `work` into chunks and gives each to `run` with the index of its first element, compiled for this
     /// machine's vectors. Gives `false`, early, as soon as one chunk did.
     ///
-    /// What `run` calls must be `inline(always)` to be compiled for those vectors too.
+    /// What `run` calls must be `inline(always)` to be compiled for those vectors too; a closure given to an
+    /// iterator's `for_each` or `fold` is not, a `for` loop is.
     pub(super) fn all<P: Part>(&self, work: P, run: impl Fn(usize, P) -> bool + Sync) -> bool {
         let good = AtomicBool::new(true);
         // Behind a pointer, since each use would else be another copy of all that `run` inlines.
