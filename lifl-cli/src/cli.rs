@@ -161,9 +161,17 @@ pub fn main() -> ExitCode {
         Command::Schema => commands::schema(),
         Command::Doctor(report) => commands::doctor(report),
         Command::Status(args) => commands::status(&args),
-        Command::Worker(WorkerArgs { socket, job, run, name }) => {
-            commands::worker(Place { socket, job: JobId(job), run, name })
-        }
+        Command::Worker(WorkerArgs {
+            socket,
+            job,
+            run,
+            name,
+        }) => commands::worker(Place {
+            socket,
+            job: JobId(job),
+            run,
+            name,
+        }),
     };
     match outcome {
         Ok(()) => ExitCode::SUCCESS,

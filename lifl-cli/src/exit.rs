@@ -33,7 +33,10 @@ pub type Outcome<T = ()> = Result<T, Failure>;
 impl Failure {
     /// A failure of that cause.
     pub fn new(cause: Cause, error: impl Into<anyhow::Error>) -> Self {
-        Self { cause, error: error.into() }
+        Self {
+            cause,
+            error: error.into(),
+        }
     }
 }
 

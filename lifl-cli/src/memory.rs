@@ -73,9 +73,16 @@ impl Plan {
             .map(|worker| {
                 let slots = slots(worker.kind);
                 let layout = Layout::for_objects(slots, object_bytes);
-                let arena_bytes = layout.and_then(|layout| layout.memfd_bytes(huge_pages)).unwrap_or(u64::MAX);
+                let arena_bytes = layout
+                    .and_then(|layout| layout.memfd_bytes(huge_pages))
+                    .unwrap_or(u64::MAX);
                 let private_bytes = private_bytes(job, schema, worker);
-                Share { name: worker.name.clone(), slots, arena_bytes, private_bytes }
+                Share {
+                    name: worker.name.clone(),
+                    slots,
+                    arena_bytes,
+                    private_bytes,
+                }
             })
             .collect();
         let sum = |of: fn(&Share) -> u64| workers.iter().map(of).fold(0, u64::saturating_add);
@@ -85,7 +92,11 @@ impl Plan {
         Self {
             parameters: schema.elements() as u64,
             object_bytes,
-            page_bytes: if huge_pages { lifl_common::arena::memfd::HUGE_PAGE_BYTES } else { Layout::SLOT_ALIGN },
+            page_bytes: if huge_pages {
+                lifl_common::arena::memfd::HUGE_PAGE_BYTES
+            } else {
+                Layout::SLOT_ALIGN
+            },
             pool_bytes,
             private_bytes,
             total_bytes: pool_bytes.saturating_add(private_bytes),
@@ -109,7 +120,10 @@ fn learner_bytes(job: &JobSpec, schema: &Schema, shares: u64) -> u64 {
         return PROCESS_BYTES;
     }
     let models = LEARNER_MODELS.saturating_mul(schema.data_bytes() as u64);
-    PROCESS_BYTES.saturating_add(LEARNER_BYTES).saturating_add(models).saturating_add(data_bytes(job) / shares.max(1))
+    PROCESS_BYTES
+        .saturating_add(LEARNER_BYTES)
+        .saturating_add(models)
+        .saturating_add(data_bytes(job) / shares.max(1))
 }
 
 /// All samples of the largest data set that is known here, 70,000 images of 28 × 28 bytes, unless the job uses fewer.

@@ -73,7 +73,12 @@ impl Daemon {
     /// Outside of a tokio runtime.
     pub fn start(options: Options, shutdown: CancellationToken) -> Result<Self, StartError> {
         let listener = Listener::bind(&options.socket, options.socket_mode, options.socket_group)?;
-        let chosen = plane::choose(options.plane, plane::Options { max_workers: options.max_workers })?;
+        let chosen = plane::choose(
+            options.plane,
+            plane::Options {
+                max_workers: options.max_workers,
+            },
+        )?;
         let (plane, plane_reason) = (chosen.plane.kind(), chosen.reason.clone());
         let facts = Facts {
             plane_reason: chosen.reason,

@@ -711,15 +711,22 @@ mod tests {
         fn new() -> Self {
             let chosen = choose(plane::Request::Relay, plane::Options { max_workers: 16 }).expect("a relay");
             assert_eq!(chosen.plane.kind(), PlaneKind::Relay);
-            let facts = Facts { plane_reason: "test".into(), max_workers: 16 };
+            let facts = Facts {
+                plane_reason: "test".into(),
+                max_workers: 16,
+            };
             let pool = Pool::new(1 << 20, HugePages::Never);
-            Self { registry: Registry::new(facts, chosen.plane, pool), far: Vec::new() }
+            Self {
+                registry: Registry::new(facts, chosen.plane, pool),
+                far: Vec::new(),
+            }
         }
 
         /// A connection that has said hello.
         fn user(&mut self, conn: u64, uid: u32) {
             self.registry.connected(ConnId(conn), Peer { pid: 1, uid });
-            self.ask(conn, Request::Hello { protocol: PROTOCOL }).expect("welcome");
+            self.ask(conn, Request::Hello { protocol: PROTOCOL })
+                .expect("welcome");
         }
 
         fn ask(&mut self, conn: u64, request: Request) -> Result<Reply, (ErrorCode, String)> {
@@ -743,14 +750,25 @@ mod tests {
         }
 
         fn job(&mut self, conn: u64) -> JobId {
-            match self.ask(conn, Request::CreateJob { name: format!("of {conn}") }) {
+            match self.ask(
+                conn,
+                Request::CreateJob {
+                    name: format!("of {conn}"),
+                },
+            ) {
                 Ok(Reply::JobCreated { job }) => job,
                 other => panic!("{other:?}"),
             }
         }
 
         fn status(&mut self, conn: u64) -> Status {
-            match self.ask(conn, Request::Status { job: None, after: None }) {
+            match self.ask(
+                conn,
+                Request::Status {
+                    job: None,
+                    after: None,
+                },
+            ) {
                 Ok(Reply::Status(status)) => status,
                 other => panic!("{other:?}"),
             }
@@ -758,7 +776,11 @@ mod tests {
     }
 
     fn register(job: JobId, name: &str) -> Request {
-        Request::Register { job, role: "trainer".into(), name: name.into() }
+        Request::Register {
+            job,
+            role: "trainer".into(),
+            name: name.into(),
+        }
     }
 
     #[tokio::test]
@@ -773,7 +795,14 @@ mod tests {
         assert_eq!(code, ErrorCode::Denied, "{message}");
         bench.ask(3, register(job, "by-root")).expect("root may");
         bench.ask(4, register(job, "own")).expect("the same user may");
-        let (code, _) = bench.ask(2, Request::EndJob { reason: "mine".into() }).expect_err("not its job");
+        let (code, _) = bench
+            .ask(
+                2,
+                Request::EndJob {
+                    reason: "mine".into(),
+                },
+            )
+            .expect_err("not its job");
         assert_eq!(code, ErrorCode::Denied);
     }
 
@@ -786,7 +815,14 @@ mod tests {
         let job = bench.job(1);
         bench.ask(1, register(job, "a")).expect("registered");
         let theirs = bench.status(2);
-        assert_eq!((theirs.jobs[0].name.as_deref(), theirs.jobs[0].workers, theirs.workers.len()), (None, 1, 0));
+        assert_eq!(
+            (
+                theirs.jobs[0].name.as_deref(),
+                theirs.jobs[0].workers,
+                theirs.workers.len()
+            ),
+            (None, 1, 0)
+        );
         assert_eq!(bench.status(1).workers.len(), 1);
         assert_eq!(bench.status(3).jobs[0].name.as_deref(), Some("of 1"));
     }
@@ -798,7 +834,10 @@ mod tests {
         bench.user(2, 1000);
         let job = bench.job(1);
         bench.ask(2, register(job, "a")).expect("registered");
-        let layout = Layout { slots: 1, slot_bytes: 4096 };
+        let layout = Layout {
+            slots: 1,
+            slot_bytes: 4096,
+        };
         bench.ask(2, Request::CreateArena { layout }).expect("an arena");
         bench.registry.closed(ConnId(1));
         assert_eq!(bench.registry.jobs.len(), 1, "a worker is still there");
@@ -816,12 +855,27 @@ mod tests {
         let job = bench.job(1);
         bench.ask(1, register(job, "a")).expect("registered");
         bench.ask(2, register(job, "b")).expect("registered");
-        let layout = Layout { slots: 1, slot_bytes: 4096 };
+        let layout = Layout {
+            slots: 1,
+            slot_bytes: 4096,
+        };
         let Ok(Reply::ArenaCreated { arena, .. }) = bench.ask(1, Request::CreateArena { layout }) else {
             panic!("no arena")
         };
-        assert_eq!(bench.ask(2, Request::OpenArena { arena }).expect_err("not sealed").0, ErrorCode::BadRequest);
-        assert_eq!(bench.ask(2, Request::SealArena { arena }).expect_err("not its own").0, ErrorCode::NotFound);
+        assert_eq!(
+            bench
+                .ask(2, Request::OpenArena { arena })
+                .expect_err("not sealed")
+                .0,
+            ErrorCode::BadRequest
+        );
+        assert_eq!(
+            bench
+                .ask(2, Request::SealArena { arena })
+                .expect_err("not its own")
+                .0,
+            ErrorCode::NotFound
+        );
         bench.ask(1, Request::SealArena { arena }).expect("sealed");
         bench.ask(2, Request::OpenArena { arena }).expect("opened");
     }

@@ -49,7 +49,11 @@ fn node_on(kind: PlaneKind) -> Option<Node> {
     let folder = tempfile::tempdir().expect("a folder");
     let socket = folder.path().join("below").join("lifl.sock");
     match Daemon::start(options(socket.clone(), request), CancellationToken::new()) {
-        Ok(daemon) => Some(Node { daemon, socket, folder }),
+        Ok(daemon) => Some(Node {
+            daemon,
+            socket,
+            folder,
+        }),
         Err(StartError::Plane(error @ PlaneError::Unavailable { .. })) => {
             eprintln!("NOT RUN on the {kind} plane: {error}");
             assert!(std::env::var_os("LIFL_REQUIRE_KERNEL").is_none(), "{error}");
@@ -72,7 +76,10 @@ impl Node {
     async fn job(&self) -> (Client, JobId, Registration) {
         let mut client = self.client().await;
         let job = client.create_job("test").await.expect("made");
-        let registration = client.register(job, "coordinator", "coordinator").await.expect("registered");
+        let registration = client
+            .register(job, "coordinator", "coordinator")
+            .await
+            .expect("registered");
         (client, job, registration)
     }
 
@@ -269,7 +276,10 @@ async fn the_pool_gives_what_it_has_and_takes_it_back() {
     let (_parent, job, _up) = node.job().await;
     let (mut first, _a) = node.worker(job, "trainer-1").await;
     let (mut second, _b) = node.worker(job, "trainer-2").await;
-    let layout = Layout { slots: 3, slot_bytes: 1 << 20 };
+    let layout = Layout {
+        slots: 3,
+        slot_bytes: 1 << 20,
+    };
     let _arena = first.create_arena(layout).await.expect("fits");
     let (code, message) = refused(second.create_arena(layout).await);
     assert_eq!(code, ErrorCode::Full);
@@ -287,15 +297,42 @@ async fn the_pool_gives_what_it_has_and_takes_it_back() {
 async fn requests_out_of_place_are_refused_and_the_connection_goes_on() {
     let node = node();
     let mut client = node.client().await;
-    let layout = Layout { slots: 1, slot_bytes: 4096 };
-    assert_eq!(refused(client.create_arena(layout).await).0, ErrorCode::BadRequest, "not a worker");
-    assert_eq!(refused(client.end_job("x").await).0, ErrorCode::Denied, "no job of its own");
-    assert_eq!(refused(client.register(JobId(77), "trainer", "a").await).0, ErrorCode::NotFound);
-    assert_eq!(refused(client.create_job("").await).0, ErrorCode::BadRequest, "no name");
+    let layout = Layout {
+        slots: 1,
+        slot_bytes: 4096,
+    };
+    assert_eq!(
+        refused(client.create_arena(layout).await).0,
+        ErrorCode::BadRequest,
+        "not a worker"
+    );
+    assert_eq!(
+        refused(client.end_job("x").await).0,
+        ErrorCode::Denied,
+        "no job of its own"
+    );
+    assert_eq!(
+        refused(client.register(JobId(77), "trainer", "a").await).0,
+        ErrorCode::NotFound
+    );
+    assert_eq!(
+        refused(client.create_job("").await).0,
+        ErrorCode::BadRequest,
+        "no name"
+    );
     let job = client.create_job("fine").await.expect("made after all");
-    assert_eq!(refused(client.create_job("second").await).0, ErrorCode::BadRequest);
-    assert_eq!(refused(client.register(job, "trainer", "line\nbreak").await).0, ErrorCode::BadRequest);
-    client.register(job, "coordinator", "c").await.expect("registered");
+    assert_eq!(
+        refused(client.create_job("second").await).0,
+        ErrorCode::BadRequest
+    );
+    assert_eq!(
+        refused(client.register(job, "trainer", "line\nbreak").await).0,
+        ErrorCode::BadRequest
+    );
+    client
+        .register(job, "coordinator", "c")
+        .await
+        .expect("registered");
     let mut twin = node.client().await;
     let (_, message) = refused(twin.register(job, "trainer", "c").await);
     assert!(message.contains("already"), "{message}");
@@ -329,8 +366,14 @@ async fn garbage_and_oversized_packets_end_their_connection_and_nothing_else() {
     let huge = vec![b' '; 100_000];
     let cases: [(&str, Vec<&[u8]>); 6] = [
         ("not JSON", vec![b"\xff\xfe garbage"]),
-        ("unknown request", vec![hello.as_bytes(), br#"{"request":"format_disk"}"#]),
-        ("unknown field", vec![br#"{"request":"hello","protocol":1,"extra":1}"#]),
+        (
+            "unknown request",
+            vec![hello.as_bytes(), br#"{"request":"format_disk"}"#],
+        ),
+        (
+            "unknown field",
+            vec![br#"{"request":"hello","protocol":1,"extra":1}"#],
+        ),
         ("wrong type", vec![br#"{"request":"hello","protocol":"one"}"#]),
         ("longer than a packet", vec![hello.as_bytes(), &huge]),
         ("deep nesting", vec![b"[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[["]),
@@ -367,12 +410,25 @@ async fn nothing_works_before_hello_and_no_other_version_is_served() {
 #[tokio::test]
 async fn a_second_daemon_does_not_take_the_first_ones_socket_but_a_stale_one_is_replaced() {
     let node = node();
-    let again = Daemon::start(options(node.socket.clone(), Request::Relay), CancellationToken::new());
-    assert!(matches!(again, Err(StartError::Listen(ListenError::InUse(_)))), "{again:?}");
+    let again = Daemon::start(
+        options(node.socket.clone(), Request::Relay),
+        CancellationToken::new(),
+    );
+    assert!(
+        matches!(again, Err(StartError::Listen(ListenError::InUse(_)))),
+        "{again:?}"
+    );
     let stale = node.folder.path().join("stale.sock");
     drop(std::os::unix::net::UnixListener::bind(&stale).expect("bound"));
     let replaced = Daemon::start(options(stale.clone(), Request::Relay), CancellationToken::new());
-    replaced.expect("nobody listens there").stop().await.expect("stopped");
+    replaced
+        .expect("nobody listens there")
+        .stop()
+        .await
+        .expect("stopped");
     assert!(!stale.exists());
-    assert!(node.client().await.status(None).await.is_ok(), "the first daemon still answers");
+    assert!(
+        node.client().await.status(None).await.is_ok(),
+        "the first daemon still answers"
+    );
 }

@@ -37,7 +37,12 @@ macro_rules! for_regions {
 ///
 /// # Errors
 /// If one of them is not the schema's; `model` is [`Operand::Input`] 0.
-pub fn subtract(threads: &Threads, schema: &Schema, model: &[u8], weights: &mut [u8]) -> Result<(), FoldError> {
+pub fn subtract(
+    threads: &Threads,
+    schema: &Schema,
+    model: &[u8],
+    weights: &mut [u8],
+) -> Result<(), FoldError> {
     check(schema, Operand::Input(0), model)?;
     check(schema, Operand::Out, weights)?;
     for_regions!(schema, |range, E| {

@@ -45,7 +45,13 @@ pub(crate) fn validate(args: &JobArgs) -> Outcome {
     for note in &notes {
         println!("note: {note}");
     }
-    println!("{}: {} workers, {} aggregator levels, {} rounds: valid", job.name, job.workers.len(), job.levels(), job.rounds);
+    println!(
+        "{}: {} workers, {} aggregator levels, {} rounds: valid",
+        job.name,
+        job.workers.len(),
+        job.levels(),
+        job.rounds
+    );
     Ok(())
 }
 
@@ -62,23 +68,46 @@ pub(crate) fn plan(args: &JobArgs) -> Outcome {
             json!({ "name": worker.name, "role": worker.role, "parent": parent, "takes_part": pairs.contains_key(&index) })
         }).collect();
         let (plane, reason) = (daemon.plane, daemon.plane_reason);
-        println!("{}", json!({ "event": "plan", "job": job.name, "tree": tree, "memory": plan, "plane": plane, "plane_reason": reason }));
+        println!(
+            "{}",
+            json!({ "event": "plan", "job": job.name, "tree": tree, "memory": plan, "plane": plane, "plane_reason": reason })
+        );
         return Ok(());
     }
-    println!("{}: {} rounds, {:?} timing, {:?} go up", job.name, job.rounds, job.timing, job.updates);
+    println!(
+        "{}: {} rounds, {:?} timing, {:?} go up",
+        job.name, job.rounds, job.timing, job.updates
+    );
     if let Some(top) = job.workers.iter().position(|worker| worker.up.is_none()) {
         print_tree(&job, &pairs, top, "", "");
     }
-    let left_out: Vec<&str> = job.workers.iter().enumerate().filter(|(index, _)| !pairs.contains_key(index)).map(|(_, worker)| worker.name.as_str()).collect();
+    let left_out: Vec<&str> = job
+        .workers
+        .iter()
+        .enumerate()
+        .filter(|(index, _)| !pairs.contains_key(index))
+        .map(|(_, worker)| worker.name.as_str())
+        .collect();
     if !left_out.is_empty() {
         println!("without children, so not taking part: {}", left_out.join(", "));
     }
     println!();
-    println!("model    {} parameters, {} in a slot", plan.parameters, human_bytes(plan.object_bytes));
+    println!(
+        "model    {} parameters, {} in a slot",
+        plan.parameters,
+        human_bytes(plan.object_bytes)
+    );
     let arenas = plan.workers.len();
     let pages = human_bytes(plan.page_bytes);
-    println!("arenas   {} in {arenas} arenas, pages of {pages}", human_bytes(plan.pool_bytes));
-    println!("private  at most {} in {} processes", human_bytes(plan.private_bytes), arenas + 1);
+    println!(
+        "arenas   {} in {arenas} arenas, pages of {pages}",
+        human_bytes(plan.pool_bytes)
+    );
+    println!(
+        "private  at most {} in {} processes",
+        human_bytes(plan.private_bytes),
+        arenas + 1
+    );
     println!("memory   at most {}", human_bytes(plan.total_bytes));
     println!("plane    {}: {}", daemon.plane, daemon.plane_reason);
     Ok(())
@@ -110,7 +139,11 @@ fn print_tree(job: &JobSpec, pairs: &HashMap<usize, Pair>, index: usize, indent:
         _ => format!("{indent}   "),
     };
     for (nth, &child) in children.iter().enumerate() {
-        let branch = if nth + 1 == children.len() { "└─ " } else { "├─ " };
+        let branch = if nth + 1 == children.len() {
+            "└─ "
+        } else {
+            "├─ "
+        };
         print_tree(job, pairs, child, &below, branch);
     }
 }

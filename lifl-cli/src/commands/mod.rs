@@ -23,11 +23,19 @@ use crate::work::{self, Place};
 /// Logs go to standard error; `RUST_LOG` chooses which.
 fn log(default: &str) {
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(default));
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(io::stderr).with_ansi(false).init();
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(io::stderr)
+        .with_ansi(false)
+        .init();
 }
 
 fn runtime(builder: &mut Builder) -> Outcome<Runtime> {
-    builder.enable_all().build().context("no tokio runtime").because(Cause::Machine)
+    builder
+        .enable_all()
+        .build()
+        .context("no tokio runtime")
+        .because(Cause::Machine)
 }
 
 /// Plays a role; its log is standard error, which `lifl run` sends to a file.
@@ -51,10 +59,16 @@ pub(crate) fn doctor(report: Report) -> Outcome {
     } else {
         print!("{}", doctor::render(&checks));
     }
-    let missing: Vec<&str> =
-        checks.iter().filter(|check| check.state == State::Missing).map(|check| check.name).collect();
+    let missing: Vec<&str> = checks
+        .iter()
+        .filter(|check| check.state == State::Missing)
+        .map(|check| check.name)
+        .collect();
     if missing.is_empty() {
         return Ok(());
     }
-    Err(Failure::new(Cause::Machine, anyhow!("this machine lacks: {}", missing.join(", "))))
+    Err(Failure::new(
+        Cause::Machine,
+        anyhow!("this machine lacks: {}", missing.join(", ")),
+    ))
 }

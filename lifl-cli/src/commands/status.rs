@@ -23,13 +23,18 @@ pub(crate) fn status(args: &StatusArgs) -> Outcome {
     runtime.block_on(async {
         let daemons = reachable(args.daemon.as_deref()).await?;
         if daemons.is_empty() {
-            let error = anyhow!("no daemon that this user can reach: start one with `sudo lifl-daemon`, or run a job");
+            let error = anyhow!(
+                "no daemon that this user can reach: start one with `sudo lifl-daemon`, or run a job"
+            );
             return Err(Failure::new(Cause::Machine, error));
         }
         for (socket, mut client) in daemons {
             let status = client.status(None).await.because(Cause::Machine)?;
             if args.report.json {
-                println!("{}", json!({ "event": "status", "socket": socket, "status": status }));
+                println!(
+                    "{}",
+                    json!({ "event": "status", "socket": socket, "status": status })
+                );
             } else {
                 print(&socket, &status);
             }
@@ -40,21 +45,46 @@ pub(crate) fn status(args: &StatusArgs) -> Outcome {
 
 fn print(socket: &Path, status: &Status) {
     let daemon = &status.daemon;
-    println!("daemon {} (pid {}) at {}", daemon.version, daemon.pid, socket.display());
+    println!(
+        "daemon {} (pid {}) at {}",
+        daemon.version,
+        daemon.pid,
+        socket.display()
+    );
     println!("  plane {}: {}", daemon.plane, daemon.plane_reason);
-    let (used, ceiling) = (human_bytes(daemon.pool_used_bytes), human_bytes(daemon.pool_bytes));
-    println!("  pool {used} of {ceiling}, {} of {} workers", daemon.workers, daemon.max_workers);
+    let (used, ceiling) = (
+        human_bytes(daemon.pool_used_bytes),
+        human_bytes(daemon.pool_bytes),
+    );
+    println!(
+        "  pool {used} of {ceiling}, {} of {} workers",
+        daemon.workers, daemon.max_workers
+    );
     for job in &status.jobs {
         let name = job.name.as_deref().unwrap_or("(another user's)");
         let bytes = human_bytes(job.arena_bytes);
-        println!("  job {} {name}: uid {}, {} workers, {bytes} in arenas", job.job, job.uid, job.workers);
+        println!(
+            "  job {} {name}: uid {}, {} workers, {bytes} in arenas",
+            job.job, job.uid, job.workers
+        );
     }
     if status.workers.is_empty() {
         return;
     }
     let mut table = Table::new();
     table.load_preset(NOTHING);
-    table.set_header(["", "worker", "job", "pid", "frames", "referenced", "refused", "last", "arena", "pages"]);
+    table.set_header([
+        "",
+        "worker",
+        "job",
+        "pid",
+        "frames",
+        "referenced",
+        "refused",
+        "last",
+        "arena",
+        "pages",
+    ]);
     for worker in &status.workers {
         let arena = worker.arenas.first();
         table.add_row([
@@ -66,7 +96,9 @@ fn print(socket: &Path, status: &Status) {
             human_bytes(worker.counters.referenced_bytes),
             worker.counters.refused.to_string(),
             since(worker.counters.last_ns),
-            arena.and_then(|arena| arena.layout.bytes()).map_or_else(|| "-".to_owned(), human_bytes),
+            arena
+                .and_then(|arena| arena.layout.bytes())
+                .map_or_else(|| "-".to_owned(), human_bytes),
             arena.map_or_else(|| "-".to_owned(), |arena| human_bytes(arena.page_bytes)),
         ]);
     }

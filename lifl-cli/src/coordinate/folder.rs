@@ -21,14 +21,26 @@ impl RunFolder {
     pub(super) fn create(out: Option<&Path>, job: &JobSpec) -> anyhow::Result<Self> {
         let path = match out {
             Some(out) => out.to_owned(),
-            None => fresh(Path::new("runs"), &format!("{}-{}", file_name(&job.name), jiff::Timestamp::now().strftime("%Y%m%d-%H%M%S"))),
+            None => fresh(
+                Path::new("runs"),
+                &format!(
+                    "{}-{}",
+                    file_name(&job.name),
+                    jiff::Timestamp::now().strftime("%Y%m%d-%H%M%S")
+                ),
+            ),
         };
         if fs::read_dir(&path).is_ok_and(|mut entries| entries.next().is_some()) {
-            bail!("the run folder {} is not empty: give --out another", path.display());
+            bail!(
+                "the run folder {} is not empty: give --out another",
+                path.display()
+            );
         }
         fs::create_dir_all(path.join("logs")).with_context(|| format!("cannot make {}", path.display()))?;
         // Workers are started with this path and need not be where we are.
-        let path = path.canonicalize().with_context(|| format!("cannot find {}", path.display()))?;
+        let path = path
+            .canonicalize()
+            .with_context(|| format!("cannot find {}", path.display()))?;
         let folder = Self { path };
         let text = serde_json::to_vec_pretty(job).context("the job is not JSON")?;
         folder.write("job.json", &text)?;
@@ -91,10 +103,20 @@ impl RunFolder {
 fn fresh(parent: &Path, name: &str) -> PathBuf {
     let numbered = (2..).map(|n| parent.join(format!("{name}-{n}")));
     let mut paths = std::iter::once(parent.join(name)).chain(numbered);
-    paths.find(|path| !path.exists()).unwrap_or_else(|| parent.join(name))
+    paths
+        .find(|path| !path.exists())
+        .unwrap_or_else(|| parent.join(name))
 }
 
 /// A job's name as part of a file's.
 fn file_name(name: &str) -> String {
-    name.chars().map(|c| if c.is_ascii_alphanumeric() || "-_.".contains(c) { c } else { '-' }).collect()
+    name.chars()
+        .map(|c| {
+            if c.is_ascii_alphanumeric() || "-_.".contains(c) {
+                c
+            } else {
+                '-'
+            }
+        })
+        .collect()
 }

@@ -85,7 +85,9 @@ pub async fn run(
 
 /// Makes sure that the data is there before anything starts.
 async fn prepare_data(job: &JobSpec, reporter: &Reporter, shutdown: &CancellationToken) -> Outcome {
-    let Some(data) = job.data.clone() else { return Ok(()) };
+    let Some(data) = job.data.clone() else {
+        return Ok(());
+    };
     if data.dataset.starts_with("http") {
         reporter.say(&format!("dataset {}", data.dataset));
     }
@@ -117,7 +119,10 @@ async fn with_node(
     }
     let mut client = Client::connect(&node.socket).await.because(Cause::Machine)?;
     let job_id = client.create_job(&job.name).await.because(Cause::Machine)?;
-    let registration = client.register(job_id, COORDINATOR, COORDINATOR).await.because(Cause::Machine)?;
+    let registration = client
+        .register(job_id, COORDINATOR, COORDINATOR)
+        .await
+        .because(Cause::Machine)?;
     let workers = Workers::start(job, job_id, &node.socket, &folder).because(Cause::Job)?;
     let mut run = Run {
         job,
@@ -145,7 +150,9 @@ async fn with_node(
     }
     if let Err(failure) = &outcome {
         let (exit_code, error) = (failure.cause as u8, format!("{:#}", failure.error));
-        reporter.event(&Event::JobFailed { exit_code, error }).because(Cause::Job)?;
+        reporter
+            .event(&Event::JobFailed { exit_code, error })
+            .because(Cause::Job)?;
     }
     outcome
 }
@@ -183,7 +190,11 @@ fn check_room(job: &JobSpec, schema: &Schema, node: &Node) -> Outcome {
     let plan = memory::Plan::new(job, schema, daemon.huge_pages);
     let free = daemon.pool_bytes.saturating_sub(daemon.pool_used_bytes);
     if plan.pool_bytes > free {
-        let how = if node.is_own() { "pass a larger --pool-mib" } else { "start lifl-daemon with a larger --pool-mib" };
+        let how = if node.is_own() {
+            "pass a larger --pool-mib"
+        } else {
+            "start lifl-daemon with a larger --pool-mib"
+        };
         return machine(anyhow!(
             "the job's arenas need {}, the pool has {} left of {}: {how}, use fewer workers or a smaller model \
              (`lifl plan` shows the sum)",
@@ -209,7 +220,10 @@ pub fn levels(job: &JobSpec) -> Vec<Level> {
     for worker in &job.workers {
         match levels.iter_mut().find(|level| level.role == worker.role) {
             Some(level) => level.workers += 1,
-            None => levels.push(Level { role: worker.role.clone(), workers: 1 }),
+            None => levels.push(Level {
+                role: worker.role.clone(),
+                workers: 1,
+            }),
         }
     }
     levels

@@ -62,9 +62,17 @@ impl Node {
             DaemonChoice::At(socket) => {
                 let client = Client::connect(socket).await;
                 let client = client.with_context(|| {
-                    format!("start one with `lifl-daemon --socket {}`, or leave --daemon out", socket.display())
+                    format!(
+                        "start one with `lifl-daemon --socket {}`, or leave --daemon out",
+                        socket.display()
+                    )
                 });
-                let node = Self { client: client.because(Cause::Machine)?, socket: socket.clone(), own: None, passed_over };
+                let node = Self {
+                    client: client.because(Cause::Machine)?,
+                    socket: socket.clone(),
+                    own: None,
+                    passed_over,
+                };
                 node.check_plane(options.plane)?;
                 return Ok(node);
             }
@@ -72,7 +80,12 @@ impl Node {
                 for socket in paths::daemon_sockets() {
                     match Client::connect(&socket).await {
                         Ok(client) => {
-                            let node = Self { client, socket, own: None, passed_over };
+                            let node = Self {
+                                client,
+                                socket,
+                                own: None,
+                                passed_over,
+                            };
                             node.check_plane(options.plane)?;
                             return Ok(node);
                         }
@@ -109,7 +122,12 @@ impl Node {
         );
         let daemon = daemon.because(Cause::Machine)?;
         let client = Client::connect(&socket).await.because(Cause::Machine)?;
-        Ok(Self { client, socket, own: Some(daemon), passed_over })
+        Ok(Self {
+            client,
+            socket,
+            own: Some(daemon),
+            passed_over,
+        })
     }
 
     /// Whether the daemon lives in this process.
@@ -145,7 +163,8 @@ impl Node {
 
 /// Whether a socket is not there or nobody listens at it.
 pub fn nobody_there(error: &ClientError) -> bool {
-    connect_error(error).is_some_and(|kind| matches!(kind, io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused))
+    connect_error(error)
+        .is_some_and(|kind| matches!(kind, io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused))
 }
 
 fn not_allowed(error: &ClientError) -> bool {

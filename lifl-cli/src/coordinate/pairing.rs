@@ -23,7 +23,10 @@ pub fn pair(workers: &[WorkerSpec], present: impl Fn(usize) -> bool) -> HashMap<
     let deepest = workers.iter().map(|worker| worker.level).max().unwrap_or(0);
     let mut below: Vec<usize> = Vec::new();
     for level in (0..=deepest).rev() {
-        let here = workers.iter().enumerate().filter(|(index, worker)| worker.level == level && present(*index));
+        let here = workers
+            .iter()
+            .enumerate()
+            .filter(|(index, worker)| worker.level == level && present(*index));
         let mut parents: HashMap<&Group, Vec<usize>> = HashMap::new();
         let mut next: Vec<usize> = Vec::new();
         for (index, worker) in here {
@@ -35,7 +38,10 @@ pub fn pair(workers: &[WorkerSpec], present: impl Fn(usize) -> bool) -> HashMap<
         let mut turn: HashMap<&Group, usize> = HashMap::new();
         let mut cut_off: Vec<usize> = Vec::new();
         for child in below {
-            let candidates = workers[child].up.as_ref().and_then(|group| Some((group, parents.get(group)?)));
+            let candidates = workers[child]
+                .up
+                .as_ref()
+                .and_then(|group| Some((group, parents.get(group)?)));
             let Some((group, candidates)) = candidates else {
                 cut_off.push(child);
                 continue;
@@ -43,8 +49,17 @@ pub fn pair(workers: &[WorkerSpec], present: impl Fn(usize) -> bool) -> HashMap<
             let turn = turn.entry(group).or_default();
             let parent = candidates[*turn % candidates.len()];
             *turn += 1;
-            pairs.entry(child).or_insert(Pair { parent: None, children: Vec::new() }).parent = Some(parent);
-            let entry = pairs.entry(parent).or_insert(Pair { parent: None, children: Vec::new() });
+            pairs
+                .entry(child)
+                .or_insert(Pair {
+                    parent: None,
+                    children: Vec::new(),
+                })
+                .parent = Some(parent);
+            let entry = pairs.entry(parent).or_insert(Pair {
+                parent: None,
+                children: Vec::new(),
+            });
             if entry.children.is_empty() {
                 next.push(parent);
             }
@@ -79,12 +94,24 @@ mod tests {
     use super::*;
 
     fn group(channel: &str, group: &str) -> Option<Group> {
-        Some(Group { channel: channel.into(), group: group.into() })
+        Some(Group {
+            channel: channel.into(),
+            group: group.into(),
+        })
     }
 
     fn worker(kind: Kind, level: u32, up: Option<Group>, down: Option<Group>) -> WorkerSpec {
         let (name, role) = (format!("w{level}"), format!("r{level}"));
-        WorkerSpec { name, role, task_id: None, kind, level, up, down, share: None }
+        WorkerSpec {
+            name,
+            role,
+            task_id: None,
+            kind,
+            level,
+            up,
+            down,
+            share: None,
+        }
     }
 
     /// One top, two middles, four leaves, eight trainers, all in one group a channel.
@@ -119,7 +146,12 @@ mod tests {
     fn groups_are_separate_subtrees() {
         let mut workers = vec![worker(Kind::Top, 0, None, group("global", "d"))];
         for side in ["east", "west"] {
-            workers.push(worker(Kind::Aggregator, 1, group("global", "d"), group("param", side)));
+            workers.push(worker(
+                Kind::Aggregator,
+                1,
+                group("global", "d"),
+                group("param", side),
+            ));
         }
         for side in ["west", "west", "east"] {
             workers.push(worker(Kind::Trainer, 2, group("param", side), None));
@@ -133,7 +165,10 @@ mod tests {
     fn without_a_way_up_nobody_takes_part() {
         assert!(pair(&three_levels(), |index| index != 0).is_empty(), "no top");
         assert!(pair(&three_levels(), |index| index < 7).is_empty(), "no trainer");
-        assert!(pair(&three_levels(), |index| !(1..=2).contains(&index)).is_empty(), "no middle");
+        assert!(
+            pair(&three_levels(), |index| !(1..=2).contains(&index)).is_empty(),
+            "no middle"
+        );
     }
 
     proptest! {

@@ -106,7 +106,11 @@ pub struct Reporter {
 impl Reporter {
     /// With `json`, events go to standard output and nothing else does; people's lines go to standard error.
     pub fn new(json: bool) -> Self {
-        Self { json, metrics: None, bar: None }
+        Self {
+            json,
+            metrics: None,
+            bar: None,
+        }
     }
 
     /// Events are also written to the run's `metrics.jsonl` from here on.
@@ -178,8 +182,20 @@ impl Reporter {
 
 fn describe(event: &Event) -> Option<String> {
     let text = match event {
-        Event::JobStarted { job, run, daemon, own_daemon, plane, plane_reason, page_bytes, tree } => {
-            let tree: Vec<String> = tree.iter().map(|level| format!("{} {}", level.workers, level.role)).collect();
+        Event::JobStarted {
+            job,
+            run,
+            daemon,
+            own_daemon,
+            plane,
+            plane_reason,
+            page_bytes,
+            tree,
+        } => {
+            let tree: Vec<String> = tree
+                .iter()
+                .map(|level| format!("{} {}", level.workers, level.role))
+                .collect();
             let whose = if *own_daemon { "own daemon" } else { "daemon" };
             format!(
                 "job {job}: {}\nplane {plane}: {plane_reason} ({whose} at {daemon}), pages of {}\nrun folder {run}",
@@ -187,8 +203,20 @@ fn describe(event: &Event) -> Option<String> {
                 human_bytes(*page_bytes),
             )
         }
-        Event::WorkerLost { worker, round } => format!("round {round}: {worker} is gone; going on without it"),
-        Event::Round { round, seconds, loss, accuracy, train_loss, trainers, updates_folded, bytes_referenced, .. } => {
+        Event::WorkerLost { worker, round } => {
+            format!("round {round}: {worker} is gone; going on without it")
+        }
+        Event::Round {
+            round,
+            seconds,
+            loss,
+            accuracy,
+            train_loss,
+            trainers,
+            updates_folded,
+            bytes_referenced,
+            ..
+        } => {
             let mut text = format!("round {round:>3}  {seconds:>7.3} s");
             if let Some(accuracy) = accuracy {
                 text.push_str(&format!("  accuracy {:>6.2} %", accuracy * 100.0));
@@ -200,11 +228,22 @@ fn describe(event: &Event) -> Option<String> {
                 text.push_str(&format!("  train loss {loss:.4}"));
             }
             let referenced = human_bytes(*bytes_referenced);
-            text.push_str(&format!("  {trainers} trainers, {updates_folded} folded, {referenced} referenced"));
+            text.push_str(&format!(
+                "  {trainers} trainers, {updates_folded} folded, {referenced} referenced"
+            ));
             text
         }
-        Event::JobFinished { rounds, seconds, accuracy, peak_memory_bytes, run, .. } => {
-            let accuracy = accuracy.map_or(String::new(), |share| format!(", accuracy {:.2} %", share * 100.0));
+        Event::JobFinished {
+            rounds,
+            seconds,
+            accuracy,
+            peak_memory_bytes,
+            run,
+            ..
+        } => {
+            let accuracy = accuracy.map_or(String::new(), |share| {
+                format!(", accuracy {:.2} %", share * 100.0)
+            });
             let memory = human_bytes(*peak_memory_bytes);
             format!("done: {rounds} rounds in {seconds:.1} s{accuracy}, peak memory {memory}; model in {run}")
         }
@@ -222,7 +261,11 @@ pub fn human_bytes(bytes: u64) -> String {
         value /= 1024.0;
         unit += 1;
     }
-    if unit == 0 || value.fract() == 0.0 { format!("{value:.0} {}", UNITS[unit]) } else { format!("{value:.1} {}", UNITS[unit]) }
+    if unit == 0 || value.fract() == 0.0 {
+        format!("{value:.0} {}", UNITS[unit])
+    } else {
+        format!("{value:.1} {}", UNITS[unit])
+    }
 }
 
 #[cfg(test)]

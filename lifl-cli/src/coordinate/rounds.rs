@@ -125,9 +125,23 @@ impl<'r, 'j> Rounds<'r, 'j> {
     }
 
     async fn announce_job(&mut self, node: &Node) -> Outcome {
-        let status = self.run.client.status(Some(self.run.job_id)).await.because(Cause::Job)?;
-        let pages = status.workers.iter().flat_map(|worker| &worker.arenas).map(|arena| arena.page_bytes).min();
-        self.referenced_before = status.workers.iter().map(|worker| worker.counters.referenced_bytes).sum();
+        let status = self
+            .run
+            .client
+            .status(Some(self.run.job_id))
+            .await
+            .because(Cause::Job)?;
+        let pages = status
+            .workers
+            .iter()
+            .flat_map(|worker| &worker.arenas)
+            .map(|arena| arena.page_bytes)
+            .min();
+        self.referenced_before = status
+            .workers
+            .iter()
+            .map(|worker| worker.counters.referenced_bytes)
+            .sum();
         let event = Event::JobStarted {
             job: self.run.job.name.clone(),
             run: self.run.folder.path().display().to_string(),
@@ -148,32 +162,66 @@ impl<'r, 'j> Rounds<'r, 'j> {
         self.round = round;
         let begun = Instant::now();
         let frames = self.plan_round(round)?;
-        self.run.frames.send(&frames).await.context("the frame socket failed").because(Cause::Job)?;
+        self.run
+            .frames
+            .send(&frames)
+            .await
+            .context("the frame socket failed")
+            .because(Cause::Job)?;
         let frame = loop {
             match self.news().await? {
-                News::Frame(frame) if frame.kind == FrameKind::Model as u16 && frame.round == round => break frame,
+                News::Frame(frame) if frame.kind == FrameKind::Model as u16 && frame.round == round => {
+                    break frame;
+                }
                 News::Frame(frame) => tracing::warn!(kind = frame.kind, from = %frame.from, "not expected"),
                 News::Other => {}
             }
         };
         let seconds = begun.elapsed().as_secs_f64();
-        if self.ids.get(&frame.from).map(|&index| self.run.job.workers[index].kind) != Some(Kind::Top) {
-            return Err(Failure::new(Cause::Job, anyhow!("{} sent a model but is not the top", frame.from)));
+        if self
+            .ids
+            .get(&frame.from)
+            .map(|&index| self.run.job.workers[index].kind)
+            != Some(Kind::Top)
+        {
+            return Err(Failure::new(
+                Cause::Job,
+                anyhow!("{} sent a model but is not the top", frame.from),
+            ));
         }
-        let status = self.run.client.status(Some(self.run.job_id)).await.because(Cause::Job)?;
-        let referenced: u64 = status.workers.iter().map(|worker| worker.counters.referenced_bytes).sum();
+        let status = self
+            .run
+            .client
+            .status(Some(self.run.job_id))
+            .await
+            .because(Cause::Job)?;
+        let referenced: u64 = status
+            .workers
+            .iter()
+            .map(|worker| worker.counters.referenced_bytes)
+            .sum();
         // What a worker had sent goes when it does.
         let bytes_referenced = referenced.saturating_sub(self.referenced_before);
         self.referenced_before = referenced;
         let arena = match &self.arena {
             Some(arena) if arena.id() == frame.key.arena => Arc::clone(arena),
             _ => {
-                let arena = self.run.client.open_arena(frame.key.arena).await.because(Cause::Job)?;
+                let arena = self
+                    .run
+                    .client
+                    .open_arena(frame.key.arena)
+                    .await
+                    .because(Cause::Job)?;
                 Arc::clone(self.arena.insert(Arc::new(arena)))
             }
         };
         self.examined().await?;
-        self.examine(NewModel { frame, arena, seconds, bytes_referenced });
+        self.examine(NewModel {
+            frame,
+            arena,
+            seconds,
+            bytes_referenced,
+        });
         Ok(())
     }
 
@@ -193,10 +241,22 @@ impl<'r, 'j> Rounds<'r, 'j> {
         for index in order {
             let frame = |kind: FrameKind, value: WorkerId, covers| {
                 let (to, kind, value) = (by_index[&index], kind as u16, u64::from(value.0));
-                Frame { to, from, kind, round, value, covers, ..Frame::default() }
+                Frame {
+                    to,
+                    from,
+                    kind,
+                    round,
+                    value,
+                    covers,
+                    ..Frame::default()
+                }
             };
             let pair = &pairs[&index];
-            frames.extend(pair.children.iter().map(|child| frame(FrameKind::Child, by_index[child], 0)));
+            frames.extend(
+                pair.children
+                    .iter()
+                    .map(|child| frame(FrameKind::Child, by_index[child], 0)),
+            );
             let parent = pair.parent.map_or(WorkerId::NONE, |parent| by_index[&parent]);
             frames.push(frame(FrameKind::Begin, parent, pair.children.len() as u32));
         }
@@ -243,7 +303,10 @@ impl<'r, 'j> Rounds<'r, 'j> {
                 tracing::warn!(to = %letter.to, kind = letter.kind, "not delivered: {}", letter.refusal);
             }
             DaemonEvent::JobEnded { reason } => {
-                return Err(Failure::new(Cause::Job, anyhow!("the daemon ended the job: {reason}")));
+                return Err(Failure::new(
+                    Cause::Job,
+                    anyhow!("the daemon ended the job: {reason}"),
+                ));
             }
         }
         Ok(())
@@ -261,11 +324,18 @@ impl<'r, 'j> Rounds<'r, 'j> {
         let spec = &self.run.job.workers[index];
         if self.round == 0 || spec.kind == Kind::Top {
             let log = self.run.folder.log_tail(&spec.name);
-            let when = if self.round == 0 { "before the first round".to_owned() } else { format!("in round {}", self.round) };
+            let when = if self.round == 0 {
+                "before the first round".to_owned()
+            } else {
+                format!("in round {}", self.round)
+            };
             let error = anyhow!("{} is gone {when} ({how}); the end of its log:\n{log}", spec.name);
             return Err(Failure::new(Cause::Job, error));
         }
-        let event = Event::WorkerLost { worker: spec.name.clone(), round: self.round };
+        let event = Event::WorkerLost {
+            worker: spec.name.clone(),
+            round: self.round,
+        };
         self.reporter.event(&event).because(Cause::Job)
     }
 
@@ -280,7 +350,8 @@ impl<'r, 'j> Rounds<'r, 'j> {
         let checkpoint = every > 0 && (round.is_multiple_of(every) || last);
         self.examining = Some(tokio::task::spawn_blocking(move || {
             let bytes = model.arena.object(model.frame.key, model.frame.length)?;
-            let (metadata, offset) = image::check(bytes, &schema).context("the top's model is not the job's")?;
+            let (metadata, offset) =
+                image::check(bytes, &schema).context("the top's model is not the job's")?;
             if checkpoint {
                 folder.checkpoint(round, bytes)?;
             }
@@ -288,8 +359,16 @@ impl<'r, 'j> Rounds<'r, 'j> {
                 folder.last_model(round, bytes)?;
             }
             let tensors = Tensors::new(&schema, &bytes[offset..][..schema.data_bytes()]);
-            let evaluation = evaluator.as_ref().map(|evaluator| evaluator.evaluate(tensors)).transpose()?;
-            Ok(Examined { model, metadata, evaluation, evaluator })
+            let evaluation = evaluator
+                .as_ref()
+                .map(|evaluator| evaluator.evaluate(tensors))
+                .transpose()?;
+            Ok(Examined {
+                model,
+                metadata,
+                evaluation,
+                evaluator,
+            })
         }));
     }
 
@@ -305,7 +384,18 @@ impl<'r, 'j> Rounds<'r, 'j> {
 
     /// Gives the model back and tells of its round.
     async fn report(&mut self, examined: Examined) -> Outcome {
-        let Examined { model: NewModel { frame, seconds, bytes_referenced, .. }, metadata, evaluation, evaluator } = examined;
+        let Examined {
+            model:
+                NewModel {
+                    frame,
+                    seconds,
+                    bytes_referenced,
+                    ..
+                },
+            metadata,
+            evaluation,
+            evaluator,
+        } = examined;
         self.evaluator = evaluator;
         self.last = evaluation;
         let release = Frame {
@@ -316,7 +406,12 @@ impl<'r, 'j> Rounds<'r, 'j> {
             key: frame.key,
             ..Frame::default()
         };
-        self.run.frames.send(&[release]).await.context("the frame socket failed").because(Cause::Job)?;
+        self.run
+            .frames
+            .send(&[release])
+            .await
+            .context("the frame socket failed")
+            .because(Cause::Job)?;
         // A model that no update changed is the round's before, and says so.
         let changed = metadata.round == frame.round;
         let event = Event::Round {
@@ -332,15 +427,26 @@ impl<'r, 'j> Rounds<'r, 'j> {
             bytes_copied: if changed { metadata.bytes_copied } else { 0 },
         };
         self.reporter.event(&event).because(Cause::Job)?;
-        let accuracy = evaluation.map_or(String::new(), |it| format!("accuracy {:.2} %", it.accuracy * 100.0));
+        let accuracy = evaluation.map_or(String::new(), |it| {
+            format!("accuracy {:.2} %", it.accuracy * 100.0)
+        });
         self.reporter.position(u64::from(frame.round), accuracy);
         Ok(())
     }
 
     async fn finish(&mut self) -> Outcome {
         self.peak.sample(self.workers.pids());
-        let status = self.run.client.status(Some(self.run.job_id)).await.because(Cause::Job)?;
-        let arenas = status.jobs.iter().find(|job| job.job == self.run.job_id).map_or(0, |job| job.arena_peak_bytes);
+        let status = self
+            .run
+            .client
+            .status(Some(self.run.job_id))
+            .await
+            .because(Cause::Job)?;
+        let arenas = status
+            .jobs
+            .iter()
+            .find(|job| job.job == self.run.job_id)
+            .map_or(0, |job| job.arena_peak_bytes);
         self.reporter.end();
         let event = Event::JobFinished {
             rounds: self.run.job.rounds,

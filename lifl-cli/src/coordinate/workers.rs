@@ -30,26 +30,50 @@ impl Workers {
     ///
     /// # Errors
     /// If a process cannot be started; those that were are killed.
-    pub(super) fn start(job: &JobSpec, job_id: JobId, socket: &Path, folder: &RunFolder) -> anyhow::Result<Self> {
+    pub(super) fn start(
+        job: &JobSpec,
+        job_id: JobId,
+        socket: &Path,
+        folder: &RunFolder,
+    ) -> anyhow::Result<Self> {
         let program = std::env::current_exe().context("cannot find this program's own file")?;
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
-        let trainers = job.workers.iter().filter(|worker| worker.kind == Kind::Trainer).count();
+        let trainers = job
+            .workers
+            .iter()
+            .filter(|worker| worker.kind == Kind::Trainer)
+            .count();
         // Trainers work all at once: between them they get each core about once.
         let trainer_threads = (cores / trainers.max(1)).max(1).to_string();
-        let mut workers = Self { processes: JoinSet::new(), pids: HashMap::new(), kill: CancellationToken::new() };
+        let mut workers = Self {
+            processes: JoinSet::new(),
+            pids: HashMap::new(),
+            kill: CancellationToken::new(),
+        };
         for (index, spec) in job.workers.iter().enumerate() {
             let log = folder.log(&spec.name);
             let log = File::create(&log).with_context(|| format!("cannot make {}", log.display()))?;
             let mut command = Command::new(&program);
-            command.arg("worker").arg("--socket").arg(socket).arg("--job").arg(job_id.0.to_string());
-            command.arg("--run").arg(folder.path()).arg("--name").arg(&spec.name);
+            command
+                .arg("worker")
+                .arg("--socket")
+                .arg(socket)
+                .arg("--job")
+                .arg(job_id.0.to_string());
+            command
+                .arg("--run")
+                .arg(folder.path())
+                .arg("--name")
+                .arg(&spec.name);
             if spec.kind == Kind::Trainer {
                 command.env("RAYON_NUM_THREADS", &trainer_threads);
             }
             command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(log);
             // Out of the terminal's process group: Ctrl-C is for the coordinator, which ends the job in order.
             command.process_group(0).kill_on_drop(true);
-            let child = command.spawn().with_context(|| format!("cannot start {}", spec.name))?;
+            let child = command
+                .spawn()
+                .with_context(|| format!("cannot start {}", spec.name))?;
             workers.watch(index, child);
         }
         Ok(workers)
@@ -76,7 +100,10 @@ impl Workers {
             match self.processes.join_next().await {
                 Some(Ok((index, status))) => {
                     self.pids.remove(&index);
-                    return (index, status.map_or_else(|error| error.to_string(), |status| status.to_string()));
+                    return (
+                        index,
+                        status.map_or_else(|error| error.to_string(), |status| status.to_string()),
+                    );
                 }
                 Some(Err(error)) => tracing::error!("a process's watcher failed: {error}"),
                 None => std::future::pending().await,

@@ -29,5 +29,7 @@ pub fn evaluator(job: &JobSpec) -> anyhow::Result<Option<Evaluator>> {
     if test.is_empty() {
         return Ok(None);
     }
-    Ok(Some(Evaluator::new(&job.model, test).context("the model cannot be judged")?))
+    Ok(Some(
+        Evaluator::new(&job.model, test).context("the model cannot be judged")?,
+    ))
 }

@@ -81,7 +81,13 @@ struct Aggregator {
 pub(super) async fn play(place: Place, job: JobSpec, spec: WorkerSpec, schema: Schema) -> anyhow::Result<()> {
     let link = join(&place, &spec, &schema).await?;
     let threads = Threads::new(std::thread::available_parallelism().map_or(1, usize::from))?;
-    let shared = Shared { job, name: spec.name, kind: spec.kind, schema: Arc::new(schema), threads };
+    let shared = Shared {
+        job,
+        name: spec.name,
+        kind: spec.kind,
+        schema: Arc::new(schema),
+        threads,
+    };
     let mut aggregator = Aggregator {
         link,
         shared,
@@ -115,19 +121,26 @@ pub(super) async fn play(place: Place, job: JobSpec, spec: WorkerSpec, schema: S
 impl Aggregator {
     /// The job's first model, from the seed or from a file.
     fn first_model(&mut self) -> anyhow::Result<()> {
-        let Shared { job, schema, name, .. } = &self.shared;
+        let Shared {
+            job, schema, name, ..
+        } = &self.shared;
         let mut slot = self.link.arena.begin().context("a new arena has no free slot")?;
         let offset = image::data_offset(schema);
         let data = &mut slot.bytes_mut()[offset..offset + schema.data_bytes()];
         match &job.base_model {
             None => crate::learn::initial(&job.model, job.seed, TensorsMut::new(schema, data)),
             Some(path) => {
-                let file = std::fs::read(path).with_context(|| format!("cannot read baseModel {}", path.display()))?;
+                let file = std::fs::read(path)
+                    .with_context(|| format!("cannot read baseModel {}", path.display()))?;
                 image::import(&file, TensorsMut::new(schema, data))
                     .with_context(|| format!("baseModel {} does not fit the job", path.display()))?;
             }
         }
-        let metadata = Metadata { maker: name.clone(), generation: slot.key().generation, ..Metadata::default() };
+        let metadata = Metadata {
+            maker: name.clone(),
+            generation: slot.key().generation,
+            ..Metadata::default()
+        };
         image::write_header(slot.bytes_mut(), schema, &metadata);
         let key = self.link.arena.publish(slot);
         self.current = Some(self.own(key));
@@ -135,12 +148,18 @@ impl Aggregator {
     }
 
     fn own(&self, key: Key) -> Lent {
-        Lent { key, length: image::image_bytes(&self.shared.schema) as u64, by: WorkerId::NONE }
+        Lent {
+            key,
+            length: image::image_bytes(&self.shared.schema) as u64,
+            by: WorkerId::NONE,
+        }
     }
 
     async fn frame(&mut self, kind: FrameKind, frame: Frame) -> anyhow::Result<()> {
         match kind {
-            FrameKind::Child if frame.from == self.link.coordinator() => self.announce(frame.round).await?.push(frame),
+            FrameKind::Child if frame.from == self.link.coordinator() => {
+                self.announce(frame.round).await?.push(frame)
+            }
             FrameKind::Begin if frame.from == self.link.coordinator() => {
                 let round = self.announce(frame.round).await?;
                 round.begin(&frame)?;
@@ -151,7 +170,8 @@ impl Aggregator {
             FrameKind::Refuse => {
                 let refusal = Refusal::from_number(frame.refusal).unwrap_or(Refusal::BadKey);
                 tracing::warn!(round = frame.round, "the parent refused our aggregate: {refusal}");
-                self.settle(frame.key, frame.from, FrameKind::Refuse, frame.refusal).await?;
+                self.settle(frame.key, frame.from, FrameKind::Refuse, frame.refusal)
+                    .await?;
             }
             FrameKind::Child | FrameKind::Begin | FrameKind::Ready => {
                 tracing::warn!(?kind, from = %frame.from, "not for an aggregator, or not from the coordinator");
@@ -170,7 +190,8 @@ impl Aggregator {
             if let Some(collecting) = left.collecting {
                 tracing::warn!(round = left.number, "ended without having been finished");
                 let given_back = collecting.children.given();
-                self.give_back(&given_back, FrameKind::Refuse, Refusal::NotExpected as u16).await?;
+                self.give_back(&given_back, FrameKind::Refuse, Refusal::NotExpected as u16)
+                    .await?;
             }
             self.round.number = number;
         }
@@ -178,7 +199,11 @@ impl Aggregator {
     }
 
     async fn model(&mut self, frame: Frame) -> anyhow::Result<()> {
-        let lent = Lent { key: frame.key, length: frame.length, by: frame.from };
+        let lent = Lent {
+            key: frame.key,
+            length: frame.length,
+            by: frame.from,
+        };
         if self.shared.kind == Kind::Top || frame.round < self.round.number {
             tracing::warn!(from = %frame.from, round = frame.round, "a model that was not expected");
             return self.release_model(lent, frame.round).await;
@@ -193,7 +218,11 @@ impl Aggregator {
     /// Whatever can begin begins; whatever is complete is sent up.
     async fn advance(&mut self) -> anyhow::Result<()> {
         self.start().await?;
-        let complete = self.round.collecting.as_ref().is_some_and(|collecting| collecting.children.answered());
+        let complete = self
+            .round
+            .collecting
+            .as_ref()
+            .is_some_and(|collecting| collecting.children.answered());
         if complete && let Some(collecting) = self.round.collecting.take() {
             self.finish(collecting).await?;
         }
@@ -206,13 +235,17 @@ impl Aggregator {
             return Ok(());
         }
         let at_top = self.shared.kind == Kind::Top;
-        let Some(model) = (if at_top { self.current } else { self.round.model }) else { return Ok(()) };
+        let Some(model) = (if at_top { self.current } else { self.round.model }) else {
+            return Ok(());
+        };
         if model.by != self.round.parent {
             tracing::warn!(from = %model.by, parent = %self.round.parent, "a model from somebody else than the parent");
             self.round.model = None;
             return self.release_model(model, self.round.number).await;
         }
-        let Some(slot) = self.link.arena.begin() else { return Ok(()) };
+        let Some(slot) = self.link.arena.begin() else {
+            return Ok(());
+        };
         let children = std::mem::take(&mut self.round.children);
         let number = self.round.number;
         tracing::info!(round = number, children = children.len(), "round begun");
@@ -221,13 +254,29 @@ impl Aggregator {
             if model.by == WorkerId::NONE {
                 self.link.arena.lend(model.key, child)?;
             }
-            let lent = Frame { round: number, key: model.key, length: model.length, ..Frame::default() };
+            let lent = Frame {
+                round: number,
+                key: model.key,
+                length: model.length,
+                ..Frame::default()
+            };
             frames.push(self.link.frame(child, FrameKind::Model, lent));
         }
-        self.models.entry(model.key).or_insert((model, Vec::new())).1.extend(&children);
+        self.models
+            .entry(model.key)
+            .or_insert((model, Vec::new()))
+            .1
+            .extend(&children);
         self.round.model = None;
         self.round.begun = false;
-        self.round.collecting = Some(Collecting::new(&self.shared, number, self.round.parent, children, slot, model));
+        self.round.collecting = Some(Collecting::new(
+            &self.shared,
+            number,
+            self.round.parent,
+            children,
+            slot,
+            model,
+        ));
         self.link.send_all(&frames).await
     }
 
@@ -251,7 +300,12 @@ impl Aggregator {
                 self.refuse(&frame, refusal).await?;
             }
         }
-        let refused = self.round.collecting.as_mut().map(|collecting| collecting.fold(&self.shared)).transpose()?;
+        let refused = self
+            .round
+            .collecting
+            .as_mut()
+            .map(|collecting| collecting.fold(&self.shared))
+            .transpose()?;
         for (frame, refusal) in refused.into_iter().flatten() {
             self.refuse(&frame, refusal).await?;
         }
@@ -263,7 +317,12 @@ impl Aggregator {
             return Ok(());
         }
         tracing::warn!(from = %update.from, round = update.round, "update refused: {refusal}");
-        let given_back = Frame { round: update.round, key: update.key, refusal: refusal as u16, ..Frame::default() };
+        let given_back = Frame {
+            round: update.round,
+            key: update.key,
+            refusal: refusal as u16,
+            ..Frame::default()
+        };
         self.link.send(update.from, FrameKind::Refuse, given_back).await
     }
 
@@ -274,7 +333,13 @@ impl Aggregator {
         let Some(done) = collecting.finish(&self.shared, |key| self.link.arena.object(key))? else {
             return self.nothing(number, parent).await;
         };
-        let collect::Done { slot, metadata, covers, children, model } = done;
+        let collect::Done {
+            slot,
+            metadata,
+            covers,
+            children,
+            model,
+        } = done;
         let key = self.link.arena.publish(slot);
         let length = image::image_bytes(&self.shared.schema) as u64;
         let loss = metadata.loss.unwrap_or(f64::NAN).to_bits();
@@ -304,12 +369,33 @@ impl Aggregator {
     /// No child gave anything: the round leaves the model as it was.
     async fn nothing(&mut self, round: u32, parent: WorkerId) -> anyhow::Result<()> {
         if self.shared.kind != Kind::Top {
-            return self.link.send(parent, FrameKind::Nothing, Frame { round, ..Frame::default() }).await;
+            return self
+                .link
+                .send(
+                    parent,
+                    FrameKind::Nothing,
+                    Frame {
+                        round,
+                        ..Frame::default()
+                    },
+                )
+                .await;
         }
         let Lent { key, length, .. } = self.current.context("the top has no model")?;
         let coordinator = self.link.coordinator();
         self.link.arena.lend(key, coordinator)?;
-        self.link.send(coordinator, FrameKind::Model, Frame { round, key, length, ..Frame::default() }).await
+        self.link
+            .send(
+                coordinator,
+                FrameKind::Model,
+                Frame {
+                    round,
+                    key,
+                    length,
+                    ..Frame::default()
+                },
+            )
+            .await
     }
 
     /// Somebody gives something back: a child or the coordinator a model, the parent an aggregate.
@@ -338,7 +424,9 @@ impl Aggregator {
             holders.swap_remove(at);
         }
         let last = holders.is_empty();
-        if lent.by == WorkerId::NONE && let Err(error) = self.link.arena.release(frame.key, frame.from) {
+        if lent.by == WorkerId::NONE
+            && let Err(error) = self.link.arena.release(frame.key, frame.from)
+        {
             tracing::warn!(from = %frame.from, "released what was not lent: {error}");
         }
         if last {
@@ -358,7 +446,17 @@ impl Aggregator {
     }
 
     async fn release_model(&mut self, model: Lent, round: u32) -> anyhow::Result<()> {
-        self.link.send(model.by, FrameKind::Release, Frame { round, key: model.key, ..Frame::default() }).await
+        self.link
+            .send(
+                model.by,
+                FrameKind::Release,
+                Frame {
+                    round,
+                    key: model.key,
+                    ..Frame::default()
+                },
+            )
+            .await
     }
 
     /// The top's slot of a model that is not the current one and that nobody reads is free again.
@@ -370,8 +468,18 @@ impl Aggregator {
     }
 
     /// The parent has decided on our aggregate: the children whose updates it contains learn the same.
-    async fn settle(&mut self, key: Key, by: WorkerId, verdict: FrameKind, refusal: u16) -> anyhow::Result<()> {
-        let Some(outstanding) = self.outstanding.get(&key).filter(|outstanding| outstanding.parent == by) else {
+    async fn settle(
+        &mut self,
+        key: Key,
+        by: WorkerId,
+        verdict: FrameKind,
+        refusal: u16,
+    ) -> anyhow::Result<()> {
+        let Some(outstanding) = self
+            .outstanding
+            .get(&key)
+            .filter(|outstanding| outstanding.parent == by)
+        else {
             tracing::warn!(from = %by, %key, "a verdict on what that worker does not have");
             return Ok(());
         };
@@ -392,7 +500,16 @@ impl Aggregator {
         let frames: Vec<Frame> = updates
             .iter()
             .map(|&(child, Frame { round, key, .. })| {
-                self.link.frame(child, verdict, Frame { round, key, refusal, ..Frame::default() })
+                self.link.frame(
+                    child,
+                    verdict,
+                    Frame {
+                        round,
+                        key,
+                        refusal,
+                        ..Frame::default()
+                    },
+                )
             })
             .collect();
         self.link.send_all(&frames).await
@@ -421,10 +538,15 @@ impl Aggregator {
         for model in unread {
             self.model_done(model, self.round.number).await?;
         }
-        let orphans: Vec<Key> =
-            self.outstanding.iter().filter(|(_, sent)| sent.parent == worker).map(|(&key, _)| key).collect();
+        let orphans: Vec<Key> = self
+            .outstanding
+            .iter()
+            .filter(|(_, sent)| sent.parent == worker)
+            .map(|(&key, _)| key)
+            .collect();
         for key in orphans {
-            self.settle(key, worker, FrameKind::Refuse, Refusal::WorkerGone as u16).await?;
+            self.settle(key, worker, FrameKind::Refuse, Refusal::WorkerGone as u16)
+                .await?;
         }
         Ok(())
     }

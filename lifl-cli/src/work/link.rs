@@ -45,8 +45,14 @@ impl Link {
         layout: Layout,
     ) -> anyhow::Result<Self> {
         let mut client = Client::connect(socket).await?;
-        let registration = client.register(job, &spec.role, &spec.name).await.context("cannot register")?;
-        let created = client.create_arena(layout).await.context("cannot have an arena")?;
+        let registration = client
+            .register(job, &spec.role, &spec.name)
+            .await
+            .context("cannot register")?;
+        let created = client
+            .create_arena(layout)
+            .await
+            .context("cannot have an arena")?;
         Ok(Self {
             client,
             frames: registration.frames,
@@ -104,7 +110,12 @@ impl Link {
 
     /// The frame with its address filled in.
     pub(super) fn frame(&self, to: WorkerId, kind: FrameKind, frame: Frame) -> Frame {
-        Frame { to, from: self.id, kind: kind as u16, ..frame }
+        Frame {
+            to,
+            from: self.id,
+            kind: kind as u16,
+            ..frame
+        }
     }
 
     /// Sends frames in one call.

@@ -36,7 +36,9 @@ pub struct Place {
 pub async fn play(place: Place) -> anyhow::Result<()> {
     let job = read_job(&place.run)?;
     let spec = job.workers.iter().find(|worker| worker.name == place.name);
-    let spec = spec.with_context(|| format!("{} has no worker called {}", place.run.display(), place.name))?.clone();
+    let spec = spec
+        .with_context(|| format!("{} has no worker called {}", place.run.display(), place.name))?
+        .clone();
     let schema = crate::learn::schema(&job.model)?;
     match spec.kind {
         Kind::Trainer => trainer::play(place, job, spec, schema).await,
@@ -47,7 +49,8 @@ pub async fn play(place: Place) -> anyhow::Result<()> {
 fn read_job(run: &Path) -> anyhow::Result<JobSpec> {
     let path = run.join("job.json");
     let text = std::fs::read(&path).with_context(|| format!("cannot read {}", path.display()))?;
-    serde_json::from_slice(&text).with_context(|| format!("{} is not a job as `lifl run` writes it", path.display()))
+    serde_json::from_slice(&text)
+        .with_context(|| format!("{} is not a job as `lifl run` writes it", path.display()))
 }
 
 /// Registers with the daemon and makes the arena.

@@ -66,7 +66,12 @@ pub(super) async fn play(place: Place, job: JobSpec, spec: WorkerSpec, schema: S
     });
     let learner = learner.await.context("the learner could not be made")??;
     let link = join(&place, &spec, &schema).await?;
-    let shared = Shared { name: spec.name, updates: job.updates, schema, threads: Threads::new(1)? };
+    let shared = Shared {
+        name: spec.name,
+        updates: job.updates,
+        schema,
+        threads: Threads::new(1)?,
+    };
     let mut trainer = Trainer {
         link,
         shared: Arc::new(shared),
@@ -109,7 +114,8 @@ impl Trainer {
     async fn frame(&mut self, kind: FrameKind, frame: Frame) -> anyhow::Result<()> {
         match kind {
             FrameKind::Begin if frame.from == self.link.coordinator() => {
-                let parent = u32::try_from(frame.value).context("the coordinator named an impossible parent")?;
+                let parent =
+                    u32::try_from(frame.value).context("the coordinator named an impossible parent")?;
                 self.begun = Some((frame.round, WorkerId(parent)));
             }
             FrameKind::Model => {
@@ -134,12 +140,24 @@ impl Trainer {
 
     async fn release(&mut self, model: &Frame) -> anyhow::Result<()> {
         let Frame { round, key, from, .. } = *model;
-        self.link.send(from, FrameKind::Release, Frame { round, key, ..Frame::default() }).await
+        self.link
+            .send(
+                from,
+                FrameKind::Release,
+                Frame {
+                    round,
+                    key,
+                    ..Frame::default()
+                },
+            )
+            .await
     }
 
     /// Begins to train when the round is announced, its model is there, a slot is free and no training runs.
     async fn start(&mut self) -> anyhow::Result<()> {
-        let (Some((round, parent)), Some(model)) = (self.begun, self.model) else { return Ok(()) };
+        let (Some((round, parent)), Some(model)) = (self.begun, self.model) else {
+            return Ok(());
+        };
         if model.round < round || (model.round == round && model.from != parent) {
             tracing::warn!(from = %model.from, round = model.round, "a model of an old round or from a stranger");
             self.model = None;
@@ -150,11 +168,24 @@ impl Trainer {
         }
         // An update whose parent died was taken back; nobody will release it any more.
         self.link.arena.free_unheld();
-        let Some(slot) = self.link.arena.begin() else { return Ok(()) };
-        let Some(learner) = self.learner.take() else { return Ok(()) };
+        let Some(slot) = self.link.arena.begin() else {
+            return Ok(());
+        };
+        let Some(learner) = self.learner.take() else {
+            return Ok(());
+        };
         self.model = None;
-        let arena = self.link.peer(model.key.arena).await.context("cannot read the model")?;
-        let lesson = Lesson { learner, slot, arena, model };
+        let arena = self
+            .link
+            .peer(model.key.arena)
+            .await
+            .context("cannot read the model")?;
+        let lesson = Lesson {
+            learner,
+            slot,
+            arena,
+            model,
+        };
         let shared = Arc::clone(&self.shared);
         self.training = Some(tokio::task::spawn_blocking(move || learn_one(&shared, lesson)));
         Ok(())
@@ -162,12 +193,21 @@ impl Trainer {
 
     /// The model goes back, the update goes up.
     async fn deliver(&mut self, learned: Learned) -> anyhow::Result<()> {
-        let Learned { learner, slot, model, trained } = learned;
+        let Learned {
+            learner,
+            slot,
+            model,
+            trained,
+        } = learned;
         self.learner = Some(learner);
         let key = self.link.arena.publish(slot);
         let parent = model.from;
         self.link.arena.lend(key, parent)?;
-        let release = Frame { round: model.round, key: model.key, ..Frame::default() };
+        let release = Frame {
+            round: model.round,
+            key: model.key,
+            ..Frame::default()
+        };
         let update = Frame {
             round: model.round,
             key,
@@ -181,21 +221,34 @@ impl Trainer {
             self.link.frame(parent, FrameKind::Release, release),
             self.link.frame(parent, FrameKind::Update, update),
         ];
-        tracing::info!(round = model.round, samples = trained.samples, loss = trained.loss, "trained");
+        tracing::info!(
+            round = model.round,
+            samples = trained.samples,
+            loss = trained.loss,
+            "trained"
+        );
         self.link.send_all(&frames).await
     }
 }
 
 fn learn_one(shared: &Shared, lesson: Lesson) -> anyhow::Result<Learned> {
-    let Lesson { mut learner, mut slot, arena, model } = lesson;
+    let Lesson {
+        mut learner,
+        mut slot,
+        arena,
+        model,
+    } = lesson;
     let schema = &shared.schema;
     let bytes = arena.object(model.key, model.length)?;
     let (_, from) = image::check(bytes, schema).context("the model that came is not the job's")?;
     let weights = &bytes[from..][..schema.data_bytes()];
     let offset = image::data_offset(schema);
     let out = &mut slot.bytes_mut()[offset..][..schema.data_bytes()];
-    let trained =
-        learner.train(model.round, Tensors::new(schema, weights), TensorsMut::new(schema, &mut *out))?;
+    let trained = learner.train(
+        model.round,
+        Tensors::new(schema, weights),
+        TensorsMut::new(schema, &mut *out),
+    )?;
     if shared.updates == UpdateKind::Deltas {
         subtract(&shared.threads, schema, weights, out)?;
     }
@@ -209,5 +262,10 @@ fn learn_one(shared: &Shared, lesson: Lesson) -> anyhow::Result<Learned> {
         bytes_copied: trained.bytes_copied,
     };
     image::write_header(slot.bytes_mut(), schema, &metadata);
-    Ok(Learned { learner, slot, model, trained })
+    Ok(Learned {
+        learner,
+        slot,
+        model,
+        trained,
+    })
 }

@@ -48,17 +48,27 @@ pub(super) struct Children {
 
 impl Children {
     pub(super) fn new(children: Vec<WorkerId>) -> Self {
-        Self { answers: children.into_iter().map(|child| (child, Answer::Waiting)).collect() }
+        Self {
+            answers: children
+                .into_iter()
+                .map(|child| (child, Answer::Waiting))
+                .collect(),
+        }
     }
 
     /// Whether an update of that worker is awaited.
     pub(super) fn is_waiting(&self, worker: WorkerId) -> bool {
-        self.answers.iter().any(|(child, answer)| *child == worker && matches!(answer, Answer::Waiting))
+        self.answers
+            .iter()
+            .any(|(child, answer)| *child == worker && matches!(answer, Answer::Waiting))
     }
 
     /// Whether nobody is waited for any more.
     pub(super) fn answered(&self) -> bool {
-        !self.answers.iter().any(|(_, answer)| matches!(answer, Answer::Waiting))
+        !self
+            .answers
+            .iter()
+            .any(|(_, answer)| matches!(answer, Answer::Waiting))
     }
 
     pub(super) fn give(&mut self, worker: WorkerId, given: Given) {

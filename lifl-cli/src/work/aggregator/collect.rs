@@ -53,7 +53,12 @@ pub(super) async fn inspect(link: &mut Link, schema: &Schema, frame: &Frame) -> 
     if frame.samples == 0 || metadata.samples != frame.samples {
         return Err(Refusal::BadSamples);
     }
-    Ok(Given { frame: *frame, arena, offset, metadata })
+    Ok(Given {
+        frame: *frame,
+        arena,
+        offset,
+        metadata,
+    })
 }
 
 impl Collecting {
@@ -65,9 +70,18 @@ impl Collecting {
         slot: WritableSlot,
         model: Lent,
     ) -> Self {
-        let Shared { schema, job, threads, .. } = shared;
+        let Shared {
+            schema, job, threads, ..
+        } = shared;
         let accumulator = Accumulator::new(schema.clone(), job.updates, job.timing, threads.clone());
-        Self { round, parent, children: Children::new(children), slot, accumulator, model }
+        Self {
+            round,
+            parent,
+            children: Children::new(children),
+            slot,
+            accumulator,
+            model,
+        }
     }
 
     /// Folds what is there: under eager timing at once, under lazy timing when nobody is waited for any more. Gives
@@ -83,7 +97,10 @@ impl Collecting {
             if given.is_empty() {
                 return Ok(refused);
             }
-            let inputs = given.iter().map(|given| input(given, &shared.schema)).collect::<Result<Vec<_>, _>>()?;
+            let inputs = given
+                .iter()
+                .map(|given| input(given, &shared.schema))
+                .collect::<Result<Vec<_>, _>>()?;
             let out = &mut self.slot.bytes_mut()[offset..][..shared.schema.data_bytes()];
             match self.accumulator.fold(out, &inputs) {
                 Ok(()) => {
@@ -118,16 +135,29 @@ impl Collecting {
         if self.accumulator.samples() == 0 {
             return Ok(None);
         }
-        let Shared { schema, job, name, threads, .. } = shared;
+        let Shared {
+            schema,
+            job,
+            name,
+            threads,
+            ..
+        } = shared;
         let offset = image::data_offset(schema);
         let data = offset..offset + schema.data_bytes();
-        let samples = self.accumulator.finish(&mut self.slot.bytes_mut()[data.clone()])?;
+        let samples = self
+            .accumulator
+            .finish(&mut self.slot.bytes_mut()[data.clone()])?;
         // Only the top has the model in its own arena.
         if job.updates == UpdateKind::Deltas
             && self.model.by == WorkerId::NONE
             && let Some(model) = own_object(self.model.key)
         {
-            add(threads, schema, &model[data.clone()], &mut self.slot.bytes_mut()[data])?;
+            add(
+                threads,
+                schema,
+                &model[data.clone()],
+                &mut self.slot.bytes_mut()[data],
+            )?;
         }
         let mut metadata = Metadata {
             maker: name.clone(),
@@ -138,7 +168,12 @@ impl Collecting {
         };
         let mut covers = 0_u32;
         let (mut loss, mut with_loss) = (0.0, 0.0);
-        for Given { frame, metadata: child, .. } in self.children.folded() {
+        for Given {
+            frame,
+            metadata: child,
+            ..
+        } in self.children.folded()
+        {
             metadata.folded += child.folded + 1;
             metadata.bytes_copied += child.bytes_copied;
             covers = covers.saturating_add(frame.covers);
@@ -149,8 +184,18 @@ impl Collecting {
         }
         metadata.loss = (with_loss > 0.0).then(|| loss / with_loss);
         image::write_header(self.slot.bytes_mut(), schema, &metadata);
-        let children = self.children.folded().map(|given| (given.frame.from, given.frame)).collect();
-        Ok(Some(Done { slot: self.slot, metadata, covers, children, model: self.model }))
+        let children = self
+            .children
+            .folded()
+            .map(|given| (given.frame.from, given.frame))
+            .collect();
+        Ok(Some(Done {
+            slot: self.slot,
+            metadata,
+            covers,
+            children,
+            model: self.model,
+        }))
     }
 }
 
@@ -158,5 +203,8 @@ impl Collecting {
 fn input<'a>(given: &'a Given, schema: &Schema) -> anyhow::Result<Input<'a>> {
     let bytes = given.arena.object(given.frame.key, given.frame.length)?;
     // `inspect` has found the data to end with the object.
-    Ok(Input { data: &bytes[given.offset..][..schema.data_bytes()], samples: given.frame.samples })
+    Ok(Input {
+        data: &bytes[given.offset..][..schema.data_bytes()],
+        samples: given.frame.samples,
+    })
 }
