@@ -1,6 +1,26 @@
 //! What a trainer learns with: a model, its data, and the steps of one round.
+//!
+//! [`build`] makes the [`Learner`] that a trainer process drives, [`schema`] and [`initial`] what the coordinator
+//! needs to start a job, [`Evaluator`] what judges a model. Networks run on candle ([`network`], [`sgd`]); a
+//! synthetic model is written by this crate alone ([`synthetic`]).
 
+mod error;
+mod evaluate;
+mod lift;
+mod network;
+mod ops;
+mod sgd;
+mod synthetic;
+
+use lifl_common::config::{ModelSpec, TrainingSpec};
 use lifl_common::update::{Schema, Tensors, TensorsMut};
+
+pub use self::error::LearnError;
+pub use self::evaluate::Evaluator;
+use self::network::Network;
+use self::sgd::SgdLearner;
+use self::synthetic::SyntheticLearner;
+use crate::data::Samples;
 
 /// What a trainer did in one round.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -34,7 +54,56 @@ pub trait Learner: Send {
 
     /// Trains from `model` on this trainer's data and writes the new weights to `weights`.
     ///
+    /// The same seed, share, round, model and data give the same bytes, with any number of threads.
+    ///
     /// # Errors
-    /// If the arithmetic library fails.
+    /// If the arithmetic library fails, or the loss stops being a number.
     fn train(&mut self, round: u32, model: Tensors<'_>, weights: TensorsMut<'_>) -> anyhow::Result<Trained>;
 }
+
+/// The learner of the trainer whose share of the data is `share`, which holds `data`.
+///
+/// # Errors
+/// If a network is given no data or steps of no samples, or the model has no schema.
+pub fn build(
+    model: &ModelSpec,
+    training: &TrainingSpec,
+    data: Option<Samples>,
+    share: u32,
+    seed: u64,
+) -> Result<Box<dyn Learner>, LearnError> {
+    let schema = schema(model)?;
+    Ok(match Network::of(model) {
+        Some(network) => {
+            let samples = data.filter(|data| !data.is_empty()).ok_or(LearnError::NoSamples)?;
+            Box::new(SgdLearner::new(network, schema, *training, samples, share, seed)?)
+        }
+        None => Box::new(SyntheticLearner::new(schema, share, seed)),
+    })
+}
+
+/// The tensors of such a model.
+///
+/// # Errors
+/// If it is too large, or of a type that cannot be averaged.
+pub fn schema(model: &ModelSpec) -> Result<Schema, LearnError> {
+    match (Network::of(model), model) {
+        (Some(network), _) => network.schema(),
+        (None, ModelSpec::Synthetic { parameters, dtype }) => synthetic::schema(*parameters, *dtype),
+        (None, _) => unreachable!("every model but the synthetic one is a network"),
+    }
+}
+
+/// Writes a fresh model of that sort; the same seed gives the same bytes.
+///
+/// # Panics
+/// If `weights` is not of the model's schema.
+pub fn initial(model: &ModelSpec, seed: u64, weights: TensorsMut<'_>) {
+    match Network::of(model) {
+        Some(network) => network.initial(seed, weights),
+        None => synthetic::initial(seed, weights),
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,3 @@
+//! Samples to learn from.
+mod samples;
+pub use samples::{CLASSES, PIXELS, SIDE, Samples};

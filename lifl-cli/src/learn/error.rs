@@ -1,0 +1,40 @@
+//! What can be wrong with a learner before it trains.
+
+use lifl_common::update::{DType, SchemaError};
+
+/// Why there is no learner or evaluator for a model.
+#[derive(Debug, thiserror::Error)]
+pub enum LearnError {
+    /// A network without data.
+    #[error("the model learns from samples and was given none")]
+    NoSamples,
+    /// A model that has nothing to be tested on.
+    #[error("a synthetic model has no samples, so it cannot be evaluated")]
+    NothingToEvaluate,
+    /// Steps of no samples.
+    #[error("batchSize is 0, expected at least 1")]
+    EmptyBatch,
+    /// A synthetic model of integers.
+    #[error("a synthetic model of {0}: expected F32, F64, F16 or BF16")]
+    NotFloat(DType),
+    /// The tensors do not make a model.
+    #[error("the model cannot be laid out")]
+    Schema(#[from] SchemaError),
+    /// The arithmetic library.
+    #[error("candle failed")]
+    Candle(#[from] candle_core::Error),
+    /// Training went to infinity.
+    #[error(
+        "the training loss of share {share} in round {round} is {loss}: a lower learningRate than {learning_rate} may help"
+    )]
+    Diverged {
+        /// The trainer's share.
+        share: u32,
+        /// The round.
+        round: u32,
+        /// The loss.
+        loss: f64,
+        /// What it was trained with.
+        learning_rate: f64,
+    },
+}
