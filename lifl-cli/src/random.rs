@@ -56,6 +56,9 @@ mod tests {
         ];
         let numbers: std::collections::HashSet<u64> = streams.into_iter().map(first).collect();
         assert_eq!(numbers.len(), 5);
-        assert_eq!(first(stream(1, Stream::Shuffle, 0, 0)), first(stream(1, Stream::Shuffle, 0, 0)));
+        assert_eq!(
+            first(stream(1, Stream::Shuffle, 0, 0)),
+            first(stream(1, Stream::Shuffle, 0, 0))
+        );
     }
 }

@@ -65,7 +65,9 @@ pub enum DataError {
         have: u64,
     },
     /// More trainers than samples.
-    #[error("{samples} training samples cannot be divided among {trainers} trainers: each needs at least one")]
+    #[error(
+        "{samples} training samples cannot be divided among {trainers} trainers: each needs at least one"
+    )]
     TooManyTrainers {
         /// Samples to divide.
         samples: usize,
@@ -102,7 +104,9 @@ pub enum DataError {
         source: Box<dyn std::error::Error + Send + Sync>,
     },
     /// A download that is not the file that the job names.
-    #[error("{url} has the SHA-256 {found}, the job expects {expected}: the file has changed, or the job is wrong")]
+    #[error(
+        "{url} has the SHA-256 {found}, the job expects {expected}: the file has changed, or the job is wrong"
+    )]
     Checksum {
         /// From where.
         url: String,
@@ -125,6 +129,10 @@ impl DataError {
 
     /// For a file that is not what it should be.
     pub(super) fn format(path: &Path, found: impl Into<String>, expected: impl Into<String>) -> Self {
-        Self::Format { path: path.to_owned(), found: found.into(), expected: expected.into() }
+        Self::Format {
+            path: path.to_owned(),
+            found: found.into(),
+            expected: expected.into(),
+        }
     }
 }

@@ -1,3 +1,204 @@
-//! Samples to learn from.
+//! Samples to learn from: where they come from and which trainer has which.
+//!
+//! The coordinator calls [`prepare`] before anything starts: it downloads what has to be and reads all of it, so that
+//! a dataset that is missing or cut off is an error there. A trainer process calls [`open`] and keeps its
+//! [`Source::train_share`]; whoever evaluates keeps [`Source::test`].
+//!
+//! ```text
+//! https://…      ─fetch─▶ file ─┐
+//! folder, file   ───────────────┴─files─▶ idx | npz ─▶ Samples ─┐
+//! builtin:digits ─digits, only what is asked for──▶ Samples ────┴─partition─▶ a trainer's
+//! ```
+
+mod digits;
+mod error;
+mod fetch;
+mod files;
+mod idx;
+mod npz;
+mod partition;
 mod samples;
-pub use samples::{CLASSES, PIXELS, SIDE, Samples};
+
+use std::path::Path;
+
+use lifl_common::config::{DataSource, Partition};
+
+pub use self::error::DataError;
+use self::files::Files;
+pub use self::samples::{CLASSES, PIXELS, SIDE, Samples};
+
+/// The dataset that needs no file.
+pub const BUILTIN_DIGITS: &str = "builtin:digits";
+
+/// Generated training digits when the job gives no number.
+const DIGITS_TRAIN: usize = 8000;
+
+/// Generated test digits when the job gives no number.
+const DIGITS_TEST: usize = 2000;
+
+/// Of a dataset without a test set, one sample in so many is held out when the job gives no number.
+const HELD_OUT: usize = 5;
+
+/// How much a job has to learn from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Prepared {
+    /// Training samples of all trainers together.
+    pub train_samples: u64,
+    /// Test samples.
+    pub test_samples: u64,
+}
+
+/// Makes sure that the job's data is there, sound and enough for so many trainers; downloads it where it has to.
+///
+/// # Errors
+/// If it is not.
+pub fn prepare(source: &DataSource, trainers: u32) -> Result<Prepared, DataError> {
+    // Neither number depends on the seed.
+    let opened = open(source, 0)?;
+    partition::check(opened.partition, opened.train_len(), trainers)?;
+    Ok(Prepared {
+        train_samples: opened.train_len() as u64,
+        test_samples: opened.test_len() as u64,
+    })
+}
+
+/// Opens the job's data. Generated data, and who gets which samples, come from `seed`.
+///
+/// # Errors
+/// If there is no such data, it is not sound, or it has fewer samples than the job asks for.
+pub fn open(source: &DataSource, seed: u64) -> Result<Source, DataError> {
+    let asked = Asked {
+        train: source.train_samples,
+        test: source.test_samples,
+    };
+    let kind = if source.dataset == BUILTIN_DIGITS {
+        let number = |asked: Option<u64>, default: usize| {
+            asked.map_or(default, |n| usize::try_from(n).unwrap_or(usize::MAX))
+        };
+        let (train, test) = (number(asked.train, DIGITS_TRAIN), number(asked.test, DIGITS_TEST));
+        limit("training", asked.train, idx::MOST_SAMPLES)?;
+        limit("test", asked.test, idx::MOST_SAMPLES)?;
+        Kind::Digits { train, test }
+    } else {
+        let files = if fetch::is_url(&source.dataset) {
+            files::read(&fetch::cached(&source.dataset, source.sha256.as_deref())?)?
+        } else {
+            files::read(Path::new(&source.dataset))?
+        };
+        let (train, test) = asked.of(files)?;
+        Kind::Loaded { train, test }
+    };
+    Ok(Source {
+        kind,
+        partition: source.partition,
+        seed,
+    })
+}
+
+/// A job's data, open.
+#[derive(Clone, Debug)]
+pub struct Source {
+    kind: Kind,
+    partition: Partition,
+    seed: u64,
+}
+
+#[derive(Clone, Debug)]
+enum Kind {
+    Digits { train: usize, test: usize },
+    Loaded { train: Samples, test: Samples },
+}
+
+impl Source {
+    /// Training samples of all trainers together.
+    pub fn train_len(&self) -> usize {
+        match &self.kind {
+            Kind::Digits { train, .. } => *train,
+            Kind::Loaded { train, .. } => train.len(),
+        }
+    }
+
+    /// Test samples.
+    pub fn test_len(&self) -> usize {
+        match &self.kind {
+            Kind::Digits { test, .. } => *test,
+            Kind::Loaded { test, .. } => test.len(),
+        }
+    }
+
+    /// The training samples of one of so many trainers; `share` counts from 0.
+    ///
+    /// # Errors
+    /// If the samples cannot be divided among so many, or there is no such share.
+    pub fn train_share(&self, share: u32, trainers: u32) -> Result<Samples, DataError> {
+        let generated;
+        let labels = match &self.kind {
+            Kind::Digits { train, .. } => {
+                generated = digits::labels(*train);
+                &generated
+            }
+            Kind::Loaded { train, .. } => train.labels(),
+        };
+        let mut shares = partition::divide(self.partition, labels, trainers, self.seed)?;
+        if share >= trainers {
+            return Err(DataError::NoSuchShare { share, trainers });
+        }
+        let mine = shares.swap_remove(share as usize);
+        Ok(match &self.kind {
+            Kind::Digits { .. } => digits::train(self.seed, mine),
+            Kind::Loaded { train, .. } => train.select(mine),
+        })
+    }
+
+    /// The test samples.
+    pub fn test(&self) -> Samples {
+        match &self.kind {
+            Kind::Digits { test, .. } => digits::test(self.seed, *test),
+            Kind::Loaded { test, .. } => test.clone(),
+        }
+    }
+}
+
+/// How many samples the job asks for.
+#[derive(Clone, Copy)]
+struct Asked {
+    train: Option<u64>,
+    test: Option<u64>,
+}
+
+impl Asked {
+    /// The training and test samples of a dataset on disk.
+    fn of(self, files: Files) -> Result<(Samples, Samples), DataError> {
+        match files {
+            Files::Divided { train, test } => {
+                let n = limit("training", self.train, train.len())?;
+                let m = limit("test", self.test, test.len())?;
+                Ok((train.select(0..n), test.select(0..m)))
+            }
+            Files::Whole(all) => {
+                // Something has to be left to learn from.
+                let most = all.len() - 1;
+                let test = limit("test", self.test.or(Some((all.len() / HELD_OUT) as u64)), most)?;
+                let first_test = all.len() - test;
+                let train = limit("training", self.train, first_test)?;
+                Ok((all.select(0..train), all.select(first_test..all.len())))
+            }
+        }
+    }
+}
+
+/// What is asked for, or all, of what there is.
+fn limit(part: &'static str, asked: Option<u64>, have: usize) -> Result<usize, DataError> {
+    match asked {
+        Some(asked) if asked > have as u64 => Err(DataError::TooFew {
+            part,
+            asked,
+            have: have as u64,
+        }),
+        Some(asked) => Ok(asked as usize),
+        None => Ok(have),
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -23,7 +23,10 @@ impl Samples {
     /// If there are not 784 pixels for each label, or a label is above 9; whoever read them has checked.
     pub fn new(pixels: Vec<u8>, labels: Vec<u8>) -> Self {
         assert_eq!(pixels.len(), labels.len() * PIXELS, "as many images as labels");
-        assert!(labels.iter().all(|&label| usize::from(label) < CLASSES), "labels of ten classes");
+        assert!(
+            labels.iter().all(|&label| usize::from(label) < CLASSES),
+            "labels of ten classes"
+        );
         Self { pixels, labels }
     }
 
