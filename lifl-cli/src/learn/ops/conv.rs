@@ -20,11 +20,28 @@ pub(in crate::learn) fn conv2d(images: &Tensor, kernel: &Tensor, input_gradient:
     let (batch, height, width, channels) = images.dims4()?;
     let (rows, columns, kernel_in, out) = kernel.dims4()?;
     if kernel_in != channels || rows > height || columns > width {
-        candle_core::bail!("a kernel of {:?} does not fit images of {:?}", kernel.shape(), images.shape());
+        candle_core::bail!(
+            "a kernel of {:?} does not fit images of {:?}",
+            kernel.shape(),
+            images.shape()
+        );
     }
-    let window = Window { batch, height, width, channels, rows, columns };
+    let window = Window {
+        batch,
+        height,
+        width,
+        channels,
+        rows,
+        columns,
+    };
     let kernel = kernel.reshape((window.patch(), out))?;
-    let product = images.apply_op2(&kernel, Convolve { window, input_gradient })?;
+    let product = images.apply_op2(
+        &kernel,
+        Convolve {
+            window,
+            input_gradient,
+        },
+    )?;
     product.reshape((batch, window.out_height(), window.out_width(), out))
 }
 
@@ -135,7 +152,11 @@ impl CustomOp2 for Convolve {
         let kernel_gradient = patches.t()?.matmul(gradient)?;
         drop(patches);
         let images_gradient = if self.input_gradient {
-            Some(gradient.matmul(&kernel.t()?)?.apply_op1_no_bwd(&Scatter(self.window))?)
+            Some(
+                gradient
+                    .matmul(&kernel.t()?)?
+                    .apply_op1_no_bwd(&Scatter(self.window))?,
+            )
         } else {
             None
         };
@@ -153,7 +174,10 @@ impl CustomOp1 for Gather {
 
     fn cpu_fwd(&self, images: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
         let patches = self.0.gather(floats(images, layout)?);
-        Ok((CpuStorage::F32(patches), Shape::from((self.0.patches(), self.0.patch()))))
+        Ok((
+            CpuStorage::F32(patches),
+            Shape::from((self.0.patches(), self.0.patch())),
+        ))
     }
 }
 
@@ -167,8 +191,17 @@ impl CustomOp1 for Scatter {
 
     fn cpu_fwd(&self, patches: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
         let images = self.0.scatter(floats(patches, layout)?);
-        let Window { batch, height, width, channels, .. } = self.0;
-        Ok((CpuStorage::F32(images), Shape::from((batch, height, width, channels))))
+        let Window {
+            batch,
+            height,
+            width,
+            channels,
+            ..
+        } = self.0;
+        Ok((
+            CpuStorage::F32(images),
+            Shape::from((batch, height, width, channels)),
+        ))
     }
 }
 
@@ -197,7 +230,9 @@ mod tests {
             .and_then(|y| y.permute((0, 2, 3, 1)))
             .expect("candle's convolution");
         assert_eq!(ours.dims(), [2, 4, 4, 4]);
-        let error = (ours - theirs).and_then(|d| d.abs()?.max_all()?.to_scalar::<f32>()).expect("a difference");
+        let error = (ours - theirs)
+            .and_then(|d| d.abs()?.max_all()?.to_scalar::<f32>())
+            .expect("a difference");
         assert!(error < 1e-5, "differs by {error}");
     }
 

@@ -57,11 +57,20 @@ mod testing {
         let sum = |t: &Tensor| f(t)?.sum_all()?.to_scalar::<f32>().map(f64::from);
         let numeric = numeric_gradient(at, sum).expect("a forward pass");
         let var = Var::from_tensor(at).expect("a variable");
-        let store = f(&var).and_then(|y| y.sum_all()?.backward()).expect("a backward pass");
-        let exact = store.get(&var).expect("a gradient").flatten_all().and_then(|g| g.to_vec1::<f32>());
+        let store = f(&var)
+            .and_then(|y| y.sum_all()?.backward())
+            .expect("a backward pass");
+        let exact = store
+            .get(&var)
+            .expect("a gradient")
+            .flatten_all()
+            .and_then(|g| g.to_vec1::<f32>());
         for (i, (exact, numeric)) in exact.expect("floats").into_iter().zip(numeric).enumerate() {
             let error = (f64::from(exact) - numeric).abs();
-            assert!(error < 2e-2 * numeric.abs().max(1.0), "element {i}: {exact} and not {numeric}");
+            assert!(
+                error < 2e-2 * numeric.abs().max(1.0),
+                "element {i}: {exact} and not {numeric}"
+            );
         }
     }
 }

@@ -17,9 +17,21 @@ use super::floats;
 pub(in crate::learn) fn max_pool_relu(images: &Tensor, bias: &Tensor) -> Result<Tensor> {
     let (batch, height, width, channels) = images.dims4()?;
     if bias.dims() != [channels] {
-        bail!("a bias of {:?} does not fit images of {:?}", bias.shape(), images.shape());
+        bail!(
+            "a bias of {:?} does not fit images of {:?}",
+            bias.shape(),
+            images.shape()
+        );
     }
-    images.apply_op2(bias, Pool(Grid { batch, height, width, channels }))
+    images.apply_op2(
+        bias,
+        Pool(Grid {
+            batch,
+            height,
+            width,
+            channels,
+        }),
+    )
 }
 
 /// Channels worked on at once.
@@ -73,8 +85,9 @@ impl NullaryFnOnce for Forward<'_> {
     fn call(self) -> Vec<f32> {
         let Self { grid, images, bias } = self;
         let mut pooled = vec![0.0; grid.batch * grid.pooled_image()];
-        for (pooled, image) in
-            pooled.chunks_exact_mut(grid.pooled_image()).zip(images.chunks_exact(grid.image()))
+        for (pooled, image) in pooled
+            .chunks_exact_mut(grid.pooled_image())
+            .zip(images.chunks_exact(grid.image()))
         {
             let rows = pooled.chunks_exact_mut(grid.pooled_row());
             for (pooled, pair) in rows.zip(image.chunks_exact(2 * grid.row())) {
@@ -120,13 +133,26 @@ impl NullaryFnOnce for Backward<'_> {
 
     #[inline(always)]
     fn call(self) -> Vec<f32> {
-        let Self { grid, images, pooled, gradient } = self;
+        let Self {
+            grid,
+            images,
+            pooled,
+            gradient,
+        } = self;
         let mut out = vec![0.0; images.len()];
-        let outs = out.chunks_exact_mut(grid.image()).zip(images.chunks_exact(grid.image()));
-        let pixels = pooled.chunks_exact(grid.pooled_image()).zip(gradient.chunks_exact(grid.pooled_image()));
+        let outs = out
+            .chunks_exact_mut(grid.image())
+            .zip(images.chunks_exact(grid.image()));
+        let pixels = pooled
+            .chunks_exact(grid.pooled_image())
+            .zip(gradient.chunks_exact(grid.pooled_image()));
         for ((out, image), (pooled, gradient)) in outs.zip(pixels) {
-            let outs = out.chunks_exact_mut(2 * grid.row()).zip(image.chunks_exact(2 * grid.row()));
-            let pixels = pooled.chunks_exact(grid.pooled_row()).zip(gradient.chunks_exact(grid.pooled_row()));
+            let outs = out
+                .chunks_exact_mut(2 * grid.row())
+                .zip(image.chunks_exact(2 * grid.row()));
+            let pixels = pooled
+                .chunks_exact(grid.pooled_row())
+                .zip(gradient.chunks_exact(grid.pooled_row()));
             for ((out, pair), (pooled, gradient)) in outs.zip(pixels) {
                 backward_row(grid, out, pair, pooled, gradient);
             }
@@ -142,7 +168,9 @@ fn backward_row(grid: Grid, out: &mut [f32], pair: &[f32], pooled: &[f32], gradi
     let (above, under) = pair.split_at(grid.row());
     let (out_above, out_under) = out.split_at_mut(grid.row());
     let windows = above.chunks_exact(2 * c).zip(under.chunks_exact(2 * c));
-    let outs = out_above.chunks_exact_mut(2 * c).zip(out_under.chunks_exact_mut(2 * c));
+    let outs = out_above
+        .chunks_exact_mut(2 * c)
+        .zip(out_under.chunks_exact_mut(2 * c));
     let pixels = pooled.chunks_exact(c).zip(gradient.chunks_exact(c));
     for (((above, under), (out_above, out_under)), (pixel, gradient)) in windows.zip(outs).zip(pixels) {
         let window = [halves(above, c), halves(under, c)];
@@ -210,7 +238,11 @@ impl CustomOp2 for Pool {
         bias_layout: &Layout,
     ) -> Result<(CpuStorage, Shape)> {
         let (images, bias) = (floats(images, images_layout)?, floats(bias, bias_layout)?);
-        let pooled = Arch::new().dispatch(Forward { grid: self.0, images, bias });
+        let pooled = Arch::new().dispatch(Forward {
+            grid: self.0,
+            images,
+            bias,
+        });
         Ok((CpuStorage::F32(pooled), Shape::from(self.0.pooled())))
     }
 
@@ -247,7 +279,12 @@ impl CustomOp3 for Unpool {
     ) -> Result<(CpuStorage, Shape)> {
         let (images, pooled) = (floats(images, images_layout)?, floats(pooled, pooled_layout)?);
         let gradient = floats(gradient, gradient_layout)?;
-        let out = Arch::new().dispatch(Backward { grid: self.0, images, pooled, gradient });
+        let out = Arch::new().dispatch(Backward {
+            grid: self.0,
+            images,
+            pooled,
+            gradient,
+        });
         Ok((CpuStorage::F32(out), images_layout.shape().clone()))
     }
 }
@@ -301,7 +338,9 @@ mod tests {
     #[test]
     fn gradients_agree_with_finite_differences() {
         // Values far enough apart that a step of the differences changes no maximum and crosses no zero.
-        let spread: Vec<f32> = (0..2 * 4 * 4 * 2).map(|i| ((i * 37) % 64) as f32 / 16.0 - 2.03).collect();
+        let spread: Vec<f32> = (0..2 * 4 * 4 * 2)
+            .map(|i| ((i * 37) % 64) as f32 / 16.0 - 2.03)
+            .collect();
         let images = Tensor::from_slice(&spread, (2, 4, 4, 2), &Device::Cpu).expect("images");
         let bias = Tensor::from_slice(&[0.0_f32, -1.0], 2, &Device::Cpu).expect("a bias");
         let weighed = |images: &Tensor, bias: &Tensor| {
@@ -315,10 +354,17 @@ mod tests {
 
     #[test]
     fn one_of_equal_values_has_the_gradient() {
-        let images = candle_core::Var::ones((1, 2, 2, 1), candle_core::DType::F32, &Device::Cpu).expect("images");
+        let images =
+            candle_core::Var::ones((1, 2, 2, 1), candle_core::DType::F32, &Device::Cpu).expect("images");
         let bias = Tensor::zeros(1, candle_core::DType::F32, &Device::Cpu).expect("a bias");
-        let store = max_pool_relu(&images, &bias).and_then(|y| y.sum_all()?.backward()).expect("a backward pass");
-        let gradient = store.get(&images).expect("a gradient").flatten_all().and_then(|g| g.to_vec1::<f32>());
+        let store = max_pool_relu(&images, &bias)
+            .and_then(|y| y.sum_all()?.backward())
+            .expect("a backward pass");
+        let gradient = store
+            .get(&images)
+            .expect("a gradient")
+            .flatten_all()
+            .and_then(|g| g.to_vec1::<f32>());
         assert_eq!(gradient.expect("floats"), [1.0, 0.0, 0.0, 0.0]);
     }
 }
