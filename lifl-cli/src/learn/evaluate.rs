@@ -29,7 +29,11 @@ impl Evaluator {
         if test.is_empty() {
             return Err(LearnError::NoSamples);
         }
-        Ok(Self { network, parameters: network.parameters(), samples: test })
+        Ok(Self {
+            network,
+            parameters: network.parameters(),
+            samples: test,
+        })
     }
 
     /// The mean cross-entropy and the share of samples whose greatest output is their label's.
@@ -50,7 +54,11 @@ impl Evaluator {
             }
         }
         let samples = self.samples.len() as u64;
-        Ok(Evaluation { loss: loss / samples as f64, accuracy: right as f64 / samples as f64, samples })
+        Ok(Evaluation {
+            loss: loss / samples as f64,
+            accuracy: right as f64 / samples as f64,
+            samples,
+        })
     }
 }
 

@@ -2,8 +2,8 @@
 
 use candle_core::{CpuStorage, Device, Result, Storage, Tensor, bail};
 use lifl_common::update::{Tensors, TensorsMut};
-use zerocopy::little_endian::F32;
 use zerocopy::FromBytes;
+use zerocopy::little_endian::F32;
 
 use super::network::Parameter;
 use crate::data::{PIXELS, Samples};
@@ -31,12 +31,15 @@ pub(super) fn lift(model: Tensors<'_>, parameters: &[Parameter]) -> Result<Vec<T
 pub(super) fn lower(values: &[Tensor], parameters: &[Parameter], weights: &mut TensorsMut<'_>) -> Result<()> {
     for (value, parameter) in values.iter().zip(parameters) {
         let (storage, layout) = value.storage_and_layout();
-        let (Storage::Cpu(CpuStorage::F32(values)), Some((start, end))) = (&*storage, layout.contiguous_offsets())
+        let (Storage::Cpu(CpuStorage::F32(values)), Some((start, end))) =
+            (&*storage, layout.contiguous_offsets())
         else {
             bail!("{} is not in the CPU's memory in one piece", parameter.name);
         };
         let values = &values[start..end];
-        let out = weights.bytes(parameter.name).filter(|out| out.len() == size_of_val(values));
+        let out = weights
+            .bytes(parameter.name)
+            .filter(|out| out.len() == size_of_val(values));
         let Some(Ok(out)) = out.map(<[F32]>::mut_from_bytes) else {
             bail!("the weights have no 32-bit tensor called {}", parameter.name);
         };
@@ -54,7 +57,12 @@ pub(super) fn lower(values: &[Tensor], parameters: &[Parameter], weights: &mut T
 pub(super) fn batch(samples: &Samples, which: &[usize]) -> Result<(Tensor, Tensor)> {
     let mut pixels = Vec::with_capacity(which.len() * PIXELS);
     for &sample in which {
-        pixels.extend(samples.image(sample).iter().map(|&pixel| f32::from(pixel) * (1.0 / 255.0)));
+        pixels.extend(
+            samples
+                .image(sample)
+                .iter()
+                .map(|&pixel| f32::from(pixel) * (1.0 / 255.0)),
+        );
     }
     let labels: Vec<u32> = which.iter().map(|&sample| samples.label(sample).into()).collect();
     let images = Tensor::from_vec(pixels, (which.len(), PIXELS), &Device::Cpu)?;

@@ -39,7 +39,10 @@ pub(super) struct Parameter {
 
 impl Parameter {
     fn new(name: &'static str, shape: impl Into<Vec<usize>>) -> Self {
-        Self { name, shape: shape.into() }
+        Self {
+            name,
+            shape: shape.into(),
+        }
     }
 
     /// Half the width of Glorot and Bengio's (2010) uniform distribution, `sqrt(6 / (fan_in + fan_out))`, as Keras
@@ -60,7 +63,9 @@ impl Network {
     pub(super) fn of(model: &ModelSpec) -> Option<Self> {
         match *model {
             ModelSpec::Softmax => Some(Self::Softmax),
-            ModelSpec::Mlp { hidden } => Some(Self::Mlp { hidden: hidden as usize }),
+            ModelSpec::Mlp { hidden } => Some(Self::Mlp {
+                hidden: hidden as usize,
+            }),
             ModelSpec::Cnn => Some(Self::Cnn),
             ModelSpec::Synthetic { .. } => None,
         }
@@ -68,7 +73,12 @@ impl Network {
 
     /// The tensors, in the order in which [`forward`](Self::forward) takes them.
     pub(super) fn parameters(self) -> Vec<Parameter> {
-        let dense = |inputs| [Parameter::new("dense.kernel", [inputs, CLASSES]), Parameter::new("dense.bias", [CLASSES])];
+        let dense = |inputs| {
+            [
+                Parameter::new("dense.kernel", [inputs, CLASSES]),
+                Parameter::new("dense.bias", [CLASSES]),
+            ]
+        };
         let mut parameters = match self {
             Self::Softmax => Vec::new(),
             Self::Mlp { hidden } => vec![
@@ -92,7 +102,10 @@ impl Network {
 
     /// The tensors as an update holds them.
     pub(super) fn schema(self) -> std::result::Result<Schema, LearnError> {
-        let tensors = self.parameters().into_iter().map(|p| TensorSpec::new(p.name, DType::F32, p.shape));
+        let tensors = self
+            .parameters()
+            .into_iter()
+            .map(|p| TensorSpec::new(p.name, DType::F32, p.shape));
         Ok(Schema::new(tensors.collect())?)
     }
 
@@ -105,9 +118,15 @@ impl Network {
             let mut random = stream(seed, Stream::Initial, 0, i as u64);
             let bound = parameter.initial_bound();
             let bytes = weights.bytes(parameter.name).map(<[F32]>::mut_from_bytes);
-            let Some(Ok(values)) = bytes else { panic!("the weights are of another model") };
+            let Some(Ok(values)) = bytes else {
+                panic!("the weights are of another model")
+            };
             for value in values {
-                value.set(if bound > 0.0 { random.random_range(-bound..bound) } else { 0.0 });
+                value.set(if bound > 0.0 {
+                    random.random_range(-bound..bound)
+                } else {
+                    0.0
+                });
             }
         }
     }
@@ -119,12 +138,19 @@ impl Network {
 
     /// The logits `[n, 10]` of `images` `[n, 784]` under the weights, given in the order of
     /// [`parameters`](Self::parameters). In training, `mask` `[n, dropped]` is what dropout multiplies by.
-    pub(super) fn forward(self, weights: &[Tensor], images: &Tensor, mask: Option<&Tensor>) -> Result<Tensor> {
+    pub(super) fn forward(
+        self,
+        weights: &[Tensor],
+        images: &Tensor,
+        mask: Option<&Tensor>,
+    ) -> Result<Tensor> {
         let (features, kernel, bias) = match (self, weights) {
             (Self::Softmax, [kernel, bias]) => (images.clone(), kernel, bias),
-            (Self::Mlp { .. }, [hidden, hidden_bias, kernel, bias]) => {
-                (images.matmul(hidden)?.broadcast_add(hidden_bias)?.relu()?, kernel, bias)
-            }
+            (Self::Mlp { .. }, [hidden, hidden_bias, kernel, bias]) => (
+                images.matmul(hidden)?.broadcast_add(hidden_bias)?.relu()?,
+                kernel,
+                bias,
+            ),
             (Self::Cnn, [conv1, bias1, conv2, bias2, kernel, bias]) => {
                 let images = images.reshape(((), SIDE, SIDE, 1))?;
                 let first = max_pool_relu(&conv2d(&images, conv1, false)?, bias1)?;

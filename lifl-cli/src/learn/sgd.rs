@@ -40,7 +40,15 @@ impl SgdLearner {
         if training.batch_size == 0 {
             return Err(LearnError::EmptyBatch);
         }
-        Ok(Self { network, parameters: network.parameters(), schema, training, samples, share, seed })
+        Ok(Self {
+            network,
+            parameters: network.parameters(),
+            schema,
+            training,
+            samples,
+            share,
+            seed,
+        })
     }
 
     /// Learns for a round; gives the mean loss over all samples seen.
@@ -53,7 +61,11 @@ impl SgdLearner {
         for _ in 0..self.training.epochs {
             order.shuffle(&mut shuffle);
             for batch in order.chunks(self.training.batch_size as usize) {
-                let mask = self.network.dropped().map(|n| dropout_mask(&mut dropout, batch.len(), n)).transpose()?;
+                let mask = self
+                    .network
+                    .dropped()
+                    .map(|n| dropout_mask(&mut dropout, batch.len(), n))
+                    .transpose()?;
                 let (images, labels) = lift::batch(&self.samples, batch)?;
                 let logits = self.network.forward(&weights, &images, mask.as_ref())?;
                 let loss = cross_entropy(&logits, &labels)?;
@@ -72,7 +84,11 @@ impl SgdLearner {
         let gradients = loss.backward()?;
         for weight in weights {
             if let Some(gradient) = gradients.get(weight) {
-                let kept = if keep == 1.0 { weight.as_tensor().clone() } else { weight.affine(keep, 0.0)? };
+                let kept = if keep == 1.0 {
+                    weight.as_tensor().clone()
+                } else {
+                    weight.affine(keep, 0.0)?
+                };
                 weight.set(&(kept - gradient.affine(rate, 0.0)?)?)?;
             }
         }
@@ -105,16 +121,34 @@ impl Learner for SgdLearner {
         self.network.initial(seed, model);
     }
 
-    fn train(&mut self, round: u32, model: Tensors<'_>, mut weights: TensorsMut<'_>) -> anyhow::Result<Trained> {
+    fn train(
+        &mut self,
+        round: u32,
+        model: Tensors<'_>,
+        mut weights: TensorsMut<'_>,
+    ) -> anyhow::Result<Trained> {
         let lifted = lift::lift(model, &self.parameters)?;
-        let vars = lifted.iter().map(Var::from_tensor).collect::<Result<Vec<Var>>>()?;
+        let vars = lifted
+            .iter()
+            .map(Var::from_tensor)
+            .collect::<Result<Vec<Var>>>()?;
         let loss = self.run(round, &vars)?;
         if !loss.is_finite() {
             let learning_rate = self.training.learning_rate;
-            return Err(LearnError::Diverged { share: self.share, round, loss, learning_rate }.into());
+            return Err(LearnError::Diverged {
+                share: self.share,
+                round,
+                loss,
+                learning_rate,
+            }
+            .into());
         }
         lift::lower(&tensors(&vars), &self.parameters, &mut weights)?;
         let bytes_copied = self.schema.data_bytes() as u64;
-        Ok(Trained { samples: self.samples.len() as u64, loss: Some(loss), bytes_copied })
+        Ok(Trained {
+            samples: self.samples.len() as u64,
+            loss: Some(loss),
+            bytes_copied,
+        })
     }
 }

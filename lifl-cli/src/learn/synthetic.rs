@@ -6,6 +6,7 @@
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 use lifl_common::update::{DType, Schema, TensorSpec, Tensors, TensorsMut};
+use pulp::{Arch, NullaryFnOnce};
 use rand::RngCore;
 use rayon::prelude::*;
 use zerocopy::little_endian::{F32, F64};
@@ -52,16 +53,33 @@ impl Learner for SyntheticLearner {
         initial(seed, model);
     }
 
-    fn train(&mut self, round: u32, model: Tensors<'_>, mut weights: TensorsMut<'_>) -> anyhow::Result<Trained> {
+    fn train(
+        &mut self,
+        round: u32,
+        model: Tensors<'_>,
+        mut weights: TensorsMut<'_>,
+    ) -> anyhow::Result<Trained> {
         let key = stream(self.seed, Stream::Noise, self.share, round.into()).next_u64();
-        let noise = Noise { key, bound: NOISE_BOUND };
+        let noise = Noise {
+            key,
+            bound: NOISE_BOUND,
+        };
         for region in self.schema.regions() {
             let model = &model.data()[region.range.clone()];
             let model_piece = |at: usize, len: usize| &model[at..at + len];
-            write(region.dtype, model_piece, &mut weights.data()[region.range], noise);
+            write(
+                region.dtype,
+                model_piece,
+                &mut weights.data()[region.range],
+                noise,
+            );
         }
         // Unequal, so that whoever weighs wrongly is seen to.
-        Ok(Trained { samples: 100 + u64::from(self.share), loss: None, bytes_copied: 0 })
+        Ok(Trained {
+            samples: 100 + u64::from(self.share),
+            loss: None,
+            bytes_copied: 0,
+        })
     }
 }
 
@@ -80,8 +98,16 @@ pub(super) fn initial(seed: u64, mut weights: TensorsMut<'_>) {
     let key = stream(seed, Stream::Initial, 0, 0).next_u64();
     let zeros = vec![0; PIECE_BYTES];
     for region in weights.schema().regions() {
-        let noise = Noise { key, bound: INITIAL_BOUND };
-        write(region.dtype, |_, len| &zeros[..len], &mut weights.data()[region.range], noise);
+        let noise = Noise {
+            key,
+            bound: INITIAL_BOUND,
+        };
+        write(
+            region.dtype,
+            |_, len| &zeros[..len],
+            &mut weights.data()[region.range],
+            noise,
+        );
     }
 }
 
@@ -96,10 +122,15 @@ impl Noise {
     /// The noise of that piece.
     fn piece(self, piece: usize) -> PieceNoise {
         // SplitMix64's finalizer (Steele, Lea, Flood 2014).
-        let mut z = self.key.wrapping_add((piece as u64 + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15));
+        let mut z = self
+            .key
+            .wrapping_add((piece as u64 + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15));
         z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
         z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        PieceNoise { key: (z ^ (z >> 31)) as u32, bound: self.bound }
+        PieceNoise {
+            key: (z ^ (z >> 31)) as u32,
+            bound: self.bound,
+        }
     }
 }
 
@@ -124,20 +155,47 @@ impl PieceNoise {
 
 /// Writes `out`, elements of type `dtype`: what `input` gives for a piece's place and length in bytes, plus noise.
 fn write<'a>(dtype: DType, input: impl Fn(usize, usize) -> &'a [u8] + Sync, out: &mut [u8], noise: Noise) {
-    let arch = pulp::Arch::new();
-    out.par_chunks_mut(PIECE_BYTES).enumerate().for_each(|(piece, out)| {
-        let input = input(piece * PIECE_BYTES, out.len());
-        let noise = noise.piece(piece);
-        // Inlined here, each loop is compiled for every vector width that `arch` may find.
-        arch.dispatch(#[inline(always)]
-        || match dtype {
+    let arch = Arch::new();
+    out.par_chunks_mut(PIECE_BYTES)
+        .enumerate()
+        .for_each(|(piece, out)| {
+            let input = input(piece * PIECE_BYTES, out.len());
+            arch.dispatch(Piece {
+                dtype,
+                input,
+                out,
+                noise: noise.piece(piece),
+            });
+        });
+}
+
+/// One thread's work, compiled for each vector width that the machine may have.
+struct Piece<'a> {
+    dtype: DType,
+    input: &'a [u8],
+    out: &'a mut [u8],
+    noise: PieceNoise,
+}
+
+impl NullaryFnOnce for Piece<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn call(self) {
+        let Self {
+            dtype,
+            input,
+            out,
+            noise,
+        } = self;
+        match dtype {
             DType::F64 => each::<F64>(input, out, |i, x| F64::new(x.get() + f64::from(noise.at(i)))),
             DType::F32 => each::<F32>(input, out, |i, x| F32::new(x.get() + noise.at(i))),
             DType::F16 => widened(f16::ZERO, input, out, noise),
             DType::BF16 => widened(bf16::ZERO, input, out, noise),
             _ => unreachable!("the schema is of floats"),
-        });
-    });
+        }
+    }
 }
 
 /// Writes `f` of each element's number and value.
@@ -148,8 +206,8 @@ where
 {
     // These types have no alignment, and a piece is a whole number of them.
     if let (Ok(input), Ok(out)) = (<[T]>::ref_from_bytes(input), <[T]>::mut_from_bytes(out)) {
-        for ((i, out), input) in (0..).zip(out).zip(input) {
-            *out = f(i, input);
+        for (i, (out, input)) in out.iter_mut().zip(input).enumerate() {
+            *out = f(i as u32, input);
         }
     }
 }
@@ -165,12 +223,106 @@ where
     let chunks = input.chunks(2 * WIDENED).zip(out.chunks_mut(2 * WIDENED));
     for (start, (input, out)) in (0..).step_by(WIDENED).zip(chunks) {
         let (narrow, wide) = (&mut narrow[..input.len() / 2], &mut wide[..input.len() / 2]);
-        narrow.reinterpret_cast_mut().as_mut_bytes().copy_from_slice(input);
+        narrow
+            .reinterpret_cast_mut()
+            .as_mut_bytes()
+            .copy_from_slice(input);
         narrow.convert_to_f32_slice(wide);
-        for (i, x) in (start..).zip(wide.iter_mut()) {
-            *x += noise.at(i);
+        for (i, x) in wide.iter_mut().enumerate() {
+            *x += noise.at(start + i as u32);
         }
         narrow.convert_from_f32_slice(wide);
         out.copy_from_slice(narrow.reinterpret_cast().as_bytes());
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The values of a tensor of that type.
+    fn values(dtype: DType, bytes: &[u8]) -> Vec<f64> {
+        match dtype {
+            DType::F64 => bytes
+                .as_chunks()
+                .0
+                .iter()
+                .map(|b| f64::from_le_bytes(*b))
+                .collect(),
+            DType::F32 => bytes
+                .as_chunks()
+                .0
+                .iter()
+                .map(|b| f32::from_le_bytes(*b).into())
+                .collect(),
+            DType::F16 => bytes
+                .as_chunks()
+                .0
+                .iter()
+                .map(|b| f16::from_le_bytes(*b).into())
+                .collect(),
+            _ => bytes
+                .as_chunks()
+                .0
+                .iter()
+                .map(|b| bf16::from_le_bytes(*b).into())
+                .collect(),
+        }
+    }
+
+    #[test]
+    fn a_round_moves_every_parameter_a_little() {
+        // Over several pieces, and no whole number of any chunk.
+        const PARAMETERS: usize = 300_001;
+        for (dtype, rounding) in [
+            (DType::F64, 0.0),
+            (DType::F32, 1e-8),
+            (DType::F16, 5e-5),
+            (DType::BF16, 4e-4),
+        ] {
+            let schema = schema(PARAMETERS as u64, dtype).expect("a schema");
+            let mut model = vec![0; schema.data_bytes()];
+            initial(3, TensorsMut::new(&schema, &mut model));
+            let mut weights = vec![0; model.len()];
+            let mut learner = SyntheticLearner::new(schema.clone(), 2, 3);
+            let trained = learner
+                .train(
+                    1,
+                    Tensors::new(&schema, &model),
+                    TensorsMut::new(&schema, &mut weights),
+                )
+                .expect("weights");
+            assert_eq!(
+                trained,
+                Trained {
+                    samples: 102,
+                    loss: None,
+                    bytes_copied: 0
+                }
+            );
+
+            let (old, new) = (values(dtype, &model), values(dtype, &weights));
+            assert_eq!((old.len(), new.len()), (PARAMETERS, PARAMETERS));
+            let bound = f64::from(INITIAL_BOUND);
+            assert!(old.iter().all(|w| w.abs() <= bound * 1.01), "{dtype}");
+            let spread = old.iter().map(|w| w * w).sum::<f64>() / PARAMETERS as f64;
+            assert!(
+                (spread / (bound * bound / 3.0) - 1.0).abs() < 0.02,
+                "{dtype}: not uniform: {spread}"
+            );
+            let changes: Vec<f64> = old.iter().zip(&new).map(|(old, new)| new - old).collect();
+            assert!(
+                changes
+                    .iter()
+                    .all(|c| c.abs() <= f64::from(NOISE_BOUND) + rounding),
+                "{dtype}"
+            );
+            assert!(
+                changes.iter().filter(|c| **c != 0.0).count() > PARAMETERS / 2,
+                "{dtype}"
+            );
+            let mean = changes.iter().sum::<f64>() / PARAMETERS as f64;
+            assert!(mean.abs() < 2e-5, "{dtype}: mean change {mean}");
+        }
     }
 }
