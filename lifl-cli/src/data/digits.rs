@@ -1,8 +1,8 @@
 //! `builtin:digits`: drawn digits, for trying things out where there is no dataset and no network.
 //!
-//! A digit is a few strokes ([`glyphs`]), bent, slanted, turned, moved and drawn with a pen of some width, then
-//! crossed, covered and covered with noise. Where it lies varies so much that no single pixel tells much: a linear model does
-//! clearly worse on it than a convolution network, as on real handwriting.
+//! A digit is a few strokes (`glyphs`), bent, slanted, turned, moved and drawn with a pen of some width, then
+//! sometimes crossed or partly covered, and made noisy. Where it lies varies so much that no single pixel tells
+//! much: a linear model does clearly worse on it than a convolution network, as on real handwriting.
 //!
 //! Each image comes from the seed and its number alone, so that a trainer draws only its own.
 

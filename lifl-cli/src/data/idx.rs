@@ -112,11 +112,10 @@ fn check_magic(path: &Path, file: &mut impl Read, expected: u32, of: &str) -> Re
 fn words<const N: usize>(path: &Path, file: &mut impl Read) -> Result<[u32; N], DataError> {
     let header = bytes(path, file, 4 * N)?;
     if header.len() < 4 * N {
-        let expected = format!("an IDX header of {}", 4 * N);
         return Err(DataError::format(
             path,
-            format!("{} bytes", header.len()),
-            expected,
+            "a file that ends in its header",
+            "an IDX file",
         ));
     }
     Ok(std::array::from_fn(|i| {

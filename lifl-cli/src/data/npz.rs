@@ -241,7 +241,7 @@ pub(super) mod tests {
         );
         says(&[("x_train.npy", b"hello".to_vec())], "NumPy");
         let x = ("x_train.npy", npy("|u1", "(1, 28, 28)", &[0; PIXELS]));
-        says(&[x.clone()], "expected y_train.npy");
+        says(std::slice::from_ref(&x), "expected y_train.npy");
         says(
             &[x.clone(), ("y_train.npy", npy("|u1", "(2,)", &[1, 2]))],
             "2 labels",

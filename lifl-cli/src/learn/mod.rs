@@ -1,8 +1,8 @@
 //! What a trainer learns with: a model, its data, and the steps of one round.
 //!
 //! [`build`] makes the [`Learner`] that a trainer process drives, [`schema`] and [`initial`] what the coordinator
-//! needs to start a job, [`Evaluator`] what judges a model. Networks run on candle ([`network`], [`sgd`]); a
-//! synthetic model is written by this crate alone ([`synthetic`]).
+//! needs to start a job, [`Evaluator`] what judges a model. Networks run on candle (`network`, `sgd`); a
+//! synthetic model is written by this crate alone (`synthetic`).
 
 mod error;
 mod evaluate;

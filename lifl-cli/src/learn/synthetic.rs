@@ -6,6 +6,7 @@
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 use lifl_common::update::{DType, Schema, TensorSpec, Tensors, TensorsMut};
+use pulp::{Arch, NullaryFnOnce};
 use rand::RngCore;
 use rayon::prelude::*;
 use zerocopy::little_endian::{F32, F64};
@@ -154,24 +155,47 @@ impl PieceNoise {
 
 /// Writes `out`, elements of type `dtype`: what `input` gives for a piece's place and length in bytes, plus noise.
 fn write<'a>(dtype: DType, input: impl Fn(usize, usize) -> &'a [u8] + Sync, out: &mut [u8], noise: Noise) {
-    let arch = pulp::Arch::new();
+    let arch = Arch::new();
     out.par_chunks_mut(PIECE_BYTES)
         .enumerate()
         .for_each(|(piece, out)| {
             let input = input(piece * PIECE_BYTES, out.len());
-            let noise = noise.piece(piece);
-            // Inlined here, each loop is compiled for every vector width that `arch` may find.
-            arch.dispatch(
-                #[inline(always)]
-                || match dtype {
-                    DType::F64 => each::<F64>(input, out, |i, x| F64::new(x.get() + f64::from(noise.at(i)))),
-                    DType::F32 => each::<F32>(input, out, |i, x| F32::new(x.get() + noise.at(i))),
-                    DType::F16 => widened(f16::ZERO, input, out, noise),
-                    DType::BF16 => widened(bf16::ZERO, input, out, noise),
-                    _ => unreachable!("the schema is of floats"),
-                },
-            );
+            arch.dispatch(Piece {
+                dtype,
+                input,
+                out,
+                noise: noise.piece(piece),
+            });
         });
+}
+
+/// One thread's work, compiled for each vector width that the machine may have.
+struct Piece<'a> {
+    dtype: DType,
+    input: &'a [u8],
+    out: &'a mut [u8],
+    noise: PieceNoise,
+}
+
+impl NullaryFnOnce for Piece<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn call(self) {
+        let Self {
+            dtype,
+            input,
+            out,
+            noise,
+        } = self;
+        match dtype {
+            DType::F64 => each::<F64>(input, out, |i, x| F64::new(x.get() + f64::from(noise.at(i)))),
+            DType::F32 => each::<F32>(input, out, |i, x| F32::new(x.get() + noise.at(i))),
+            DType::F16 => widened(f16::ZERO, input, out, noise),
+            DType::BF16 => widened(bf16::ZERO, input, out, noise),
+            _ => unreachable!("the schema is of floats"),
+        }
+    }
 }
 
 /// Writes `f` of each element's number and value.
@@ -182,8 +206,8 @@ where
 {
     // These types have no alignment, and a piece is a whole number of them.
     if let (Ok(input), Ok(out)) = (<[T]>::ref_from_bytes(input), <[T]>::mut_from_bytes(out)) {
-        for ((i, out), input) in (0..).zip(out).zip(input) {
-            *out = f(i, input);
+        for (i, (out, input)) in out.iter_mut().zip(input).enumerate() {
+            *out = f(i as u32, input);
         }
     }
 }
@@ -204,8 +228,8 @@ where
             .as_mut_bytes()
             .copy_from_slice(input);
         narrow.convert_to_f32_slice(wide);
-        for (i, x) in (start..).zip(wide.iter_mut()) {
-            *x += noise.at(i);
+        for (i, x) in wide.iter_mut().enumerate() {
+            *x += noise.at(start + i as u32);
         }
         narrow.convert_from_f32_slice(wide);
         out.copy_from_slice(narrow.reinterpret_cast().as_bytes());
