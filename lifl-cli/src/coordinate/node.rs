@@ -107,7 +107,8 @@ impl Node {
     }
 
     async fn start(options: &NodeOptions, passed_over: Option<String>) -> Outcome<Self> {
-        let socket = paths::own_folder().join(format!("run-{}.sock", std::process::id()));
+        sweep().await;
+        let socket = paths::own_daemon(std::process::id());
         let daemon = Daemon::start(
             Options {
                 socket: socket.clone(),
@@ -161,8 +162,21 @@ impl Node {
     }
 }
 
+/// Takes away the sockets of own daemons that were killed: nobody listens at them.
+async fn sweep() {
+    for socket in paths::own_daemons() {
+        if Client::connect(&socket)
+            .await
+            .is_err_and(|error| nobody_there(&error))
+        {
+            tracing::debug!(socket = %socket.display(), "left by a run that was killed");
+            let _ = std::fs::remove_file(&socket);
+        }
+    }
+}
+
 /// Whether a socket is not there or nobody listens at it.
-pub fn nobody_there(error: &ClientError) -> bool {
+fn nobody_there(error: &ClientError) -> bool {
     connect_error(error)
         .is_some_and(|kind| matches!(kind, io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused))
 }

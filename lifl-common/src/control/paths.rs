@@ -33,25 +33,33 @@ fn user_folder(uid: Uid) -> PathBuf {
     }
 }
 
+/// The socket of the daemon inside the `lifl run` of that process.
+pub fn own_daemon(pid: u32) -> PathBuf {
+    own_folder().join(format!("run-{pid}.sock"))
+}
+
+/// The sockets of daemons inside `lifl run`, of this user.
+pub fn own_daemons() -> Vec<PathBuf> {
+    run_sockets(&own_folder())
+}
+
+fn run_sockets(folder: &Path) -> Vec<PathBuf> {
+    let is_run = |path: &PathBuf| {
+        let name = path.file_name().and_then(|name| name.to_str());
+        name.is_some_and(|name| name.starts_with("run-") && name.ends_with(".sock"))
+    };
+    let entries = std::fs::read_dir(folder).into_iter().flatten().flatten();
+    let mut sockets: Vec<PathBuf> = entries.map(|entry| entry.path()).filter(is_run).collect();
+    sockets.sort();
+    sockets
+}
+
 /// The sockets of daemons that this user may find, the system's first. They may be stale: connecting tells.
 pub fn candidates() -> Vec<PathBuf> {
     let mut folders = vec![PathBuf::from(SYSTEM_FOLDER), own_folder()];
     folders.dedup();
-    let mut found = Vec::new();
-    for folder in folders {
-        let daemon = folder.join(DAEMON_SOCKET);
-        let mut others: Vec<PathBuf> = std::fs::read_dir(&folder)
-            .into_iter()
-            .flatten()
-            .flatten()
-            .map(|entry| entry.path())
-            .filter(|path| path.extension().is_some_and(|end| end == "sock") && *path != daemon)
-            .collect();
-        others.sort();
-        found.push(daemon);
-        found.extend(others);
-    }
-    found
+    let sockets = |folder: PathBuf| std::iter::once(folder.join(DAEMON_SOCKET)).chain(run_sockets(&folder));
+    folders.into_iter().flat_map(sockets).collect()
 }
 
 /// The sockets at which `lifl-daemon` is expected, the system's first.
