@@ -1,0 +1,371 @@
+//! An aggregator among children that send it what they should not: each is refused by name, and the round goes on.
+//!
+//! The test is the coordinator and the trainers; the top is the real process.
+
+mod support;
+
+use std::process::{Child, Command};
+use std::time::Duration;
+
+use lifl_common::arena::{Layout, OwnedArena};
+use lifl_common::client::{Client, FrameSocket};
+use lifl_common::config::{self, Overrides};
+use lifl_common::frame::{Frame, FrameKind, Refusal};
+use lifl_common::id::{ArenaId, Generation, JobId, Key, WorkerId};
+use lifl_common::update::{DType, Metadata, Schema, TensorSpec, image};
+use lifl_daemon::plane::Request;
+use lifl_daemon::pool::HugePages;
+use lifl_daemon::{Daemon, Options};
+use tokio_util::sync::CancellationToken;
+
+use support::{Job, Place, can_have};
+
+const TRAINERS: u32 = 3;
+const PARAMETERS: usize = 1000;
+
+async fn within<T>(what: impl Future<Output = T>) -> T {
+    tokio::time::timeout(Duration::from_secs(30), what)
+        .await
+        .expect("in time")
+}
+
+/// A worker that the test plays.
+struct Actor {
+    client: Client,
+    frames: FrameSocket,
+    id: WorkerId,
+    arena: Option<OwnedArena>,
+}
+
+impl Actor {
+    async fn join(node: &Daemon, job: JobId, role: &str, name: &str) -> Self {
+        let mut client = Client::connect(node.socket()).await.expect("connected");
+        let registration = client.register(job, role, name).await.expect("registered");
+        let layout = Layout::for_objects(1, 1 << 16).expect("a layout");
+        let arena = client.create_arena(layout).await.expect("an arena").arena;
+        Self {
+            client,
+            frames: registration.frames,
+            id: registration.worker,
+            arena: Some(arena),
+        }
+    }
+
+    async fn send(&mut self, to: WorkerId, kind: FrameKind, frame: Frame) {
+        let frame = Frame {
+            to,
+            from: self.id,
+            kind: kind as u16,
+            ..frame
+        };
+        within(self.frames.send(&[frame])).await.expect("sent");
+    }
+
+    async fn expect(&mut self, kind: FrameKind) -> Frame {
+        let frame = within(self.frames.recv()).await.expect("read").expect("open");
+        assert_eq!(FrameKind::from_number(frame.kind), Some(kind), "{frame:?}");
+        frame
+    }
+
+    /// Writes an update of that schema, all elements of that value, and gives the frame that lends it.
+    fn update(&mut self, schema: &Schema, round: u32, value: f32, samples: u64) -> Frame {
+        let arena = self.arena.as_mut().expect("an arena");
+        arena.free_unheld();
+        let mut slot = arena.begin().expect("free");
+        let offset = image::data_offset(schema);
+        for element in slot.bytes_mut()[offset..offset + schema.data_bytes()].chunks_exact_mut(4) {
+            element.copy_from_slice(&value.to_le_bytes());
+        }
+        let generation = slot.key().generation;
+        let metadata = Metadata {
+            round,
+            generation,
+            samples,
+            ..Metadata::default()
+        };
+        image::write_header(slot.bytes_mut(), schema, &metadata);
+        let key = arena.publish(slot);
+        Frame {
+            round,
+            key,
+            length: image::image_bytes(schema) as u64,
+            samples,
+            covers: 1,
+            ..Frame::default()
+        }
+    }
+
+    async fn expect_refusal(&mut self, refusal: Refusal) {
+        let frame = self.expect(FrameKind::Refuse).await;
+        assert_eq!(Refusal::from_number(frame.refusal), Some(refusal));
+    }
+}
+
+/// A daemon, the real top, the test's coordinator and trainers.
+struct Stage {
+    node: Daemon,
+    top: Child,
+    top_id: WorkerId,
+    coordinator: Actor,
+    trainers: Vec<Actor>,
+    schema: Schema,
+    place: Place,
+}
+
+impl Stage {
+    async fn set(plane: &str, timing: &str) -> Self {
+        let job = Job::synthetic(&[1, TRAINERS], PARAMETERS as u64, "F32").with("timing", timing);
+        let place = Place::new(&job.file());
+        let spec = config::load(std::slice::from_ref(&place.job), &Overrides::default())
+            .expect("a job")
+            .job;
+        std::fs::create_dir(place.run()).expect("made");
+        let text = serde_json::to_vec(&spec).expect("JSON");
+        std::fs::write(place.run().join("job.json"), text).expect("written");
+        let options = Options {
+            socket: place.folder.path().join("lifl.sock"),
+            socket_mode: 0o600,
+            socket_group: None,
+            plane: if plane == "relay" {
+                Request::Relay
+            } else {
+                Request::Sockmap
+            },
+            pool_bytes: 1 << 20,
+            huge_pages: HugePages::Never,
+            max_workers: 8,
+        };
+        let node = Daemon::start(options, CancellationToken::new()).expect("a daemon");
+        let mut client = Client::connect(node.socket()).await.expect("connected");
+        let job_id = client.create_job("hostile").await.expect("made");
+        let registration = client
+            .register(job_id, "coordinator", "coordinator")
+            .await
+            .expect("registered");
+        let mut coordinator = Actor {
+            client,
+            frames: registration.frames,
+            id: registration.worker,
+            arena: None,
+        };
+        let mut command = Command::new(env!("CARGO_BIN_EXE_lifl"));
+        command.args([
+            "worker",
+            "--name",
+            "top-aggregator-1",
+            "--job",
+            &job_id.0.to_string(),
+        ]);
+        command
+            .arg("--socket")
+            .arg(node.socket())
+            .arg("--run")
+            .arg(place.run());
+        let top = command
+            .stderr(std::process::Stdio::null())
+            .spawn()
+            .expect("started");
+        let top_id = coordinator.expect(FrameKind::Ready).await.from;
+        let mut trainers = Vec::new();
+        for n in 1..=TRAINERS {
+            trainers.push(Actor::join(&node, job_id, "trainer", &format!("trainer-{n}")).await);
+        }
+        let schema = lifl_cli::learn::schema(&spec.model).expect("a schema");
+        Self {
+            node,
+            top,
+            top_id,
+            coordinator,
+            trainers,
+            schema,
+            place,
+        }
+    }
+
+    /// Begins a round with all trainers; each is lent the model and gives it back.
+    async fn begin(&mut self, round: u32) {
+        for trainer in &self.trainers {
+            let child = Frame {
+                round,
+                value: u64::from(trainer.id.0),
+                ..Frame::default()
+            };
+            self.coordinator.send(self.top_id, FrameKind::Child, child).await;
+        }
+        let begin = Frame {
+            round,
+            covers: TRAINERS,
+            ..Frame::default()
+        };
+        self.coordinator.send(self.top_id, FrameKind::Begin, begin).await;
+        for trainer in &mut self.trainers {
+            let model = trainer.expect(FrameKind::Model).await;
+            let back = Frame {
+                round,
+                key: model.key,
+                ..Frame::default()
+            };
+            trainer.send(self.top_id, FrameKind::Release, back).await;
+        }
+    }
+
+    /// The round's model: whose updates it has, and its first element.
+    async fn result(&mut self) -> (u32, u64, f32) {
+        let frame = self.coordinator.expect(FrameKind::Model).await;
+        let arena = self
+            .coordinator
+            .client
+            .open_arena(frame.key.arena)
+            .await
+            .expect("the top's");
+        let bytes = arena.object(frame.key, frame.length).expect("in bounds");
+        let (_, offset) = image::check(bytes, &self.schema).expect("a model");
+        let first = f32::from_le_bytes(bytes[offset..offset + 4].try_into().expect("four"));
+        let back = Frame {
+            round: frame.round,
+            key: frame.key,
+            ..Frame::default()
+        };
+        self.coordinator.send(self.top_id, FrameKind::Release, back).await;
+        (frame.covers, frame.samples, first)
+    }
+
+    async fn leave(mut self) {
+        self.coordinator.client.end_job("over").await.expect("its own");
+        let status = tokio::task::spawn_blocking(move || self.top.wait());
+        assert!(
+            within(status)
+                .await
+                .expect("no panic")
+                .expect("a child")
+                .success()
+        );
+        drop((self.coordinator, self.trainers));
+        self.node.stop().await.expect("stopped");
+        drop(self.place);
+    }
+}
+
+async fn children_that_misbehave(plane: &str, timing: &str) {
+    if !can_have(plane) {
+        return;
+    }
+    let mut stage = Stage::set(plane, timing).await;
+    let schema = stage.schema.clone();
+    let top = stage.top_id;
+
+    // Round 1: one good, one with NaN, one of another shape.
+    stage.begin(1).await;
+    let good = stage.trainers[0].update(&schema, 1, 3.0, 10);
+    stage.trainers[0].send(top, FrameKind::Update, good).await;
+    let nan = stage.trainers[1].update(&schema, 1, f32::NAN, 20);
+    stage.trainers[1].send(top, FrameKind::Update, nan).await;
+    let other = Schema::new(vec![TensorSpec::new("parameters", DType::F32, [10, 10])]).expect("a schema");
+    let shaped = stage.trainers[2].update(&other, 1, 1.0, 30);
+    stage.trainers[2].send(top, FrameKind::Update, shaped).await;
+    stage.trainers[2].expect_refusal(Refusal::WrongShape).await;
+    stage.trainers[1].expect_refusal(Refusal::NotFinite).await;
+    stage.trainers[0].expect(FrameKind::Release).await;
+    assert_eq!(stage.result().await, (1, 10, 3.0));
+
+    // Round 2: an arena that is not there, samples of nobody, and then the good one, twice.
+    stage.begin(2).await;
+    let nowhere = Key {
+        arena: ArenaId(999),
+        slot: 0,
+        generation: Generation(1),
+    };
+    let lost = Frame {
+        round: 2,
+        key: nowhere,
+        length: 64,
+        samples: 5,
+        covers: 1,
+        ..Frame::default()
+    };
+    stage.trainers[0].send(top, FrameKind::Update, lost).await;
+    stage.trainers[0].expect_refusal(Refusal::BadKey).await;
+    let mut empty = stage.trainers[1].update(&schema, 2, 1.0, 20);
+    empty.samples = 0;
+    stage.trainers[1].send(top, FrameKind::Update, empty).await;
+    stage.trainers[1].expect_refusal(Refusal::BadSamples).await;
+    // A second try of one that was refused comes too late.
+    let again = stage.trainers[1].update(&schema, 2, 1.0, 20);
+    stage.trainers[1].send(top, FrameKind::Update, again).await;
+    stage.trainers[1].expect_refusal(Refusal::NotExpected).await;
+    let good = stage.trainers[2].update(&schema, 2, -7.0, 30);
+    stage.trainers[2].send(top, FrameKind::Update, good).await;
+    stage.trainers[2].expect(FrameKind::Release).await;
+    assert_eq!(stage.result().await, (1, 30, -7.0));
+
+    // Round 3: a key that points out of its arena, a stale generation, and nothing: the model stays.
+    stage.begin(3).await;
+    let mut outside = stage.trainers[0].update(&schema, 3, 1.0, 10);
+    outside.length = 1 << 40;
+    stage.trainers[0].send(top, FrameKind::Update, outside).await;
+    stage.trainers[0].expect_refusal(Refusal::BadKey).await;
+    let mut stale = stage.trainers[1].update(&schema, 3, 1.0, 10);
+    stale.key.generation.0 += 1;
+    stage.trainers[1].send(top, FrameKind::Update, stale).await;
+    stage.trainers[1].expect_refusal(Refusal::BadKey).await;
+    stage.trainers[2]
+        .send(
+            top,
+            FrameKind::Nothing,
+            Frame {
+                round: 3,
+                ..Frame::default()
+            },
+        )
+        .await;
+    let (covers, _, first) = stage.result().await;
+    assert_eq!((covers, first), (0, -7.0));
+
+    // Frames that only a coordinator may send, and numbers that mean nothing, change nothing.
+    let stray = Frame {
+        round: 9,
+        value: u64::MAX,
+        ..Frame::default()
+    };
+    stage.trainers[0].send(top, FrameKind::Begin, stray).await;
+    stage.trainers[0].send(top, FrameKind::Release, stray).await;
+    stage.trainers[0].send(top, FrameKind::Refuse, stray).await;
+    stage.trainers[0]
+        .send(
+            top,
+            FrameKind::Model,
+            Frame {
+                round: 9,
+                ..Frame::default()
+            },
+        )
+        .await;
+    stage.trainers[0].expect(FrameKind::Release).await;
+    stage.begin(4).await;
+    for n in 0..3 {
+        let update = stage.trainers[n].update(&schema, 4, 6.0, 10);
+        stage.trainers[n].send(top, FrameKind::Update, update).await;
+    }
+    assert_eq!(stage.result().await, (3, 30, 6.0));
+    stage.leave().await;
+}
+
+#[tokio::test]
+async fn through_the_kernel_eager() {
+    children_that_misbehave("sockmap", "eager").await;
+}
+
+#[tokio::test]
+async fn through_the_kernel_lazy() {
+    children_that_misbehave("sockmap", "lazy").await;
+}
+
+#[tokio::test]
+async fn through_the_relay_eager() {
+    children_that_misbehave("relay", "eager").await;
+}
+
+#[tokio::test]
+async fn through_the_relay_lazy() {
+    children_that_misbehave("relay", "lazy").await;
+}
