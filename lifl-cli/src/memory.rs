@@ -7,12 +7,18 @@ use serde::Serialize;
 
 use crate::aggregate;
 
-/// Private memory of a process that has just started: runtime, stacks, the job. Measured at 2 to 5 MiB.
+/// Private memory of a process that has just started: runtime, stacks, the job. Measured: 1 MiB for a worker, 5 MiB
+/// for the coordinator.
 const PROCESS_BYTES: u64 = 8 << 20;
 
-/// What a trainer on candle takes beside its model and data: the activations and gradients of one batch. Measured at
-/// under 48 MiB for the CNN with batches of 32.
-const LEARNER_BYTES: u64 = 96 << 20;
+/// What learning takes beside model, data and activations. Measured: under 16 MiB.
+const LEARNER_BYTES: u64 = 24 << 20;
+
+/// Activations and gradients of one sample of the CNN, the largest network. Measured: 0.4 MiB in batches of 512.
+const SAMPLE_BYTES: u64 = 1 << 20;
+
+/// Samples that the coordinator judges at once.
+const EVALUATION_BATCH: u64 = 128;
 
 /// Copies of the model that a learner makes: parameters, gradients, and a step's temporaries.
 const LEARNER_MODELS: u64 = 4;
@@ -88,7 +94,8 @@ impl Plan {
         let sum = |of: fn(&Share) -> u64| workers.iter().map(of).fold(0, u64::saturating_add);
         let pool_bytes = sum(|share| share.arena_bytes);
         // The coordinator evaluates, as a trainer does.
-        let private_bytes = sum(|share| share.private_bytes).saturating_add(learner_bytes(job, schema, 1));
+        let private_bytes =
+            sum(|share| share.private_bytes).saturating_add(learner_bytes(job, schema, 1, EVALUATION_BATCH));
         Self {
             parameters: schema.elements() as u64,
             object_bytes,
@@ -107,7 +114,10 @@ impl Plan {
 
 fn private_bytes(job: &JobSpec, schema: &Schema, worker: &WorkerSpec) -> u64 {
     match worker.kind {
-        Kind::Trainer => learner_bytes(job, schema, job.trainers().count() as u64),
+        Kind::Trainer => {
+            let shares = job.trainers().count() as u64;
+            learner_bytes(job, schema, shares, u64::from(job.training.batch_size))
+        }
         Kind::Top | Kind::Aggregator => {
             PROCESS_BYTES.saturating_add(aggregate::scratch_bytes(schema, job.timing) as u64)
         }
@@ -115,22 +125,24 @@ fn private_bytes(job: &JobSpec, schema: &Schema, worker: &WorkerSpec) -> u64 {
 }
 
 /// A process that trains on one of `shares` parts of the data, or evaluates.
-fn learner_bytes(job: &JobSpec, schema: &Schema, shares: u64) -> u64 {
+fn learner_bytes(job: &JobSpec, schema: &Schema, shares: u64, batch: u64) -> u64 {
     if matches!(job.model, ModelSpec::Synthetic { .. }) {
         return PROCESS_BYTES;
     }
+    // While a data set is read, all of it is in memory, whatever the share.
+    let data = data_bytes(job).saturating_add(data_bytes(job) / shares.max(1));
     let models = LEARNER_MODELS.saturating_mul(schema.data_bytes() as u64);
-    PROCESS_BYTES
-        .saturating_add(LEARNER_BYTES)
-        .saturating_add(models)
-        .saturating_add(data_bytes(job) / shares.max(1))
+    let activations = SAMPLE_BYTES.saturating_mul(batch);
+    [PROCESS_BYTES, LEARNER_BYTES, models, activations, data]
+        .into_iter()
+        .fold(0, u64::saturating_add)
 }
 
 /// All samples of the largest data set that is known here, 70,000 images of 28 × 28 bytes, unless the job uses fewer.
 fn data_bytes(job: &JobSpec) -> u64 {
-    const SAMPLE_BYTES: u64 = 28 * 28 + 1;
+    const PIXELS: u64 = 28 * 28 + 1;
     let data = job.data.as_ref();
     let train = data.and_then(|data| data.train_samples).unwrap_or(60_000);
     let test = data.and_then(|data| data.test_samples).unwrap_or(10_000);
-    train.saturating_add(test).saturating_mul(SAMPLE_BYTES)
+    train.saturating_add(test).saturating_mul(PIXELS)
 }
