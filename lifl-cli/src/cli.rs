@@ -68,7 +68,8 @@ pub(crate) struct JobArgs {
     /// Rounds to run [default: the job file's]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     rounds: Option<u32>,
-    /// A data set instead of the job file's: a folder with IDX files, an .npz file, a URL, or builtin:digits
+    /// A data set instead of the job file's: a folder with IDX files, an .npz file, the URL of one, or
+    /// builtin:digits
     #[arg(long, value_name = "PATH|URL|builtin:digits")]
     data: Option<String>,
     /// What every random choice comes from; equal seeds give equal runs [default: the job file's]

@@ -11,7 +11,7 @@ use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::resource::{RLIM_INFINITY, Resource, getrlimit};
 use serde::Serialize;
 
-/// Open files that a job of a few hundred workers takes of its daemon: each has a control socket, a pidfd and an
+/// Open files that a job of a few hundred workers takes of its daemon: each has a control socket and an
 /// arena there.
 const OPEN_FILES: u64 = 4096;
 

@@ -13,5 +13,6 @@ pub mod doctor;
 pub mod exit;
 pub mod learn;
 pub mod memory;
+mod output;
 mod random;
 pub mod work;

@@ -25,13 +25,16 @@ use crate::plane::{Plane, PlaneError};
 use crate::pool::Pool;
 
 /// Workers on one page of a status: a page must fit into a packet.
-const STATUS_PAGE: usize = 64;
+const STATUS_PAGE: usize = 16;
+
+/// Jobs on a page.
+const STATUS_JOBS: usize = 64;
 
 /// The longest name of a job, a role or a worker.
 const MAX_NAME_BYTES: usize = 128;
 
 /// Arenas that one worker may have.
-const MAX_ARENAS: usize = 16;
+const MAX_ARENAS: usize = 4;
 
 /// A connection's number.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -87,6 +90,7 @@ struct Arena {
     memfd: File,
     bytes: u64,
     page_bytes: u64,
+    note: Option<String>,
     sealed: bool,
 }
 
@@ -421,6 +425,7 @@ impl Registry {
                 memfd,
                 bytes,
                 page_bytes,
+                note: note.clone(),
                 sealed: false,
             },
         );
@@ -512,7 +517,7 @@ impl Registry {
         }
         let status = Status {
             daemon: self.welcome(),
-            jobs: jobs.take(STATUS_PAGE).collect(),
+            jobs: jobs.take(STATUS_JOBS).collect(),
             workers: page,
             more,
         };
@@ -534,6 +539,7 @@ impl Registry {
                 arena,
                 layout: entry.layout,
                 page_bytes: entry.page_bytes,
+                note: entry.note.clone(),
                 sealed: entry.sealed,
             });
         Ok(WorkerStatus {
@@ -739,11 +745,11 @@ mod tests {
             self.registry.request(ConnId(conn), request, fds);
             let outbox = self.registry.take_outbox();
             let mine = outbox.into_iter().filter(|outgoing| outgoing.to == ConnId(conn));
-            let reply = mine.filter_map(|outgoing| match outgoing.message {
+            let mut reply = mine.filter_map(|outgoing| match outgoing.message {
                 Message::Reply(reply) => Some(reply),
                 Message::Event(_) => None,
             });
-            match reply.last().expect("every request is answered") {
+            match reply.next_back().expect("every request is answered") {
                 Reply::Error { code, message } => Err((code, message)),
                 reply => Ok(reply),
             }

@@ -14,6 +14,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use lifl_common::control::packet::{PacketError, PacketSocket};
+use lifl_common::control::paths;
 use lifl_common::control::{ErrorCode, Message, Reply, Request};
 use lifl_common::frame::Frame;
 use lifl_common::watch::watch;
@@ -140,6 +141,13 @@ impl Drop for Listener {
 
 fn make_folder(folder: &Path) -> io::Result<()> {
     if folder.is_dir() {
+        // A folder for everybody's files is an administrator's choice; one of ours must be ours.
+        let ours = folder == paths::own_folder();
+        if ours && !paths::is_trusted(folder) {
+            return Err(io::Error::other(
+                "it is another user's, or others may write to it: remove it",
+            ));
+        }
         return Ok(());
     }
     std::fs::create_dir_all(folder)?;

@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 
-use lifl_common::config::{self, ConfigError, JobSpec, Loaded};
+use lifl_common::config::{self, ConfigError, JobSpec, Loaded, Timing, UpdateKind};
 use lifl_common::control::Welcome;
 use lifl_daemon::plane;
 use lifl_daemon::pool::HugePages;
@@ -17,6 +17,7 @@ use crate::coordinate::report::human_bytes;
 use crate::exit::{Because, Cause, Failure, Outcome};
 use crate::learn;
 use crate::memory::Plan;
+use crate::output::outln;
 
 /// Reads a job, and prints its problems as events where they were asked for.
 pub(super) fn load(args: &JobArgs) -> Outcome<Loaded> {
@@ -30,7 +31,7 @@ pub(super) fn load(args: &JobArgs) -> Outcome<Loaded> {
 
 fn print_problems(error: &ConfigError) {
     for problem in &error.problems {
-        println!("{}", json!({ "event": "problem", "problem": problem }));
+        outln!("{}", json!({ "event": "problem", "problem": problem }));
     }
 }
 
@@ -39,13 +40,13 @@ pub(crate) fn validate(args: &JobArgs) -> Outcome {
     let Loaded { job, notes } = load(args)?;
     learn::schema(&job.model).because(Cause::Config)?;
     if args.report.json {
-        println!("{}", json!({ "event": "valid", "job": job, "notes": notes }));
+        outln!("{}", json!({ "event": "valid", "job": job, "notes": notes }));
         return Ok(());
     }
     for note in &notes {
-        println!("note: {note}");
+        outln!("note: {note}");
     }
-    println!(
+    outln!(
         "{}: {} workers, {} aggregator levels, {} rounds: valid",
         job.name,
         job.workers.len(),
@@ -57,7 +58,7 @@ pub(crate) fn validate(args: &JobArgs) -> Outcome {
 
 /// Shows the tree, the memory and the plane.
 pub(crate) fn plan(args: &JobArgs) -> Outcome {
-    let Loaded { job, .. } = load(args)?;
+    let Loaded { job, notes } = load(args)?;
     let schema = learn::schema(&job.model).because(Cause::Config)?;
     let daemon = daemon_for(&job)?;
     let plan = Plan::new(&job, &schema, daemon.huge_pages);
@@ -68,15 +69,27 @@ pub(crate) fn plan(args: &JobArgs) -> Outcome {
             json!({ "name": worker.name, "role": worker.role, "parent": parent, "takes_part": pairs.contains_key(&index) })
         }).collect();
         let (plane, reason) = (daemon.plane, daemon.plane_reason);
-        println!(
+        outln!(
             "{}",
-            json!({ "event": "plan", "job": job.name, "tree": tree, "memory": plan, "plane": plane, "plane_reason": reason })
+            json!({ "event": "plan", "job": job.name, "tree": tree, "memory": plan, "notes": notes, "plane": plane, "plane_reason": reason })
         );
         return Ok(());
     }
-    println!(
-        "{}: {} rounds, {:?} timing, {:?} go up",
-        job.name, job.rounds, job.timing, job.updates
+    for note in &notes {
+        outln!("note: {note}");
+    }
+    let timing = match job.timing {
+        Timing::Eager => "eager",
+        Timing::Lazy => "lazy",
+    };
+    let updates = match job.updates {
+        UpdateKind::Weights => "weights",
+        UpdateKind::Deltas => "deltas",
+    };
+    outln!(
+        "{}: {} rounds, {timing} timing, {updates} go up",
+        job.name,
+        job.rounds
     );
     if let Some(top) = job.workers.iter().position(|worker| worker.up.is_none()) {
         print_tree(&job, &pairs, top, "", "");
@@ -89,27 +102,27 @@ pub(crate) fn plan(args: &JobArgs) -> Outcome {
         .map(|(_, worker)| worker.name.as_str())
         .collect();
     if !left_out.is_empty() {
-        println!("without children, so not taking part: {}", left_out.join(", "));
+        outln!("without children, so not taking part: {}", left_out.join(", "));
     }
-    println!();
-    println!(
+    outln!();
+    outln!(
         "model    {} parameters, {} in a slot",
         plan.parameters,
         human_bytes(plan.object_bytes)
     );
     let arenas = plan.workers.len();
     let pages = human_bytes(plan.page_bytes);
-    println!(
+    outln!(
         "arenas   {} in {arenas} arenas, pages of {pages}",
         human_bytes(plan.pool_bytes)
     );
-    println!(
+    outln!(
         "private  at most {} in {} processes",
         human_bytes(plan.private_bytes),
         arenas + 1
     );
-    println!("memory   at most {}", human_bytes(plan.total_bytes));
-    println!("plane    {}: {}", daemon.plane, daemon.plane_reason);
+    outln!("memory   at most {}", human_bytes(plan.total_bytes));
+    outln!("plane    {}: {}", daemon.plane, daemon.plane_reason);
     Ok(())
 }
 
@@ -131,7 +144,7 @@ fn daemon_for(job: &JobSpec) -> Outcome<Welcome> {
 }
 
 fn print_tree(job: &JobSpec, pairs: &HashMap<usize, Pair>, index: usize, indent: &str, branch: &str) {
-    println!("{indent}{branch}{}", job.workers[index].name);
+    outln!("{indent}{branch}{}", job.workers[index].name);
     let children = pairs.get(&index).map_or(&[][..], |pair| &pair.children);
     let below = match branch {
         "" => indent.to_owned(),
@@ -150,6 +163,6 @@ fn print_tree(job: &JobSpec, pairs: &HashMap<usize, Pair>, index: usize, indent:
 
 /// Prints the job files' JSON Schema.
 pub(crate) fn schema() -> Outcome {
-    println!("{:#}", config::schema());
+    outln!("{:#}", config::schema());
     Ok(())
 }

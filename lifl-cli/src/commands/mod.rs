@@ -18,6 +18,7 @@ use tracing_subscriber::EnvFilter;
 use crate::cli::Report;
 use crate::doctor::{self, State};
 use crate::exit::{Because, Cause, Failure, Outcome};
+use crate::output::outln;
 use crate::work::{self, Place};
 
 /// Logs go to standard error; `RUST_LOG` chooses which.
@@ -54,10 +55,10 @@ pub(crate) fn doctor(report: Report) -> Outcome {
     let checks = doctor::run();
     if report.json {
         for check in &checks {
-            println!("{}", json!({ "event": "check", "check": check }));
+            outln!("{}", json!({ "event": "check", "check": check }));
         }
     } else {
-        print!("{}", doctor::render(&checks));
+        outln!("{}", doctor::render(&checks).trim_end());
     }
     let missing: Vec<&str> = checks
         .iter()

@@ -8,15 +8,27 @@ use super::job::load;
 use super::{log, runtime};
 use crate::cli::RunArgs;
 use crate::coordinate::node::NodeOptions;
-use crate::coordinate::report::Reporter;
+use crate::coordinate::report::{Event, Reporter};
 use crate::coordinate::{self, RunOptions};
 use crate::exit::{Because, Cause, Outcome};
 
-/// Runs a job until it is done, fails or is interrupted.
+/// Runs a job until it is done, fails or is interrupted; the last event says which.
 pub(crate) fn run(args: &RunArgs) -> Outcome {
-    log("warn");
-    let loaded = load(&args.job)?;
+    // What an own daemon sends back is told to its sender; the program's own words are for a daemon's log.
+    log("warn,lifl_verdict=error");
     let mut reporter = Reporter::new(args.job.report.json);
+    let outcome = run_with(args, &mut reporter);
+    if let Err(failure) = &outcome {
+        let (exit_code, error) = (failure.cause as u8, format!("{:#}", failure.error));
+        reporter
+            .event(&Event::JobFailed { exit_code, error })
+            .because(Cause::Job)?;
+    }
+    outcome
+}
+
+fn run_with(args: &RunArgs, reporter: &mut Reporter) -> Outcome {
+    let loaded = load(&args.job)?;
     for note in &loaded.notes {
         reporter.say(&format!("note: {note}"));
     }
@@ -48,6 +60,6 @@ pub(crate) fn run(args: &RunArgs) -> Outcome {
                 shutdown.cancel();
             }
         });
-        coordinate::run(&loaded.job, &options, &mut reporter, &shutdown).await
+        coordinate::run(&loaded.job, &options, reporter, &shutdown).await
     })
 }

@@ -15,6 +15,7 @@ use crate::cli::StatusArgs;
 use crate::coordinate::node::reachable;
 use crate::coordinate::report::human_bytes;
 use crate::exit::{Because, Cause, Failure, Outcome};
+use crate::output::outln;
 
 /// Shows what every daemon has. Fails if there is none.
 pub(crate) fn status(args: &StatusArgs) -> Outcome {
@@ -31,7 +32,7 @@ pub(crate) fn status(args: &StatusArgs) -> Outcome {
         for (socket, mut client) in daemons {
             let status = client.status(None).await.because(Cause::Machine)?;
             if args.report.json {
-                println!(
+                outln!(
                     "{}",
                     json!({ "event": "status", "socket": socket, "status": status })
                 );
@@ -45,27 +46,30 @@ pub(crate) fn status(args: &StatusArgs) -> Outcome {
 
 fn print(socket: &Path, status: &Status) {
     let daemon = &status.daemon;
-    println!(
+    outln!(
         "daemon {} (pid {}) at {}",
         daemon.version,
         daemon.pid,
         socket.display()
     );
-    println!("  plane {}: {}", daemon.plane, daemon.plane_reason);
+    outln!("  plane {}: {}", daemon.plane, daemon.plane_reason);
     let (used, ceiling) = (
         human_bytes(daemon.pool_used_bytes),
         human_bytes(daemon.pool_bytes),
     );
-    println!(
+    outln!(
         "  pool {used} of {ceiling}, {} of {} workers",
-        daemon.workers, daemon.max_workers
+        daemon.workers,
+        daemon.max_workers
     );
     for job in &status.jobs {
         let name = job.name.as_deref().unwrap_or("(another user's)");
         let bytes = human_bytes(job.arena_bytes);
-        println!(
+        outln!(
             "  job {} {name}: uid {}, {} workers, {bytes} in arenas",
-            job.job, job.uid, job.workers
+            job.job,
+            job.uid,
+            job.workers
         );
     }
     if status.workers.is_empty() {
@@ -107,7 +111,7 @@ fn print(socket: &Path, status: &Status) {
             column.set_cell_alignment(CellAlignment::Right);
         }
     }
-    println!("{table}");
+    outln!("{table}");
 }
 
 /// How long ago a moment of `CLOCK_MONOTONIC` was.

@@ -28,9 +28,10 @@ use tokio_util::sync::CancellationToken;
 
 use self::folder::RunFolder;
 use self::node::{Node, NodeOptions};
-use self::report::{Event, Level, Reporter, human_bytes};
+use self::report::{Level, Reporter, human_bytes};
 use self::rounds::Rounds;
 use self::workers::Workers;
+use crate::data::{self, DataError};
 use crate::exit::{Because, Cause, Failure, Outcome};
 use crate::learn;
 use crate::memory;
@@ -92,10 +93,14 @@ async fn prepare_data(job: &JobSpec, reporter: &Reporter, shutdown: &Cancellatio
         reporter.say(&format!("dataset {}", data.dataset));
     }
     let trainers = job.trainers().count() as u32;
-    let prepared = tokio::task::spawn_blocking(move || crate::data::prepare(&data, trainers));
+    let prepared = tokio::task::spawn_blocking(move || data::prepare(&data, trainers));
     tokio::select! {
         prepared = prepared => {
-            prepared.context("the data could not be looked at").because(Cause::Job)?.because(Cause::Config)?;
+            let prepared = prepared.context("the data could not be looked at").because(Cause::Job)?;
+            prepared.map_err(|error| {
+                let no_network = matches!(error, DataError::Download { .. });
+                Failure::new(if no_network { Cause::Machine } else { Cause::Config }, error)
+            })?;
             Ok(())
         }
         () = shutdown.cancelled() => Err(interrupted()),
@@ -147,12 +152,6 @@ async fn with_node(
     let killed = workers.end().await;
     if killed > 0 {
         reporter.say(&format!("{killed} workers did not leave and were killed"));
-    }
-    if let Err(failure) = &outcome {
-        let (exit_code, error) = (failure.cause as u8, format!("{:#}", failure.error));
-        reporter
-            .event(&Event::JobFailed { exit_code, error })
-            .because(Cause::Job)?;
     }
     outcome
 }

@@ -191,8 +191,8 @@ mod tests {
             }
             let levels = [present[0], present[1..3].contains(&true), present[3..7].contains(&true)];
             if levels.iter().all(|level| *level) {
-                for trainer in 7..15 {
-                    prop_assert_eq!(present[trainer], pairs.contains_key(&trainer));
+                for (trainer, present) in present.iter().enumerate().skip(7) {
+                    prop_assert_eq!(*present, pairs.contains_key(&trainer));
                 }
             }
         }

@@ -1,5 +1,6 @@
 //! What a run tells: events for programs, lines and a bar for people, and the same events in the run's folder.
 
+use crate::output::outln;
 use std::fs::File;
 use std::io::{self, IsTerminal, Write};
 use std::path::Path;
@@ -30,6 +31,8 @@ pub enum Event {
         plane_reason: String,
         /// Bytes of the pages that arenas lie in; the smaller where they differ.
         page_bytes: u64,
+        /// Why they are not huge, when they are not and might have been.
+        page_note: Option<String>,
         /// The workers.
         tree: Vec<Level>,
     },
@@ -128,7 +131,7 @@ impl Reporter {
         match &self.bar {
             Some(bar) => bar.println(line),
             None if self.json => eprintln!("{line}"),
-            None => println!("{line}"),
+            None => outln!("{line}"),
         }
     }
 
@@ -190,6 +193,7 @@ fn describe(event: &Event) -> Option<String> {
             plane,
             plane_reason,
             page_bytes,
+            page_note,
             tree,
         } => {
             let tree: Vec<String> = tree
@@ -198,9 +202,12 @@ fn describe(event: &Event) -> Option<String> {
                 .collect();
             let whose = if *own_daemon { "own daemon" } else { "daemon" };
             format!(
-                "job {job}: {}\nplane {plane}: {plane_reason} ({whose} at {daemon}), pages of {}\nrun folder {run}",
+                "job {job}: {}\nplane {plane}: {plane_reason} ({whose} at {daemon})\nmemory in pages of {}{}\nrun folder {run}",
                 tree.join(", "),
                 human_bytes(*page_bytes),
+                page_note
+                    .as_ref()
+                    .map_or(String::new(), |note| format!(": {note}")),
             )
         }
         Event::WorkerLost { worker, round } => {

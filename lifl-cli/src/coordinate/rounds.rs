@@ -131,12 +131,9 @@ impl<'r, 'j> Rounds<'r, 'j> {
             .status(Some(self.run.job_id))
             .await
             .because(Cause::Job)?;
-        let pages = status
-            .workers
-            .iter()
-            .flat_map(|worker| &worker.arenas)
-            .map(|arena| arena.page_bytes)
-            .min();
+        let arenas = || status.workers.iter().flat_map(|worker| &worker.arenas);
+        let pages = arenas().map(|arena| arena.page_bytes).min();
+        let note = arenas().find_map(|arena| arena.note.clone());
         self.referenced_before = status
             .workers
             .iter()
@@ -150,6 +147,7 @@ impl<'r, 'j> Rounds<'r, 'j> {
             plane: status.daemon.plane,
             plane_reason: status.daemon.plane_reason,
             page_bytes: pages.unwrap_or(0),
+            page_note: note,
             tree: levels(self.run.job),
         };
         self.reporter.end();

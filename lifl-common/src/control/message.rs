@@ -261,6 +261,8 @@ pub struct ArenaStatus {
     pub layout: Layout,
     /// Bytes of the pages behind it.
     pub page_bytes: u64,
+    /// Why they are not huge, when they are not and might have been.
+    pub note: Option<String>,
     /// Whether its owner has mapped it and the kernel keeps others from writing.
     pub sealed: bool,
 }

@@ -8,6 +8,7 @@
 //!
 //! `lifl.sock` is `lifl-daemon`'s; `run-<pid>.sock` is that of a daemon inside `lifl run`.
 
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use nix::unistd::{Uid, geteuid};
@@ -43,7 +44,20 @@ pub fn own_daemons() -> Vec<PathBuf> {
     run_sockets(&own_folder())
 }
 
+/// Whether only root and this user can put sockets into a folder: in a folder for everybody's temporary files, anybody
+/// may have made it before us.
+pub fn is_trusted(folder: &Path) -> bool {
+    let Ok(found) = std::fs::symlink_metadata(folder) else {
+        return false;
+    };
+    let owner = Uid::from_raw(found.uid());
+    found.is_dir() && (owner.is_root() || owner == geteuid()) && found.mode() & 0o022 == 0
+}
+
 fn run_sockets(folder: &Path) -> Vec<PathBuf> {
+    if !is_trusted(folder) {
+        return Vec::new();
+    }
     let is_run = |path: &PathBuf| {
         let name = path.file_name().and_then(|name| name.to_str());
         name.is_some_and(|name| name.starts_with("run-") && name.ends_with(".sock"))
@@ -58,16 +72,14 @@ fn run_sockets(folder: &Path) -> Vec<PathBuf> {
 pub fn candidates() -> Vec<PathBuf> {
     let mut folders = vec![PathBuf::from(SYSTEM_FOLDER), own_folder()];
     folders.dedup();
-    let sockets = |folder: PathBuf| std::iter::once(folder.join(DAEMON_SOCKET)).chain(run_sockets(&folder));
-    folders.into_iter().flat_map(sockets).collect()
+    let runs = folders.iter().flat_map(|folder| run_sockets(folder));
+    daemon_sockets().into_iter().chain(runs).collect()
 }
 
 /// The sockets at which `lifl-daemon` is expected, the system's first.
 pub fn daemon_sockets() -> Vec<PathBuf> {
-    let mut sockets = vec![
-        Path::new(SYSTEM_FOLDER).join(DAEMON_SOCKET),
-        own_folder().join(DAEMON_SOCKET),
-    ];
-    sockets.dedup();
-    sockets
+    let mut folders = vec![PathBuf::from(SYSTEM_FOLDER), own_folder()];
+    folders.dedup();
+    let trusted = folders.into_iter().filter(|folder| is_trusted(folder));
+    trusted.map(|folder| folder.join(DAEMON_SOCKET)).collect()
 }
