@@ -347,6 +347,26 @@ async fn children_that_misbehave(plane: &str, timing: &str) {
         stage.trainers[n].send(top, FrameKind::Update, update).await;
     }
     assert_eq!(stage.result().await, (3, 30, 6.0));
+    for trainer in &mut stage.trainers {
+        trainer.expect(FrameKind::Release).await;
+    }
+
+    // Round 5: the last answers are that there is nothing, and that one is gone. What came before counts.
+    stage.begin(5).await;
+    let good = stage.trainers[0].update(&schema, 5, 8.0, 10);
+    stage.trainers[0].send(top, FrameKind::Update, good).await;
+    stage.trainers[1]
+        .send(
+            top,
+            FrameKind::Nothing,
+            Frame {
+                round: 5,
+                ..Frame::default()
+            },
+        )
+        .await;
+    drop(stage.trainers.pop());
+    assert_eq!(stage.result().await, (1, 10, 8.0));
     stage.leave().await;
 }
 

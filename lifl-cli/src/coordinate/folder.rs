@@ -58,12 +58,11 @@ impl RunFolder {
     }
 
     /// The last lines of a worker's log.
-    pub(super) fn log_tail(&self, worker: &str) -> String {
-        const LINES: usize = 5;
+    pub(super) fn log_tail(&self, worker: &str, count: usize) -> String {
         let text = fs::read(self.log(worker)).unwrap_or_default();
         let text = String::from_utf8_lossy(&text);
         let lines: Vec<&str> = text.lines().collect();
-        lines[lines.len().saturating_sub(LINES)..].join("\n")
+        lines[lines.len().saturating_sub(count)..].join("\n")
     }
 
     /// Writes a round's model, an image as it lies in its slot.

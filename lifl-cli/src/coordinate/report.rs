@@ -42,6 +42,8 @@ pub enum Event {
         worker: String,
         /// In which round.
         round: u32,
+        /// The last line of its log.
+        last_words: String,
     },
     /// A round is over.
     Round {
@@ -210,8 +212,12 @@ fn describe(event: &Event) -> Option<String> {
                     .map_or(String::new(), |note| format!(": {note}")),
             )
         }
-        Event::WorkerLost { worker, round } => {
-            format!("round {round}: {worker} is gone; going on without it")
+        Event::WorkerLost {
+            worker,
+            round,
+            last_words,
+        } => {
+            format!("round {round}: {worker} is gone; going on without it. Its log ends: {last_words}")
         }
         Event::Round {
             round,

@@ -321,7 +321,7 @@ impl<'r, 'j> Rounds<'r, 'j> {
         }
         let spec = &self.run.job.workers[index];
         if self.round == 0 || spec.kind == Kind::Top {
-            let log = self.run.folder.log_tail(&spec.name);
+            let log = self.run.folder.log_tail(&spec.name, 5);
             let when = if self.round == 0 {
                 "before the first round".to_owned()
             } else {
@@ -333,6 +333,7 @@ impl<'r, 'j> Rounds<'r, 'j> {
         let event = Event::WorkerLost {
             worker: spec.name.clone(),
             round: self.round,
+            last_words: self.run.folder.log_tail(&spec.name, 1),
         };
         self.reporter.event(&event).because(Cause::Job)
     }

@@ -101,24 +101,37 @@ pub(super) async fn play(place: Place, job: JobSpec, spec: WorkerSpec, schema: S
     }
     ready(&mut aggregator.link).await?;
     loop {
-        match aggregator.link.next().await? {
-            Incoming::Frame(kind, frame) => aggregator.frame(kind, frame).await?,
-            Incoming::Lost(worker) => aggregator.lost(worker).await?,
-            Incoming::Undelivered(letter) => {
-                // Whoever did not get it has it no longer: as good as gone for this round.
-                aggregator.link.arena.take_back(letter.to);
-                aggregator.lost(letter.to).await?;
-            }
-            Incoming::Ended(reason) => {
-                tracing::info!("the job has ended: {reason}");
+        let mut incoming = Some(aggregator.link.next().await?);
+        // All that is there already, so that an eager aggregator folds it in one pass.
+        while let Some(one) = incoming {
+            if aggregator.take(one).await? {
                 return Ok(());
             }
+            incoming = aggregator.link.ready().await?;
         }
         aggregator.advance().await?;
     }
 }
 
 impl Aggregator {
+    /// Deals with one thing that came; says whether it was the job's end.
+    async fn take(&mut self, incoming: Incoming) -> anyhow::Result<bool> {
+        match incoming {
+            Incoming::Frame(kind, frame) => self.frame(kind, frame).await?,
+            Incoming::Lost(worker) => self.lost(worker).await?,
+            Incoming::Undelivered(letter) => {
+                // Whoever did not get it has it no longer: as good as gone for this round.
+                self.link.arena.take_back(letter.to);
+                self.lost(letter.to).await?;
+            }
+            Incoming::Ended(reason) => {
+                tracing::info!("the job has ended: {reason}");
+                return Ok(true);
+            }
+        }
+        Ok(false)
+    }
+
     /// The job's first model, from the seed or from a file.
     fn first_model(&mut self) -> anyhow::Result<()> {
         let Shared {
@@ -215,14 +228,17 @@ impl Aggregator {
         Ok(())
     }
 
-    /// Whatever can begin begins; whatever is complete is sent up.
+    /// Whatever can begin begins; whatever has come is folded, if it is its time; whatever is complete is sent up.
     async fn advance(&mut self) -> anyhow::Result<()> {
         self.start().await?;
-        let complete = self
-            .round
-            .collecting
-            .as_ref()
-            .is_some_and(|collecting| collecting.children.answered());
+        let Some(collecting) = &mut self.round.collecting else {
+            return Ok(());
+        };
+        let refused = collecting.fold(&self.shared)?;
+        let complete = collecting.children.answered();
+        for (frame, refusal) in refused {
+            self.refuse(&frame, refusal).await?;
+        }
         if complete && let Some(collecting) = self.round.collecting.take() {
             self.finish(collecting).await?;
         }
@@ -299,15 +315,6 @@ impl Aggregator {
                 collecting.children.refuse(frame.from);
                 self.refuse(&frame, refusal).await?;
             }
-        }
-        let refused = self
-            .round
-            .collecting
-            .as_mut()
-            .map(|collecting| collecting.fold(&self.shared))
-            .transpose()?;
-        for (frame, refusal) in refused.into_iter().flatten() {
-            self.refuse(&frame, refusal).await?;
         }
         Ok(())
     }
@@ -519,11 +526,6 @@ impl Aggregator {
     async fn lost(&mut self, worker: WorkerId) -> anyhow::Result<()> {
         if let Some(collecting) = &mut self.round.collecting {
             collecting.children.lost(worker);
-            // Its departure may be what the others were waiting for.
-            let refused = collecting.fold(&self.shared)?;
-            for (frame, refusal) in refused {
-                self.refuse(&frame, refusal).await?;
-            }
         }
         self.round.children.retain(|child| *child != worker);
         let unread: Vec<Lent> = self

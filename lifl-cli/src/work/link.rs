@@ -103,6 +103,15 @@ impl Link {
         }
     }
 
+    /// What has come already, if anything has.
+    pub(super) async fn ready(&mut self) -> anyhow::Result<Option<Incoming>> {
+        tokio::select! {
+            biased;
+            incoming = self.next() => incoming.map(Some),
+            () = std::future::ready(()) => Ok(None),
+        }
+    }
+
     /// Sends one frame of that kind.
     pub(super) async fn send(&mut self, to: WorkerId, kind: FrameKind, frame: Frame) -> anyhow::Result<()> {
         self.send_all(&[self.frame(to, kind, frame)]).await
