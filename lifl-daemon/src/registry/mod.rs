@@ -9,26 +9,19 @@
 //!
 //! Requests are judged here and nowhere else. Nothing here waits: answers and events go into an outbox.
 
+mod status;
+
 use std::collections::{BTreeMap, HashMap};
 use std::fs::File;
 use std::os::fd::{AsFd, OwnedFd};
 
 use lifl_common::arena::{Layout, memfd};
-use lifl_common::control::{
-    ArenaStatus, DeadLetter, ErrorCode, Event, JobStatus, Message, PROTOCOL, PeerLost, Reply, Request,
-    Status, Welcome, WorkerStatus,
-};
+use lifl_common::control::{DeadLetter, ErrorCode, Event, Message, PROTOCOL, PeerLost, Reply, Request};
 use lifl_common::frame::{Frame, Refusal};
 use lifl_common::id::{ArenaId, JobId, WorkerId};
 
 use crate::plane::{Plane, PlaneError};
 use crate::pool::Pool;
-
-/// Workers on one page of a status: a page must fit into a packet.
-const STATUS_PAGE: usize = 16;
-
-/// Jobs on a page.
-const STATUS_JOBS: usize = 64;
 
 /// The longest name of a job, a role or a worker.
 const MAX_NAME_BYTES: usize = 128;
@@ -483,91 +476,6 @@ impl Registry {
         ))
     }
 
-    fn status(&self, id: ConnId, job: Option<JobId>, after: Option<WorkerId>) -> Answer {
-        let uid = self.known(id)?.peer.uid;
-        let visible = |owner: u32| uid == 0 || uid == owner;
-        let jobs = self
-            .jobs
-            .iter()
-            .filter(|(id, _)| job.is_none_or(|job| job == **id))
-            .map(|(&id, job)| {
-                let workers = self.workers.values().filter(|worker| worker.job == id).count();
-                JobStatus {
-                    job: id,
-                    name: visible(job.uid).then(|| job.name.clone()),
-                    uid: job.uid,
-                    workers: workers as u32,
-                    arena_bytes: job.arena_bytes,
-                    arena_peak_bytes: job.arena_peak_bytes,
-                }
-            });
-        let start = WorkerId(after.map_or(0, |after| after.0.saturating_add(1)));
-        let mut page: Vec<WorkerStatus> = Vec::new();
-        let mut more = false;
-        for (&worker_id, worker) in self.workers.range(start..) {
-            let shown = self.jobs.get(&worker.job).is_some_and(|job| visible(job.uid));
-            if !shown || job.is_some_and(|job| job != worker.job) {
-                continue;
-            }
-            if page.len() == STATUS_PAGE {
-                more = true;
-                break;
-            }
-            page.push(self.worker_status(worker_id, worker)?);
-        }
-        let status = Status {
-            daemon: self.welcome(),
-            jobs: jobs.take(STATUS_JOBS).collect(),
-            workers: page,
-            more,
-        };
-        Ok((Reply::Status(status), None))
-    }
-
-    fn worker_status(&self, worker_id: WorkerId, worker: &Worker) -> Result<WorkerStatus, Denial> {
-        let counters = self.plane.counters(worker_id).map_err(|error| {
-            Denial(
-                ErrorCode::Failed,
-                format!("the counters of {worker_id} cannot be read: {error}"),
-            )
-        })?;
-        let arenas = self
-            .arenas
-            .iter()
-            .filter(|(_, arena)| arena.owner == worker_id)
-            .map(|(&arena, entry)| ArenaStatus {
-                arena,
-                layout: entry.layout,
-                page_bytes: entry.page_bytes,
-                note: entry.note.clone(),
-                sealed: entry.sealed,
-            });
-        Ok(WorkerStatus {
-            worker: worker_id,
-            job: worker.job,
-            name: worker.name.clone(),
-            role: worker.role.clone(),
-            pid: worker.pid.unsigned_abs(),
-            counters: counters.unwrap_or_default(),
-            arenas: arenas.collect(),
-        })
-    }
-
-    fn welcome(&self) -> Welcome {
-        Welcome {
-            protocol: PROTOCOL,
-            version: env!("CARGO_PKG_VERSION").to_owned(),
-            pid: std::process::id(),
-            plane: self.plane.kind(),
-            plane_reason: self.facts.plane_reason.clone(),
-            pool_bytes: self.pool.ceiling_bytes(),
-            pool_used_bytes: self.pool.used_bytes(),
-            huge_pages: self.pool.expects_huge_pages(),
-            max_workers: self.facts.max_workers,
-            workers: self.workers.len() as u32,
-        }
-    }
-
     fn end_job(&mut self, id: JobId, reason: &str) {
         let Some(job) = self.jobs.get_mut(&id).filter(|job| !job.ended) else {
             return;
@@ -698,191 +606,4 @@ pub(crate) fn error_chain(error: &dyn std::error::Error) -> String {
 }
 
 #[cfg(test)]
-mod tests {
-    use std::os::unix::net::UnixStream;
-
-    use lifl_common::plane::PlaneKind;
-
-    use super::*;
-    use crate::plane::{self, choose};
-    use crate::pool::HugePages;
-
-    /// A registry on the relay plane, with connections of users of the test's choice.
-    struct Bench {
-        registry: Registry,
-        far: Vec<UnixStream>,
-    }
-
-    impl Bench {
-        fn new() -> Self {
-            let chosen = choose(plane::Request::Relay, plane::Options { max_workers: 16 }).expect("a relay");
-            assert_eq!(chosen.plane.kind(), PlaneKind::Relay);
-            let facts = Facts {
-                plane_reason: "test".into(),
-                max_workers: 16,
-            };
-            let pool = Pool::new(1 << 20, HugePages::Never);
-            Self {
-                registry: Registry::new(facts, chosen.plane, pool),
-                far: Vec::new(),
-            }
-        }
-
-        /// A connection that has said hello.
-        fn user(&mut self, conn: u64, uid: u32) {
-            self.registry.connected(ConnId(conn), Peer { pid: 1, uid });
-            self.ask(conn, Request::Hello { protocol: PROTOCOL })
-                .expect("welcome");
-        }
-
-        fn ask(&mut self, conn: u64, request: Request) -> Result<Reply, (ErrorCode, String)> {
-            let mut fds = Vec::new();
-            if matches!(request, Request::Register { .. }) {
-                let (near, far) = UnixStream::pair().expect("a pair");
-                fds.push(far.into());
-                self.far.push(near);
-            }
-            self.registry.request(ConnId(conn), request, fds);
-            let outbox = self.registry.take_outbox();
-            let mine = outbox.into_iter().filter(|outgoing| outgoing.to == ConnId(conn));
-            let mut reply = mine.filter_map(|outgoing| match outgoing.message {
-                Message::Reply(reply) => Some(reply),
-                Message::Event(_) => None,
-            });
-            match reply.next_back().expect("every request is answered") {
-                Reply::Error { code, message } => Err((code, message)),
-                reply => Ok(reply),
-            }
-        }
-
-        fn job(&mut self, conn: u64) -> JobId {
-            match self.ask(
-                conn,
-                Request::CreateJob {
-                    name: format!("of {conn}"),
-                },
-            ) {
-                Ok(Reply::JobCreated { job }) => job,
-                other => panic!("{other:?}"),
-            }
-        }
-
-        fn status(&mut self, conn: u64) -> Status {
-            match self.ask(
-                conn,
-                Request::Status {
-                    job: None,
-                    after: None,
-                },
-            ) {
-                Ok(Reply::Status(status)) => status,
-                other => panic!("{other:?}"),
-            }
-        }
-    }
-
-    fn register(job: JobId, name: &str) -> Request {
-        Request::Register {
-            job,
-            role: "trainer".into(),
-            name: name.into(),
-        }
-    }
-
-    #[tokio::test]
-    async fn a_job_belongs_to_its_user_and_to_root() {
-        let mut bench = Bench::new();
-        bench.user(1, 1000);
-        bench.user(2, 1001);
-        bench.user(3, 0);
-        bench.user(4, 1000);
-        let job = bench.job(1);
-        let (code, message) = bench.ask(2, register(job, "intruder")).expect_err("another user");
-        assert_eq!(code, ErrorCode::Denied, "{message}");
-        bench.ask(3, register(job, "by-root")).expect("root may");
-        bench.ask(4, register(job, "own")).expect("the same user may");
-        let (code, _) = bench
-            .ask(
-                2,
-                Request::EndJob {
-                    reason: "mine".into(),
-                },
-            )
-            .expect_err("not its job");
-        assert_eq!(code, ErrorCode::Denied);
-    }
-
-    #[tokio::test]
-    async fn status_hides_other_users_jobs_but_not_from_root() {
-        let mut bench = Bench::new();
-        bench.user(1, 1000);
-        bench.user(2, 1001);
-        bench.user(3, 0);
-        let job = bench.job(1);
-        bench.ask(1, register(job, "a")).expect("registered");
-        let theirs = bench.status(2);
-        assert_eq!(
-            (
-                theirs.jobs[0].name.as_deref(),
-                theirs.jobs[0].workers,
-                theirs.workers.len()
-            ),
-            (None, 1, 0)
-        );
-        assert_eq!(bench.status(1).workers.len(), 1);
-        assert_eq!(bench.status(3).jobs[0].name.as_deref(), Some("of 1"));
-    }
-
-    #[tokio::test]
-    async fn nothing_of_a_job_is_kept_once_all_have_left() {
-        let mut bench = Bench::new();
-        bench.user(1, 1000);
-        bench.user(2, 1000);
-        let job = bench.job(1);
-        bench.ask(2, register(job, "a")).expect("registered");
-        let layout = Layout {
-            slots: 1,
-            slot_bytes: 4096,
-        };
-        bench.ask(2, Request::CreateArena { layout }).expect("an arena");
-        bench.registry.closed(ConnId(1));
-        assert_eq!(bench.registry.jobs.len(), 1, "a worker is still there");
-        bench.registry.closed(ConnId(2));
-        let registry = &bench.registry;
-        assert!(registry.jobs.is_empty() && registry.workers.is_empty() && registry.arenas.is_empty());
-        assert_eq!(registry.pool.used_bytes(), 0);
-    }
-
-    #[tokio::test]
-    async fn only_its_owner_has_an_arena_sealed_and_nobody_reads_it_before() {
-        let mut bench = Bench::new();
-        bench.user(1, 1000);
-        bench.user(2, 1000);
-        let job = bench.job(1);
-        bench.ask(1, register(job, "a")).expect("registered");
-        bench.ask(2, register(job, "b")).expect("registered");
-        let layout = Layout {
-            slots: 1,
-            slot_bytes: 4096,
-        };
-        let Ok(Reply::ArenaCreated { arena, .. }) = bench.ask(1, Request::CreateArena { layout }) else {
-            panic!("no arena")
-        };
-        assert_eq!(
-            bench
-                .ask(2, Request::OpenArena { arena })
-                .expect_err("not sealed")
-                .0,
-            ErrorCode::BadRequest
-        );
-        assert_eq!(
-            bench
-                .ask(2, Request::SealArena { arena })
-                .expect_err("not its own")
-                .0,
-            ErrorCode::NotFound
-        );
-        bench.ask(1, Request::SealArena { arena }).expect("sealed");
-        bench.ask(2, Request::OpenArena { arena }).expect("opened");
-    }
-}
+mod tests;

@@ -1,0 +1,157 @@
+//! What an aggregator gives back and gets back: models it handed down, updates it folded, aggregates it sent up; and
+//! what becomes of them when somebody dies.
+
+use lifl_common::frame::{Frame, FrameKind, Refusal};
+use lifl_common::id::{Key, WorkerId};
+
+use super::{Aggregator, Lent};
+
+impl Aggregator {
+    /// Somebody gives something back: a child or the coordinator a model, the parent an aggregate.
+    pub(super) async fn released(&mut self, frame: Frame) -> anyhow::Result<()> {
+        if frame.key.arena != self.link.arena.id() || self.models.contains_key(&frame.key) {
+            return self.model_given_back(frame).await;
+        }
+        if self.outstanding.contains_key(&frame.key) {
+            return self.settle(frame.key, frame.from, FrameKind::Release, 0).await;
+        }
+        // The coordinator, done with a model that no child has any more.
+        if let Err(error) = self.link.arena.release(frame.key, frame.from) {
+            tracing::warn!(from = %frame.from, "released what was not lent: {error}");
+        }
+        self.retire(frame.key);
+        Ok(())
+    }
+
+    async fn model_given_back(&mut self, frame: Frame) -> anyhow::Result<()> {
+        let Some((lent, holders)) = self.models.get_mut(&frame.key) else {
+            tracing::warn!(from = %frame.from, key = %frame.key, "released what was not lent");
+            return Ok(());
+        };
+        let lent = *lent;
+        if let Some(at) = holders.iter().position(|holder| *holder == frame.from) {
+            holders.swap_remove(at);
+        }
+        let last = holders.is_empty();
+        if lent.by == WorkerId::NONE
+            && let Err(error) = self.link.arena.release(frame.key, frame.from)
+        {
+            tracing::warn!(from = %frame.from, "released what was not lent: {error}");
+        }
+        if last {
+            self.model_done(lent, frame.round).await?;
+        }
+        Ok(())
+    }
+
+    /// No child reads the model any more.
+    async fn model_done(&mut self, model: Lent, round: u32) -> anyhow::Result<()> {
+        self.models.remove(&model.key);
+        if model.by == WorkerId::NONE {
+            self.retire(model.key);
+            return Ok(());
+        }
+        self.release_model(model, round).await
+    }
+
+    pub(super) async fn release_model(&mut self, model: Lent, round: u32) -> anyhow::Result<()> {
+        self.link
+            .send(
+                model.by,
+                FrameKind::Release,
+                Frame {
+                    round,
+                    key: model.key,
+                    ..Frame::default()
+                },
+            )
+            .await
+    }
+
+    /// The top's slot of a model that is not the current one and that nobody reads is free again.
+    pub(super) fn retire(&mut self, key: Key) {
+        let current = self.current.is_some_and(|current| current.key == key);
+        if !current && !self.models.contains_key(&key) {
+            self.link.arena.free(key);
+        }
+    }
+
+    /// The parent has decided on our aggregate: the children whose updates it contains learn the same.
+    pub(super) async fn settle(
+        &mut self,
+        key: Key,
+        by: WorkerId,
+        verdict: FrameKind,
+        refusal: u16,
+    ) -> anyhow::Result<()> {
+        let Some(outstanding) = self
+            .outstanding
+            .get(&key)
+            .filter(|outstanding| outstanding.parent == by)
+        else {
+            tracing::warn!(from = %by, %key, "a verdict on what that worker does not have");
+            return Ok(());
+        };
+        let children = outstanding.children.clone();
+        self.outstanding.remove(&key);
+        // After a death the arena has taken it back already.
+        let _ = self.link.arena.release(key, by);
+        self.link.arena.free(key);
+        self.give_back(&children, verdict, refusal).await
+    }
+
+    pub(super) async fn give_back(
+        &mut self,
+        updates: &[(WorkerId, Frame)],
+        verdict: FrameKind,
+        refusal: u16,
+    ) -> anyhow::Result<()> {
+        let frames: Vec<Frame> = updates
+            .iter()
+            .map(|&(child, Frame { round, key, .. })| {
+                self.link.frame(
+                    child,
+                    verdict,
+                    Frame {
+                        round,
+                        key,
+                        refusal,
+                        ..Frame::default()
+                    },
+                )
+            })
+            .collect();
+        self.link.send_all(&frames).await
+    }
+
+    /// A peer is gone: as a child it gives nothing, as a parent it decides nothing, and it reads no model any more.
+    pub(super) async fn lost(&mut self, worker: WorkerId) -> anyhow::Result<()> {
+        if let Some(collecting) = &mut self.round.collecting {
+            collecting.children.lost(worker);
+        }
+        self.round.children.retain(|child| *child != worker);
+        let unread: Vec<Lent> = self
+            .models
+            .values_mut()
+            .filter_map(|(lent, holders)| {
+                let held = holders.contains(&worker);
+                holders.retain(|holder| *holder != worker);
+                (held && holders.is_empty()).then_some(*lent)
+            })
+            .collect();
+        for model in unread {
+            self.model_done(model, self.round.number).await?;
+        }
+        let orphans: Vec<Key> = self
+            .outstanding
+            .iter()
+            .filter(|(_, sent)| sent.parent == worker)
+            .map(|(&key, _)| key)
+            .collect();
+        for key in orphans {
+            self.settle(key, worker, FrameKind::Refuse, Refusal::WorkerGone as u16)
+                .await?;
+        }
+        Ok(())
+    }
+}

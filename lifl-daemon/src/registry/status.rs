@@ -1,0 +1,101 @@
+//! What the registry shows: the daemon's first word, and pages of what is registered.
+
+use lifl_common::control::{
+    ArenaStatus, ErrorCode, JobStatus, PROTOCOL, Reply, Status, Welcome, WorkerStatus,
+};
+use lifl_common::id::{JobId, WorkerId};
+
+use super::{Answer, ConnId, Denial, Registry, Worker};
+
+/// Workers on one page of a status: a page must fit into a packet.
+const STATUS_PAGE: usize = 16;
+
+/// Jobs on a page.
+const STATUS_JOBS: usize = 64;
+
+impl Registry {
+    pub(super) fn status(&self, id: ConnId, job: Option<JobId>, after: Option<WorkerId>) -> Answer {
+        let uid = self.known(id)?.peer.uid;
+        let visible = |owner: u32| uid == 0 || uid == owner;
+        let jobs = self
+            .jobs
+            .iter()
+            .filter(|(id, _)| job.is_none_or(|job| job == **id))
+            .map(|(&id, job)| {
+                let workers = self.workers.values().filter(|worker| worker.job == id).count();
+                JobStatus {
+                    job: id,
+                    name: visible(job.uid).then(|| job.name.clone()),
+                    uid: job.uid,
+                    workers: workers as u32,
+                    arena_bytes: job.arena_bytes,
+                    arena_peak_bytes: job.arena_peak_bytes,
+                }
+            });
+        let start = WorkerId(after.map_or(0, |after| after.0.saturating_add(1)));
+        let mut page: Vec<WorkerStatus> = Vec::new();
+        let mut more = false;
+        for (&worker_id, worker) in self.workers.range(start..) {
+            let shown = self.jobs.get(&worker.job).is_some_and(|job| visible(job.uid));
+            if !shown || job.is_some_and(|job| job != worker.job) {
+                continue;
+            }
+            if page.len() == STATUS_PAGE {
+                more = true;
+                break;
+            }
+            page.push(self.worker_status(worker_id, worker)?);
+        }
+        let status = Status {
+            daemon: self.welcome(),
+            jobs: jobs.take(STATUS_JOBS).collect(),
+            workers: page,
+            more,
+        };
+        Ok((Reply::Status(status), None))
+    }
+
+    fn worker_status(&self, worker_id: WorkerId, worker: &Worker) -> Result<WorkerStatus, Denial> {
+        let counters = self.plane.counters(worker_id).map_err(|error| {
+            Denial(
+                ErrorCode::Failed,
+                format!("the counters of {worker_id} cannot be read: {error}"),
+            )
+        })?;
+        let arenas = self
+            .arenas
+            .iter()
+            .filter(|(_, arena)| arena.owner == worker_id)
+            .map(|(&arena, entry)| ArenaStatus {
+                arena,
+                layout: entry.layout,
+                page_bytes: entry.page_bytes,
+                note: entry.note.clone(),
+                sealed: entry.sealed,
+            });
+        Ok(WorkerStatus {
+            worker: worker_id,
+            job: worker.job,
+            name: worker.name.clone(),
+            role: worker.role.clone(),
+            pid: worker.pid.unsigned_abs(),
+            counters: counters.unwrap_or_default(),
+            arenas: arenas.collect(),
+        })
+    }
+
+    pub(super) fn welcome(&self) -> Welcome {
+        Welcome {
+            protocol: PROTOCOL,
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            pid: std::process::id(),
+            plane: self.plane.kind(),
+            plane_reason: self.facts.plane_reason.clone(),
+            pool_bytes: self.pool.ceiling_bytes(),
+            pool_used_bytes: self.pool.used_bytes(),
+            huge_pages: self.pool.expects_huge_pages(),
+            max_workers: self.facts.max_workers,
+            workers: self.workers.len() as u32,
+        }
+    }
+}
