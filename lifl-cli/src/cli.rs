@@ -18,12 +18,12 @@ use crate::work::Place;
 ///
 /// Try it:
 ///
-///     lifl run configs/mnist_three_level.json
+///   lifl run configs/mnist_three_level.json
 ///
 /// Exit codes: 0 done, 2 the command line or the config is wrong, 3 this machine lacks something, 4 the job failed,
 /// 5 it ran past maxRunTime, 130 interrupted.
 #[derive(Parser, Debug)]
-#[command(name = "lifl", version, verbatim_doc_comment)]
+#[command(name = "lifl", version)]
 struct Cli {
     #[command(subcommand)]
     command: Command,

@@ -22,12 +22,12 @@ const GROUP: &str = "lifl";
 ///
 /// Start one on each node, as root, so that references travel through the kernel:
 ///
-///     sudo lifl-daemon
+///   sudo lifl-daemon
 ///
 /// Then `lifl run JOB` uses it. Members of the group `lifl` may connect where that group exists; else only root may,
 /// unless --socket-mode says otherwise. It ends on SIGINT and SIGTERM and leaves nothing behind.
 #[derive(Parser, Debug)]
-#[command(version, verbatim_doc_comment)]
+#[command(version)]
 struct Cli {
     /// Where to listen [default: /run/lifl/lifl.sock for root, else lifl.sock in the user's runtime folder]
     #[arg(long, value_name = "PATH")]

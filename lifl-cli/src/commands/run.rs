@@ -44,7 +44,7 @@ fn run_with(args: &RunArgs, reporter: &mut Reporter) -> Outcome {
         checkpoint_every: args.checkpoint_every,
     };
     let runtime = runtime(Builder::new_multi_thread().worker_threads(2))?;
-    runtime.block_on(async {
+    let outcome = runtime.block_on(async {
         let shutdown = CancellationToken::new();
         let mut interrupt = signal(SignalKind::interrupt()).because(Cause::Machine)?;
         let mut terminate = signal(SignalKind::terminate()).because(Cause::Machine)?;
@@ -61,5 +61,8 @@ fn run_with(args: &RunArgs, reporter: &mut Reporter) -> Outcome {
             }
         });
         coordinate::run(&loaded.job, &options, reporter, &shutdown).await
-    })
+    });
+    // A download or an evaluation that nobody waits for any more does not hold up the end.
+    runtime.shutdown_background();
+    outcome
 }

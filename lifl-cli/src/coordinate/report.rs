@@ -287,7 +287,7 @@ mod tests {
 
     #[test]
     fn bytes_read_well() {
-        let read = [0, 512, 4096, 2 << 20, 243_269_632].map(human_bytes);
+        let read = [0, 512, 4096, 2 << 20, 243_300_000].map(human_bytes);
         assert_eq!(read, ["0 B", "512 B", "4 KiB", "2 MiB", "232.0 MiB"]);
     }
 }
