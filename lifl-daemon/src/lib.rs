@@ -143,6 +143,17 @@ impl Daemon {
     }
 }
 
+/// Lets this process have as many descriptors as it may: each worker takes two or three of the daemon's, and the usual
+/// soft limit of 1,024 is for programs that use `select`.
+pub fn raise_open_files() {
+    use nix::sys::resource::{Resource, getrlimit, setrlimit};
+    if let Ok((_, hard)) = getrlimit(Resource::RLIMIT_NOFILE)
+        && let Err(error) = setrlimit(Resource::RLIMIT_NOFILE, hard, hard)
+    {
+        tracing::warn!("the limit of open files cannot be raised: {error}");
+    }
+}
+
 /// What a pool's ceiling is when nobody gives one: half of the memory that is available now.
 pub fn default_pool_bytes() -> u64 {
     let available = std::fs::read_to_string("/proc/meminfo").ok().and_then(|text| {

@@ -10,7 +10,7 @@ use lifl_common::control::paths;
 use lifl_common::kernel::DEFAULT_MAX_WORKERS;
 use lifl_daemon::plane;
 use lifl_daemon::pool::HugePages;
-use lifl_daemon::{Daemon, Options, StartError, default_pool_bytes};
+use lifl_daemon::{Daemon, Options, StartError, default_pool_bytes, raise_open_files};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 
@@ -95,6 +95,7 @@ fn log_to_stderr(format: LogFormat) {
 }
 
 fn run(cli: &Cli) -> anyhow::Result<()> {
+    raise_open_files();
     let options = options(cli)?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()

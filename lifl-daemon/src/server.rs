@@ -9,8 +9,9 @@
 use std::collections::HashMap;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{FileTypeExt, PermissionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use lifl_common::control::packet::{PacketError, PacketSocket};
@@ -73,40 +74,39 @@ impl Listener {
             path: path.to_owned(),
             source,
         };
-        if let Some(folder) = path.parent() {
-            make_folder(folder).map_err(|source| failed("mkdir", source))?;
-        }
-        let address = UnixAddr::new(path).map_err(|errno| failed("sockaddr_un", errno.into()))?;
-        let new_socket = || {
-            let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
-            socket(AddressFamily::Unix, SockType::SeqPacket, flags, None)
-        };
+        let folder = path
+            .parent()
+            .filter(|folder| !folder.as_os_str().is_empty())
+            .unwrap_or(Path::new("."));
+        make_folder(folder).map_err(|source| failed("mkdir", source))?;
+        // Made beside and put in its place when it is complete: whoever finds a socket there that nobody listens at
+        // may be sure that its daemon is gone.
+        let beside = Beside::new(folder);
+        let address = UnixAddr::new(&beside.0).map_err(|errno| failed("sockaddr_un", errno.into()))?;
         let fd = new_socket().map_err(|errno| failed("socket", errno.into()))?;
-        match bind(fd.as_raw_fd(), &address) {
-            Ok(()) => {}
-            Err(Errno::EADDRINUSE) => {
-                let probe = new_socket().map_err(|errno| failed("socket", errno.into()))?;
-                if connect(probe.as_raw_fd(), &address).is_ok() {
-                    return Err(ListenError::InUse(path.to_owned()));
-                }
-                std::fs::remove_file(path).map_err(|source| failed("unlink", source))?;
-                bind(fd.as_raw_fd(), &address).map_err(|errno| failed("bind", errno.into()))?;
-            }
-            Err(errno) => return Err(failed("bind", errno.into())),
-        }
-        // Only now: epoll would find a socket that does not listen yet hung up, and tokio would remember that for good.
-        listen(&fd, Backlog::MAXCONN).map_err(|errno| failed("listen", errno.into()))?;
-        let listener = watch(fd).map_err(|source| failed("epoll_ctl", source))?;
-        let listener = Self {
-            fd: listener,
-            path: path.to_owned(),
-        };
+        bind(fd.as_raw_fd(), &address).map_err(|errno| failed("bind", errno.into()))?;
         if group.is_some() {
-            nix::unistd::chown(path, None, group).map_err(|errno| failed("chown", errno.into()))?;
+            nix::unistd::chown(&beside.0, None, group).map_err(|errno| failed("chown", errno.into()))?;
         }
         let permissions = std::fs::Permissions::from_mode(mode);
-        std::fs::set_permissions(path, permissions).map_err(|source| failed("chmod", source))?;
-        Ok(listener)
+        std::fs::set_permissions(&beside.0, permissions).map_err(|source| failed("chmod", source))?;
+        listen(&fd, Backlog::MAXCONN).map_err(|errno| failed("listen", errno.into()))?;
+        // Only now: epoll would find a socket that does not listen yet hung up, and tokio would remember that for good.
+        let fd = watch(fd).map_err(|source| failed("epoll_ctl", source))?;
+        match std::fs::hard_link(&beside.0, path) {
+            Ok(()) => {}
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
+                if is_listened_at(path).map_err(|source| failed("connect", source))? {
+                    return Err(ListenError::InUse(path.to_owned()));
+                }
+                std::fs::rename(&beside.0, path).map_err(|source| failed("rename", source))?;
+            }
+            Err(source) => return Err(failed("link", source)),
+        }
+        Ok(Self {
+            fd,
+            path: path.to_owned(),
+        })
     }
 
     async fn accept(&self) -> io::Result<(PacketSocket, Peer)> {
@@ -128,6 +128,41 @@ impl Listener {
                 uid: credentials.uid(),
             },
         ))
+    }
+}
+
+fn new_socket() -> nix::Result<OwnedFd> {
+    let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+    socket(AddressFamily::Unix, SockType::SeqPacket, flags, None)
+}
+
+/// Whether a daemon is behind a socket's file. Only a refusal says no: a daemon too busy to accept is one.
+fn is_listened_at(path: &Path) -> io::Result<bool> {
+    if !std::fs::symlink_metadata(path)?.file_type().is_socket() {
+        return Err(io::Error::new(
+            io::ErrorKind::AlreadyExists,
+            "there is a file that is not a socket",
+        ));
+    }
+    let probe = new_socket()?;
+    Ok(connect(probe.as_raw_fd(), &UnixAddr::new(path)?) != Err(Errno::ECONNREFUSED))
+}
+
+/// A name beside a socket's, which is gone when this is.
+struct Beside(PathBuf);
+
+impl Beside {
+    fn new(folder: &Path) -> Self {
+        static COUNT: AtomicU32 = AtomicU32::new(0);
+        let (pid, count) = (std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed));
+        Self(folder.join(format!(".{pid}-{count}")))
+    }
+}
+
+impl Drop for Beside {
+    fn drop(&mut self) {
+        // Renamed, it is not there.
+        let _ = std::fs::remove_file(&self.0);
     }
 }
 

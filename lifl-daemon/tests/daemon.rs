@@ -432,3 +432,49 @@ async fn a_second_daemon_does_not_take_the_first_ones_socket_but_a_stale_one_is_
         "the first daemon still answers"
     );
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_file_that_is_no_socket_is_left_alone() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let precious = folder.path().join("lifl.sock");
+    std::fs::write(&precious, "x").expect("written");
+    let refused = Daemon::start(
+        options(precious.clone(), Request::Relay),
+        CancellationToken::new(),
+    );
+    assert!(
+        matches!(refused, Err(StartError::Listen(ListenError::System { .. }))),
+        "{refused:?}"
+    );
+    assert_eq!(std::fs::read(&precious).expect("still there"), b"x");
+    assert_eq!(
+        std::fs::read_dir(folder.path()).expect("a folder").count(),
+        1,
+        "nothing was left beside it"
+    );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn of_many_that_start_at_once_one_listens_and_the_others_say_so() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let socket = folder.path().join("lifl.sock");
+    let starting: Vec<_> = (0..16)
+        .map(|_| {
+            let socket = socket.clone();
+            tokio::spawn(
+                async move { Daemon::start(options(socket, Request::Relay), CancellationToken::new()) },
+            )
+        })
+        .collect();
+    let mut winners = Vec::new();
+    for start in starting {
+        match start.await.expect("no panic") {
+            Ok(daemon) => winners.push(daemon),
+            Err(StartError::Listen(ListenError::InUse(_))) => {}
+            Err(other) => panic!("{other}"),
+        }
+    }
+    assert_eq!(winners.len(), 1);
+    Client::connect(&socket).await.expect("the winner answers");
+    winners.pop().expect("one").stop().await.expect("stopped");
+}

@@ -43,6 +43,8 @@ fn run_with(args: &RunArgs, reporter: &mut Reporter) -> Outcome {
         out: args.out.clone(),
         checkpoint_every: args.checkpoint_every,
     };
+    // Its own daemon's descriptors are this process's.
+    lifl_daemon::raise_open_files();
     let runtime = runtime(Builder::new_multi_thread().worker_threads(2))?;
     let outcome = runtime.block_on(async {
         let shutdown = CancellationToken::new();

@@ -30,7 +30,7 @@ use lifl_common::update::{Metadata, Schema, TensorsMut, image};
 use self::collect::Collecting;
 use super::link::{Incoming, Link};
 use super::{Place, join, ready};
-use crate::aggregate::Threads;
+use crate::aggregate::{Accumulator, Threads};
 
 /// What an aggregator needs to know of its job.
 struct Shared {
@@ -76,6 +76,8 @@ struct Aggregator {
     /// The top's current model.
     current: Option<Lent>,
     round: Round,
+    /// The round's mean in the making; one for all rounds, since its private memory is dear to touch first.
+    accumulator: Accumulator,
 }
 
 /// Plays the role until the job ends.
@@ -89,6 +91,10 @@ pub(super) async fn play(place: Place, job: JobSpec, spec: WorkerSpec, schema: S
         schema: Arc::new(schema),
         threads,
     };
+    let Shared {
+        job, schema, threads, ..
+    } = &shared;
+    let accumulator = Accumulator::new(schema.clone(), job.updates, job.timing, threads.clone());
     let mut aggregator = Aggregator {
         link,
         shared,
@@ -96,6 +102,7 @@ pub(super) async fn play(place: Place, job: JobSpec, spec: WorkerSpec, schema: S
         outstanding: HashMap::new(),
         current: None,
         round: Round::default(),
+        accumulator,
     };
     if spec.kind == Kind::Top {
         aggregator.first_model()?;
@@ -235,7 +242,7 @@ impl Aggregator {
         let Some(collecting) = &mut self.round.collecting else {
             return Ok(());
         };
-        let refused = collecting.fold(&self.shared)?;
+        let refused = collecting.fold(&self.shared, &mut self.accumulator)?;
         let complete = collecting.children.answered();
         for (frame, refusal) in refused {
             self.refuse(&frame, refusal).await?;
@@ -286,14 +293,8 @@ impl Aggregator {
             .extend(&children);
         self.round.model = None;
         self.round.begun = false;
-        self.round.collecting = Some(Collecting::new(
-            &self.shared,
-            number,
-            self.round.parent,
-            children,
-            slot,
-            model,
-        ));
+        self.accumulator.reset();
+        self.round.collecting = Some(Collecting::new(number, self.round.parent, children, slot, model));
         self.link.send_all(&frames).await
     }
 
@@ -338,7 +339,8 @@ impl Aggregator {
     async fn finish(&mut self, collecting: Collecting) -> anyhow::Result<()> {
         let number = collecting.round;
         let parent = collecting.parent;
-        let Some(done) = collecting.finish(&self.shared, |key| self.link.arena.object(key))? else {
+        let own_object = |key| self.link.arena.object(key);
+        let Some(done) = collecting.finish(&self.shared, &mut self.accumulator, own_object)? else {
             return self.nothing(number, parent).await;
         };
         let collect::Done {

@@ -17,7 +17,6 @@ pub(super) struct Collecting {
     pub(super) parent: WorkerId,
     pub(super) children: Children,
     slot: WritableSlot,
-    accumulator: Accumulator,
     model: Lent,
 }
 
@@ -63,30 +62,28 @@ pub(super) async fn inspect(link: &mut Link, schema: &Schema, frame: &Frame) -> 
 
 impl Collecting {
     pub(super) fn new(
-        shared: &Shared,
         round: u32,
         parent: WorkerId,
         children: Vec<WorkerId>,
         slot: WritableSlot,
         model: Lent,
     ) -> Self {
-        let Shared {
-            schema, job, threads, ..
-        } = shared;
-        let accumulator = Accumulator::new(schema.clone(), job.updates, job.timing, threads.clone());
         Self {
             round,
             parent,
             children: Children::new(children),
             slot,
-            accumulator,
             model,
         }
     }
 
     /// Folds what is there: under eager timing at once, under lazy timing when nobody is waited for any more. Gives
     /// the updates that turned out not to be finite, which are out.
-    pub(super) fn fold(&mut self, shared: &Shared) -> anyhow::Result<Vec<(Frame, Refusal)>> {
+    pub(super) fn fold(
+        &mut self,
+        shared: &Shared,
+        accumulator: &mut Accumulator,
+    ) -> anyhow::Result<Vec<(Frame, Refusal)>> {
         let mut refused = Vec::new();
         if shared.job.timing == Timing::Lazy && !self.children.answered() {
             return Ok(refused);
@@ -102,7 +99,7 @@ impl Collecting {
                 .map(|given| input(given, &shared.schema))
                 .collect::<Result<Vec<_>, _>>()?;
             let out = &mut self.slot.bytes_mut()[offset..][..shared.schema.data_bytes()];
-            match self.accumulator.fold(out, &inputs) {
+            match accumulator.fold(out, &inputs) {
                 Ok(()) => {
                     self.children.mark_folded();
                     return Ok(refused);
@@ -112,7 +109,7 @@ impl Collecting {
                         self.children.refuse(culprit.frame.from);
                         refused.push((culprit.frame, Refusal::NotFinite));
                     }
-                    self.accumulator.reset();
+                    accumulator.reset();
                     // All others are still lent: the aggregate is made again without the culprits.
                     self.children.mark_unfolded();
                 }
@@ -130,9 +127,10 @@ impl Collecting {
     pub(super) fn finish<'a>(
         mut self,
         shared: &Shared,
+        accumulator: &mut Accumulator,
         own_object: impl FnOnce(Key) -> Option<&'a [u8]>,
     ) -> anyhow::Result<Option<Done>> {
-        if self.accumulator.samples() == 0 {
+        if accumulator.samples() == 0 {
             return Ok(None);
         }
         let Shared {
@@ -144,9 +142,7 @@ impl Collecting {
         } = shared;
         let offset = image::data_offset(schema);
         let data = offset..offset + schema.data_bytes();
-        let samples = self
-            .accumulator
-            .finish(&mut self.slot.bytes_mut()[data.clone()])?;
+        let samples = accumulator.finish(&mut self.slot.bytes_mut()[data.clone()])?;
         // Only the top has the model in its own arena.
         if job.updates == UpdateKind::Deltas
             && self.model.by == WorkerId::NONE
