@@ -9,6 +9,7 @@ use std::io;
 use std::path::PathBuf;
 
 use lifl_common::arena::{Layout, memfd};
+use nix::fcntl::{Flock, FlockArg};
 
 /// Which pages arenas get.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
@@ -164,6 +165,7 @@ impl Pool {
 
     fn huge(&mut self, name: &str, bytes: u64) -> Result<File, PoolError> {
         let need = bytes / memfd::HUGE_PAGE_BYTES;
+        let _lock = self.kernel.lock();
         self.kernel.ensure_free(need);
         let memfd = memfd::create(name, bytes, true).map_err(|source| {
             PoolError::NoHugePages(format!("the kernel has no huge pages of 2 MiB ({source})"))
@@ -217,28 +219,48 @@ impl KernelPool {
             .is_ok()
     }
 
+    /// Pages that stay until somebody takes them away. The kernel's total has surplus ones too, which go with whoever
+    /// still maps them.
+    fn persistent(&self) -> Option<u64> {
+        let total = self.read("nr_hugepages")?;
+        Some(total.saturating_sub(self.read("surplus_hugepages").unwrap_or(0)))
+    }
+
+    /// Keeps other daemons from changing the kernel's pool between a look at it and a change; `None` where there is no
+    /// pool.
+    fn lock(&self) -> Option<Flock<File>> {
+        let file = File::open(self.folder.join("nr_hugepages")).ok()?;
+        Flock::lock(file, FlockArg::LockExclusive).ok()
+    }
+
     /// Adds the pages that are missing, as far as the kernel lets us.
     fn ensure_free(&mut self, need: u64) {
         let missing = need.saturating_sub(self.free());
-        let Some(total) = self.read("nr_hugepages").filter(|_| missing > 0) else {
+        let (Some(total), Some(before)) = (self.read("nr_hugepages"), self.persistent()) else {
             return;
         };
-        if self.set_total(total + missing) {
-            self.added += self.read("nr_hugepages").unwrap_or(total).saturating_sub(total);
+        // To get above its total, the kernel makes its surplus pages persistent first (mm/hugetlb.c,
+        // `set_max_huge_pages`): those are then ours to give back, too.
+        if missing > 0 && self.set_persistent(total + missing) {
+            self.added += self.persistent().unwrap_or(before).saturating_sub(before);
         }
     }
 
     fn give_back(&mut self) {
         let added = std::mem::take(&mut self.added);
-        if let Some(total) = self.read("nr_hugepages").filter(|_| added > 0) {
-            // Pages that a dying reader still maps become surplus and go when it does.
-            if !self.set_total(total.saturating_sub(added)) {
+        if added == 0 {
+            return;
+        }
+        let _lock = self.lock();
+        if let Some(pages) = self.persistent() {
+            // Those that a dying reader still maps become surplus and go when it does.
+            if !self.set_persistent(pages.saturating_sub(added)) {
                 tracing::warn!(pages = added, "huge pages could not be given back to the kernel");
             }
         }
     }
 
-    fn set_total(&self, pages: u64) -> bool {
+    fn set_persistent(&self, pages: u64) -> bool {
         fs::write(self.folder.join("nr_hugepages"), pages.to_string()).is_ok()
     }
 }
@@ -324,5 +346,35 @@ mod tests {
             always.allocate("a", layout),
             Err(PoolError::NoHugePages(_))
         ));
+    }
+
+    /// Arenas whose memory outlives the daemon for a moment, as when workers die slowly, and another daemon that comes
+    /// meanwhile: in the end the kernel has as many huge pages as at the beginning.
+    #[test]
+    fn huge_pages_go_back_even_if_somebody_still_maps_them() {
+        let kernel = KernelPool::default();
+        if !kernel.may_raise() {
+            eprintln!("NOT RUN: this user may not change vm.nr_hugepages");
+            assert!(std::env::var_os("LIFL_REQUIRE_KERNEL").is_none());
+            return;
+        }
+        let before = kernel.persistent().expect("a pool");
+        let mut first = Pool::new(u64::MAX, HugePages::Always);
+        let arena = first.allocate("first", layout(8 << 20)).expect("four pages");
+        let reader = memmap2::MmapOptions::new()
+            .len(8 << 20)
+            .map_raw(&arena.memfd)
+            .expect("mapped");
+        // SAFETY: the mapping is 8 MiB long and nobody else has it.
+        unsafe { reader.as_mut_ptr().write_bytes(1, 8 << 20) };
+        drop(first);
+        let mut second = Pool::new(u64::MAX, HugePages::Always);
+        let other = second.allocate("second", layout(4 << 20)).expect("two pages");
+        drop((reader, arena.memfd, other.memfd));
+        drop(second);
+        assert_eq!(
+            (kernel.persistent(), kernel.read("surplus_hugepages")),
+            (Some(before), Some(0))
+        );
     }
 }
