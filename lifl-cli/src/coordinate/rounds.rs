@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, anyhow};
 use lifl_common::arena::PeerArena;
 use lifl_common::config::Kind;
-use lifl_common::control::Event as DaemonEvent;
+use lifl_common::control::{Event as DaemonEvent, Status};
 use lifl_common::frame::{Frame, FrameKind};
 use lifl_common::id::WorkerId;
 use lifl_common::update::{Metadata, Tensors, image};
@@ -124,21 +124,21 @@ impl<'r, 'j> Rounds<'r, 'j> {
         }
     }
 
-    async fn announce_job(&mut self, node: &Node) -> Outcome {
-        let status = self
-            .run
+    /// What the daemon has of this job.
+    async fn status(&mut self) -> Outcome<Status> {
+        self.run
             .client
             .status(Some(self.run.job_id))
             .await
-            .because(Cause::Job)?;
+            .because(Cause::Job)
+    }
+
+    async fn announce_job(&mut self, node: &Node) -> Outcome {
+        let status = self.status().await?;
         let arenas = || status.workers.iter().flat_map(|worker| &worker.arenas);
         let pages = arenas().map(|arena| arena.page_bytes).min();
         let note = arenas().find_map(|arena| arena.note.clone());
-        self.referenced_before = status
-            .workers
-            .iter()
-            .map(|worker| worker.counters.referenced_bytes)
-            .sum();
+        self.referenced_before = referenced_bytes(&status);
         let event = Event::JobStarted {
             job: self.run.job.name.clone(),
             run: self.run.folder.path().display().to_string(),
@@ -187,17 +187,8 @@ impl<'r, 'j> Rounds<'r, 'j> {
                 anyhow!("{} sent a model but is not the top", frame.from),
             ));
         }
-        let status = self
-            .run
-            .client
-            .status(Some(self.run.job_id))
-            .await
-            .because(Cause::Job)?;
-        let referenced: u64 = status
-            .workers
-            .iter()
-            .map(|worker| worker.counters.referenced_bytes)
-            .sum();
+        let status = self.status().await?;
+        let referenced = referenced_bytes(&status);
         // What a worker had sent goes when it does.
         let bytes_referenced = referenced.saturating_sub(self.referenced_before);
         self.referenced_before = referenced;
@@ -435,12 +426,7 @@ impl<'r, 'j> Rounds<'r, 'j> {
 
     async fn finish(&mut self) -> Outcome {
         self.peak.sample(self.workers.pids());
-        let status = self
-            .run
-            .client
-            .status(Some(self.run.job_id))
-            .await
-            .because(Cause::Job)?;
+        let status = self.status().await?;
         let arenas = status
             .jobs
             .iter()
@@ -457,6 +443,15 @@ impl<'r, 'j> Rounds<'r, 'j> {
         };
         self.reporter.event(&event).because(Cause::Job)
     }
+}
+
+/// What the job's frames have referred to so far, as the plane counts.
+fn referenced_bytes(status: &Status) -> u64 {
+    status
+        .workers
+        .iter()
+        .map(|worker| worker.counters.referenced_bytes)
+        .sum()
 }
 
 /// Waits for the examination; for ever when there is none.
