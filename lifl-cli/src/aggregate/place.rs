@@ -14,8 +14,9 @@
 //! was not finite, and then what is kept is rubbish.
 //!
 //! Why `f32` is guarded: two hundred folds into an `f32` slot add up two hundred roundings, and a tensor whose values
-//! are all near 1 then misses the flat average by 10⁻⁶ and more. With eight more bits nothing adds up, for one byte
-//! read and one written beside the twelve that the fold moves anyway.
+//! are all near 1 then misses the flat average by about 10⁻⁶ (0.97 · 10⁻⁶ in a simulation of 3,000 elements), which is
+//! all that a job may be off. With eight more bits nothing adds up, for one byte read and one written beside the
+//! twelve that the fold moves anyway.
 
 use super::element::{BLOCK, Element, Weighted, finite};
 use super::wide::{self, Wide};

@@ -324,7 +324,7 @@ fn two_hundred_children_add_up_no_rounding() {
     ];
     let schema = schema(&types, 5000);
     let mut random = Random(7);
-    // Near 1, where an f32 has few bits to spare: folded into plain f32 slots, these miss by more than 1e-6.
+    // Near 1, where an f32 has few bits to spare: folded into plain f32 slots, these would miss by about 1e-6.
     let inputs: Vec<_> = (0..200)
         .map(|_| {
             (
