@@ -44,7 +44,7 @@ struct Cli {
     /// What arenas may take together, in MiB [default: half of the memory available at start]
     #[arg(long, value_name = "MIB")]
     pool_mib: Option<u64>,
-    /// Whether arenas get huge pages of 2 MiB; auto adds to vm.nr_hugepages if it may and takes it back
+    /// Whether arenas get huge pages of 2 MiB; auto has the kernel make missing ones if it may
     #[arg(long, value_enum, default_value_t = HugePages::Auto)]
     huge_pages: HugePages,
     /// Workers that can be registered at a time, of all jobs

@@ -1,8 +1,8 @@
 //! The pool: how much shared memory arenas may take, and of which pages.
 //!
-//! Under `auto` an arena gets huge pages when they can be had: free ones, or, if this process may, ones that it adds
-//! to the kernel's pool (`vm.nr_hugepages`) and takes away again when the last arena is gone. Otherwise it gets
-//! ordinary pages, and its owner is told why.
+//! Under `auto` an arena gets huge pages when they can be had: free ones, or, if this process may, surplus ones. Those
+//! the kernel makes for one memfd and takes back when it goes, so nothing is left to return, whoever dies and how.
+//! Otherwise the arena gets ordinary pages, and its owner is told why.
 
 use std::fs::{self, File};
 use std::io;
@@ -104,7 +104,7 @@ impl Pool {
     pub(crate) fn expects_huge_pages(&self) -> bool {
         self.huge_pages != HugePages::Never
             && self.kernel.read("nr_hugepages").is_some()
-            && (self.kernel.free() > 0 || self.kernel.may_raise())
+            && (self.kernel.free() + self.kernel.allowed_surplus() > 0 || self.kernel.may_allow_surplus())
     }
 
     pub(crate) fn allocate(&mut self, name: &str, layout: Layout) -> Result<Allocation, PoolError> {
@@ -142,12 +142,9 @@ impl Pool {
         })
     }
 
-    /// An arena is gone. When it was the last, borrowed huge pages go back to the kernel.
+    /// An arena is gone.
     pub(crate) fn free(&mut self, bytes: u64) {
         self.used_bytes = self.used_bytes.saturating_sub(bytes);
-        if self.used_bytes == 0 {
-            self.kernel.give_back();
-        }
     }
 
     fn check_room(&self, bytes: u64) -> Result<(), PoolError> {
@@ -165,11 +162,10 @@ impl Pool {
 
     fn huge(&mut self, name: &str, bytes: u64) -> Result<File, PoolError> {
         let need = bytes / memfd::HUGE_PAGE_BYTES;
-        let _lock = self.kernel.lock();
-        self.kernel.ensure_free(need);
         let memfd = memfd::create(name, bytes, true).map_err(|source| {
             PoolError::NoHugePages(format!("the kernel has no huge pages of 2 MiB ({source})"))
         })?;
+        let _surplus = self.kernel.allow_surplus(need);
         match memfd::reserve(&memfd, bytes) {
             Ok(()) => Ok(memfd),
             Err(_) => {
@@ -181,18 +177,16 @@ impl Pool {
     }
 }
 
-/// The kernel's pool of huge pages, and what this process added to it.
+/// The kernel's pool of huge pages.
 #[derive(Debug)]
 struct KernelPool {
     folder: PathBuf,
-    added: u64,
 }
 
 impl Default for KernelPool {
     fn default() -> Self {
         Self {
             folder: PathBuf::from("/sys/kernel/mm/hugepages/hugepages-2048kB"),
-            added: 0,
         }
     }
 }
@@ -212,62 +206,58 @@ impl KernelPool {
         free.saturating_sub(self.read("resv_hugepages").unwrap_or(0))
     }
 
-    fn may_raise(&self) -> bool {
-        fs::OpenOptions::new()
-            .write(true)
-            .open(self.folder.join("nr_hugepages"))
-            .is_ok()
+    /// Surplus pages that the kernel would make by itself.
+    fn allowed_surplus(&self) -> u64 {
+        let limit = self.read(SURPLUS_LIMIT).unwrap_or(0);
+        limit.saturating_sub(self.read("surplus_hugepages").unwrap_or(0))
     }
 
-    /// Pages that stay until somebody takes them away. The kernel's total has surplus ones too, which go with whoever
-    /// still maps them.
-    fn persistent(&self) -> Option<u64> {
-        let total = self.read("nr_hugepages")?;
-        Some(total.saturating_sub(self.read("surplus_hugepages").unwrap_or(0)))
+    fn may_allow_surplus(&self) -> bool {
+        let limit = self.folder.join(SURPLUS_LIMIT);
+        fs::OpenOptions::new().write(true).open(limit).is_ok()
     }
 
-    /// Keeps other daemons from changing the kernel's pool between a look at it and a change; `None` where there is no
-    /// pool.
-    fn lock(&self) -> Option<Flock<File>> {
-        let file = File::open(self.folder.join("nr_hugepages")).ok()?;
-        Flock::lock(file, FlockArg::LockExclusive).ok()
-    }
-
-    /// Adds the pages that are missing, as far as the kernel lets us.
-    fn ensure_free(&mut self, need: u64) {
-        let missing = need.saturating_sub(self.free());
-        let (Some(total), Some(before)) = (self.read("nr_hugepages"), self.persistent()) else {
-            return;
-        };
-        // To get above its total, the kernel makes its surplus pages persistent first (mm/hugetlb.c,
-        // `set_max_huge_pages`): those are then ours to give back, too.
-        if missing > 0 && self.set_persistent(total + missing) {
-            self.added += self.persistent().unwrap_or(before).saturating_sub(before);
+    /// Lets the kernel make what is missing to `pages` free ones, for as long as the result lives. `None` if nothing
+    /// is missing, or this process may not.
+    fn allow_surplus(&self, pages: u64) -> Option<SurplusAllowed> {
+        let path = self.folder.join(SURPLUS_LIMIT);
+        // Other daemons wait: each must put back the limit that it found.
+        let lock = Flock::lock(File::open(&path).ok()?, FlockArg::LockExclusive).ok()?;
+        let missing = pages.saturating_sub(self.free());
+        if missing <= self.allowed_surplus() {
+            return None;
         }
-    }
-
-    fn give_back(&mut self) {
-        let added = std::mem::take(&mut self.added);
-        if added == 0 {
-            return;
-        }
-        let _lock = self.lock();
-        if let Some(pages) = self.persistent() {
-            // Those that a dying reader still maps become surplus and go when it does.
-            if !self.set_persistent(pages.saturating_sub(added)) {
-                tracing::warn!(pages = added, "huge pages could not be given back to the kernel");
-            }
-        }
-    }
-
-    fn set_persistent(&self, pages: u64) -> bool {
-        fs::write(self.folder.join("nr_hugepages"), pages.to_string()).is_ok()
+        let limit = self.read(SURPLUS_LIMIT)?;
+        let needed = self.read("surplus_hugepages")?.saturating_add(missing);
+        fs::write(&path, needed.to_string()).ok()?;
+        Some(SurplusAllowed {
+            path,
+            limit,
+            _lock: lock,
+        })
     }
 }
 
-impl Drop for KernelPool {
+/// How many surplus pages there may be (`Documentation/admin-guide/mm/hugetlbpage.rst`). Those that are there stay when
+/// it is lowered, until their memfd goes.
+const SURPLUS_LIMIT: &str = "nr_overcommit_hugepages";
+
+/// The raised limit; dropping it puts back the one before.
+#[derive(Debug)]
+struct SurplusAllowed {
+    path: PathBuf,
+    limit: u64,
+    _lock: Flock<File>,
+}
+
+impl Drop for SurplusAllowed {
     fn drop(&mut self) {
-        self.give_back();
+        if let Err(error) = fs::write(&self.path, self.limit.to_string()) {
+            tracing::warn!(
+                limit = self.limit,
+                "vm.{SURPLUS_LIMIT} cannot be put back: {error}"
+            );
+        }
     }
 }
 
@@ -323,7 +313,6 @@ mod tests {
     fn without_huge_pages_auto_says_so_and_always_fails() {
         let nowhere = || KernelPool {
             folder: PathBuf::from("/nonexistent"),
-            added: 0,
         };
         // More than any kernel's pool holds.
         let layout = layout(1 << 45);
@@ -348,33 +337,39 @@ mod tests {
         ));
     }
 
-    /// Arenas whose memory outlives the daemon for a moment, as when workers die slowly, and another daemon that comes
-    /// meanwhile: in the end the kernel has as many huge pages as at the beginning.
+    /// Nobody gives huge pages back: they go with their memfd's last user, who may outlive the daemon.
     #[test]
-    fn huge_pages_go_back_even_if_somebody_still_maps_them() {
+    fn huge_pages_last_as_long_as_their_memfd_and_the_limit_is_put_back() {
         let kernel = KernelPool::default();
-        if !kernel.may_raise() {
-            eprintln!("NOT RUN: this user may not change vm.nr_hugepages");
+        if !kernel.may_allow_surplus() {
+            eprintln!("NOT RUN: this user may not change vm.{SURPLUS_LIMIT}");
             assert!(std::env::var_os("LIFL_REQUIRE_KERNEL").is_none());
             return;
         }
-        let before = kernel.persistent().expect("a pool");
-        let mut first = Pool::new(u64::MAX, HugePages::Always);
-        let arena = first.allocate("first", layout(8 << 20)).expect("four pages");
+        let (limit, before) = (kernel.read(SURPLUS_LIMIT), persistent_pages());
+        // More than are free, so that the kernel must make some.
+        let bytes = (kernel.free() + 4) * memfd::HUGE_PAGE_BYTES;
+        let mut pool = Pool::new(u64::MAX, HugePages::Always);
+        let arena = pool.allocate("arena", layout(bytes)).expect("made by the kernel");
+        assert_eq!(kernel.read(SURPLUS_LIMIT), limit);
+        drop(pool);
         let reader = memmap2::MmapOptions::new()
-            .len(8 << 20)
+            .len(bytes as usize)
             .map_raw(&arena.memfd)
             .expect("mapped");
-        // SAFETY: the mapping is 8 MiB long and nobody else has it.
-        unsafe { reader.as_mut_ptr().write_bytes(1, 8 << 20) };
-        drop(first);
-        let mut second = Pool::new(u64::MAX, HugePages::Always);
-        let other = second.allocate("second", layout(4 << 20)).expect("two pages");
-        drop((reader, arena.memfd, other.memfd));
-        drop(second);
-        assert_eq!(
-            (kernel.persistent(), kernel.read("surplus_hugepages")),
-            (Some(before), Some(0))
-        );
+        // SAFETY: the mapping is `bytes` long and nobody else has it.
+        unsafe { reader.as_mut_ptr().write_bytes(1, bytes as usize) };
+        drop((reader, arena));
+        assert_eq!(persistent_pages(), before, "none was added for good");
+    }
+
+    /// Pages that stay until somebody takes them away.
+    fn persistent_pages() -> u64 {
+        let meminfo = fs::read_to_string("/proc/meminfo").expect("meminfo");
+        let field = |name: &str| -> u64 {
+            let line = meminfo.lines().find_map(|line| line.strip_prefix(name));
+            line.and_then(|number| number.trim().parse().ok()).expect(name)
+        };
+        field("HugePages_Total:") - field("HugePages_Surp:")
     }
 }
