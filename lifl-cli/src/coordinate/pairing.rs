@@ -91,6 +91,8 @@ fn drop_subtree(pairs: &mut HashMap<usize, Pair>, index: usize) {
 mod tests {
     use proptest::prelude::*;
 
+    use lifl_common::config::Transport;
+
     use super::*;
 
     fn group(channel: &str, group: &str) -> Option<Group> {
@@ -110,6 +112,7 @@ mod tests {
             level,
             up,
             down,
+            transport: Transport::Shm,
             share: None,
         }
     }

@@ -5,11 +5,11 @@ use std::collections::{BTreeMap, BTreeSet};
 use super::document::{Document, FileKind};
 use super::problem::{Findings, Place, ProblemKind, shorten};
 use super::raw::{Channel, Job};
+use super::spec::Transport;
+use super::support;
 
 /// Group of a worker that is given none.
 pub(super) const DEFAULT_GROUP: &str = "default";
-/// Transport of a channel that is given none.
-const DEFAULT_BACKEND: &str = "shm";
 
 /// A job, read but not understood.
 pub(super) struct Draft {
@@ -49,26 +49,36 @@ pub(super) struct WorkerDraft {
 pub(super) struct ChannelDraft {
     pub(super) channel: Channel,
     pub(super) place: Place,
-    /// Its transport, its own or the file's, and where that is given.
-    pub(super) backend: (String, Place),
+    /// Its transport, its own or the file's, and where that is given; what is no transport reads as shared memory.
+    pub(super) transport: Transport,
+    pub(super) transport_place: Place,
     /// Whether files disagree about its transport.
     pub(super) mixed: bool,
 }
 
 impl ChannelDraft {
     fn new(channel: Channel, place: Place, document: &Document) -> Self {
-        let backend = match (&channel.backend, &document.raw.backend) {
-            (Some(own), _) => (own.clone(), place.key("backend")),
-            (None, Some(files)) => (files.clone(), document.place.key("backend")),
-            (None, None) => (DEFAULT_BACKEND.to_owned(), place.clone()),
-        };
+        let (transport, transport_place) = transport(&channel, &place, document);
         Self {
             channel,
             place,
-            backend,
+            transport,
+            transport_place,
             mixed: false,
         }
     }
+}
+
+/// A channel's transport and where it is given: its own, else the file's, else shared memory. Flame takes an empty
+/// name for none.
+pub(super) fn transport(channel: &Channel, place: &Place, document: &Document) -> (Transport, Place) {
+    let given = |name: &Option<String>| name.clone().filter(|name| !name.is_empty());
+    let (name, place) = match (given(&channel.backend), given(&document.raw.backend)) {
+        (Some(own), _) => (own, place.key("backend")),
+        (None, Some(files)) => (files, document.place.key("backend")),
+        (None, None) => return (Transport::default(), place.clone()),
+    };
+    (support::transport(&name).unwrap_or_default(), place)
 }
 
 /// The draft of a job file.
@@ -139,7 +149,7 @@ pub(super) fn from_job_file(document: &Document, findings: &mut Findings) -> Dra
 
 /// The draft of a job whose workers each have a file; `all` says whether every file that was given is here.
 pub(super) fn from_worker_files(
-    documents: &[Document],
+    documents: &[&Document],
     first: &Document,
     all: bool,
     findings: &mut Findings,
@@ -316,18 +326,18 @@ fn same_channel(first: &mut ChannelDraft, next: &ChannelDraft, findings: &mut Fi
         same = false;
     }
     // The coordinator's channels may have any transport. One such conflict tells enough about a channel.
-    if !a.coordinates() && first.backend.0 != next.backend.0 {
+    if !a.coordinates() && first.transport != next.transport {
         if !first.mixed {
             let found = format!(
                 "channel {} is {} in {}, {} in {}",
                 shorten(&a.name),
-                shorten(&first.backend.0),
+                first.transport,
                 first.place.file_name(),
-                shorten(&next.backend.0),
+                next.transport,
                 next.place.file_name()
             );
-            let problem = findings.add(ProblemKind::Conflict, &next.backend.1, found);
-            problem.expected("one kind: give only the files of one backend");
+            let problem = findings.add(ProblemKind::Conflict, &next.transport_place, found);
+            problem.expected("one transport in all files of a channel");
         }
         first.mixed = true;
         same = false;

@@ -13,6 +13,7 @@
 //! Every step reports all that it finds wrong and goes on with the rest, as far as what follows could not be a mere
 //! consequence.
 
+mod brokers;
 mod document;
 mod draft;
 mod files;
@@ -24,6 +25,7 @@ mod settings;
 mod spec;
 mod support;
 mod tree;
+mod variants;
 mod walk;
 
 #[cfg(test)]
@@ -39,7 +41,8 @@ use tree::Tree;
 
 pub use problem::{ConfigError, Problem, ProblemKind};
 pub use spec::{
-    DataSource, Group, JobSpec, Kind, ModelSpec, Partition, Timing, TrainingSpec, UpdateKind, WorkerSpec,
+    Brokers, DataSource, Group, JobSpec, Kind, ModelSpec, Partition, Timing, TrainingSpec, Transport,
+    UpdateKind, WorkerSpec,
 };
 
 /// Bytes of the largest file that is read.
@@ -62,6 +65,8 @@ pub struct Overrides {
     pub timing: Option<Timing>,
     /// The dataset: an http(s) URL, a file or folder, or [`DIGITS`].
     pub data: Option<String>,
+    /// Among files that are variants of one worker, the one with this transport.
+    pub prefer: Option<Transport>,
 }
 
 /// A job, and what there is to say about its files.
@@ -108,8 +113,12 @@ fn understand(paths: &[PathBuf], overrides: &Overrides, findings: &mut Findings)
     for document in &documents {
         support::check(document, findings);
     }
-    let first = documents.first()?;
-    let job_file = documents.iter().find(|document| document.kind == FileKind::Job);
+    let documents = variants::choose(&documents, overrides.prefer, findings)?;
+    let first = documents.first().copied()?;
+    let job_file = documents
+        .iter()
+        .copied()
+        .find(|document| document.kind == FileKind::Job);
     let draft = match job_file {
         Some(job_file) if documents.len() > 1 => {
             findings
@@ -146,6 +155,7 @@ fn understand(paths: &[PathBuf], overrides: &Overrides, findings: &mut Findings)
         .filter(|worker| worker.kind == Kind::Trainer)
         .count();
     let settings = Settings::new(&sources, overrides, trainers, findings);
+    let brokers = brokers::understand(&documents, findings);
     note_data_consumers(first, tree.as_ref(), findings);
     let job = draft.job.filter(|_| !workers.is_empty())?;
     Some(JobSpec {
@@ -156,6 +166,7 @@ fn understand(paths: &[PathBuf], overrides: &Overrides, findings: &mut Findings)
         timing: settings.timing,
         updates: settings.updates,
         workers,
+        brokers,
         model: settings.model,
         base_model: settings.base_model,
         training: settings.training,
@@ -165,13 +176,11 @@ fn understand(paths: &[PathBuf], overrides: &Overrides, findings: &mut Findings)
 }
 
 /// Which files count for what; without a tree, no worker file is known to be a trainer's.
-fn sources<'d>(documents: &'d [Document], first: &'d Document, tree: Option<&Tree<'_>>) -> Sources<'d> {
+fn sources<'d>(documents: &[&'d Document], first: &'d Document, tree: Option<&Tree<'_>>) -> Sources<'d> {
     let of = |role: Option<&str>| -> Vec<&'d Document> {
         let Some(role) = role else { return Vec::new() };
-        documents
-            .iter()
-            .filter(|document| document.raw.role.as_deref() == Some(role))
-            .collect()
+        let of_role = |document: &&&Document| document.raw.role.as_deref() == Some(role);
+        documents.iter().filter(of_role).copied().collect()
     };
     let top = of(tree.map(|tree| tree.top().name.as_str()))
         .first()
@@ -184,7 +193,7 @@ fn sources<'d>(documents: &'d [Document], first: &'d Document, tree: Option<&Tre
         trainers.push(first);
     }
     Sources {
-        all: documents.iter().collect(),
+        all: documents.to_vec(),
         lead,
         trainers,
     }

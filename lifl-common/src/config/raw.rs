@@ -26,6 +26,9 @@ pub(super) struct FlameFile {
     pub(super) roles: Option<Vec<Role>>,
     /// Worker files: the worker's id.
     pub(super) taskid: Option<String>,
+    /// Worker files: not used.
+    #[expect(dead_code, reason = "Flame's name for the worker's process")]
+    task: Option<String>,
     /// Worker files: its role.
     pub(super) role: Option<String>,
     /// Worker files: its group on each of its channels.
@@ -35,7 +38,7 @@ pub(super) struct FlameFile {
     pub(super) channels: Option<Vec<Channel>>,
     /// Transport of the channels that name none; `shm` when not given.
     pub(super) backend: Option<String>,
-    /// Addresses of Flame's transports; not used.
+    /// Where the transports `p2p` and `mqtt` are reached.
     pub(super) brokers: Option<Vec<Broker>>,
     /// What trainers do, and for how long.
     pub(super) hyperparameters: Option<Hyperparameters>,
@@ -107,14 +110,16 @@ pub(super) struct Channel {
     pub(super) pair: [String; 2],
     /// Not used: each channel is.
     pub(super) is_bidirectional: Option<bool>,
+    /// Not used: no channel is.
+    pub(super) is_unidirectional: Option<bool>,
     /// The channel's groups; ends meet within a group only.
     pub(super) group_by: Option<GroupBy>,
     /// What each role does on it, which says who is the parent: `distribute` and `aggregate` above, `fetch` and
     /// `upload` below.
     pub(super) func_tags: BTreeMap<String, Vec<Tag>>,
-    /// Its transport.
+    /// Its transport: `shm` (`local` is the same here), `p2p` or `mqtt`; the file's when not given.
     pub(super) backend: Option<String>,
-    /// Address of Flame's transport; not used.
+    /// Where its transport is reached, instead of what `brokers` says.
     pub(super) broker_host: Option<String>,
 }
 
@@ -192,11 +197,9 @@ impl Tag {
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub(super) struct Broker {
     /// Which transport.
-    #[expect(dead_code, reason = "Flame's transports are not used")]
-    sort: Option<String>,
-    /// Its address.
-    #[expect(dead_code, reason = "Flame's transports are not used")]
-    host: Option<String>,
+    pub(super) sort: Option<String>,
+    /// Its address, `host` or `host:port`; the port is 10104 for `p2p` and 1883 for `mqtt` when not given.
+    pub(super) host: Option<String>,
 }
 
 /// What trainers do, and for how long.

@@ -3,6 +3,7 @@
 //! Only this module's [`load`](super::load) makes one from a person's files; a run's folder holds it as `job.json`, from
 //! which the workers of that run read it back.
 
+use std::fmt;
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
@@ -26,6 +27,8 @@ pub struct JobSpec {
     pub updates: UpdateKind,
     /// The tree's workers without the coordinator: the top first, then level by level, each level in file order.
     pub workers: Vec<WorkerSpec>,
+    /// Where the transports that leave the node are reached.
+    pub brokers: Brokers,
     /// The model.
     pub model: ModelSpec,
     /// A safetensors file to start from (`baseModel.name`), instead of a fresh model.
@@ -104,6 +107,46 @@ pub struct Group {
     pub group: String,
 }
 
+/// How updates go up a channel and models come down it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Transport {
+    /// Shared memory of one node; Flame's `local` is the same here.
+    #[default]
+    #[serde(alias = "local")]
+    Shm,
+    /// Flame's gRPC endpoint.
+    P2p,
+    /// An MQTT broker.
+    Mqtt,
+}
+
+impl Transport {
+    /// Its name in a file.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Shm => "shm",
+            Self::P2p => "p2p",
+            Self::Mqtt => "mqtt",
+        }
+    }
+}
+
+impl fmt::Display for Transport {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+/// Where the transports that leave the node are reached, each as `host:port`; `None` where no channel uses it.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Brokers {
+    /// Of [`Transport::P2p`].
+    pub p2p: Option<String>,
+    /// Of [`Transport::Mqtt`].
+    pub mqtt: Option<String>,
+}
+
 /// One worker of the tree.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct WorkerSpec {
@@ -121,6 +164,9 @@ pub struct WorkerSpec {
     pub up: Option<Group>,
     /// Where it finds its children; `None` for a trainer.
     pub down: Option<Group>,
+    /// How its updates go to its parent and models come from it: the transport of the channel of `up`; for the top,
+    /// which has none, [`Transport::Shm`].
+    pub transport: Transport,
     /// For a trainer: which of the data's shares is its own, from 0.
     pub share: Option<u32>,
 }

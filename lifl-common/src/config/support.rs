@@ -3,6 +3,7 @@
 use super::document::Document;
 use super::problem::{Findings, Place, ProblemKind, list, shorten};
 use super::raw::{FlameFile, Sorted};
+use super::spec::Transport;
 
 /// What a field may name.
 struct Choice {
@@ -16,8 +17,8 @@ struct Choice {
 
 const BACKEND: Choice = Choice {
     what: "backend",
-    supported: &["shm", "local"],
-    flames: &["p2p", "mqtt"],
+    supported: &["shm", "local", "p2p", "mqtt"],
+    flames: &[],
 };
 const OPTIMIZER: Choice = Choice {
     what: "optimizer",
@@ -106,10 +107,13 @@ impl Choice {
     }
 }
 
-/// Refuses the transport of a channel that carries models, unless it is supported.
-pub(super) fn check_backend(channel: &str, name: &str, place: &Place, findings: &mut Findings) {
-    if BACKEND.flames.contains(&name) || !findings.any_at(place) {
-        BACKEND.check(&format!("channel {}: ", shorten(channel)), name, place, findings);
+/// The transport of that name.
+pub(super) fn transport(name: &str) -> Option<Transport> {
+    match name {
+        "shm" | "local" => Some(Transport::Shm),
+        "p2p" => Some(Transport::P2p),
+        "mqtt" => Some(Transport::Mqtt),
+        _ => None,
     }
 }
 
@@ -150,10 +154,25 @@ pub(super) fn check(document: &Document, findings: &mut Findings) {
         }
     }
     // Used or not, a name that nobody knows is a slip.
-    if let Some(name) = &raw.backend
-        && !BACKEND.flames.contains(&name.as_str())
-    {
+    if let Some(name) = raw.backend.as_deref().filter(|name| !name.is_empty()) {
         BACKEND.check("", name, &place.key("backend"), findings);
+    }
+    for (i, channel) in raw.channels.iter().flatten().enumerate() {
+        if let Some(name) = channel.backend.as_deref().filter(|name| !name.is_empty()) {
+            let place = place.key("channels").index(i).key("backend");
+            BACKEND.check(
+                &format!("channel {}: ", shorten(&channel.name)),
+                name,
+                &place,
+                findings,
+            );
+        }
+    }
+    for (i, broker) in raw.brokers.iter().flatten().enumerate() {
+        if let Some(name) = &broker.sort {
+            let place = place.key("brokers").index(i).key("sort");
+            BACKEND.check("broker of ", name, &place, findings);
+        }
     }
     note(raw, findings);
 }
@@ -173,9 +192,8 @@ fn note(raw: &FlameFile, findings: &mut Findings) {
     if channels().any(|channel| channel.is_bidirectional.is_some()) {
         findings.note("isBidirectional is not used: every channel goes both ways");
     }
-    if raw.brokers.is_some() || channels().any(|channel| channel.broker_host.is_some()) {
-        findings
-            .note("brokers and brokerHost are not used: workers find each other through the node's daemon");
+    if channels().any(|channel| channel.is_unidirectional.is_some()) {
+        findings.note("isUnidirectional is not used: every channel goes both ways");
     }
     if raw
         .registry

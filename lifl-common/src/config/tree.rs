@@ -151,6 +151,7 @@ impl<'d> Tree<'d> {
                         level: u32::try_from(level).unwrap_or(u32::MAX),
                         up: name(node.up, up),
                         down: name(node.down, down),
+                        transport: node.up.map(|link| link.transport).unwrap_or_default(),
                         share: (kind == Kind::Trainer).then_some(count - 1),
                     });
                 }

@@ -13,7 +13,7 @@ fn everything_wrong_is_said_at_once() {
                 json!({ "rounds": 0, "batchsize": 8, "learningRate": -1, "aggGoal": 3 }),
             ),
             ("/roles/2/replica", json!(0)),
-            ("/channels/1/backend", json!("p2p")),
+            ("/channels/1/backend", json!("p2")),
             (
                 "/optimizer",
                 json!({ "sort": "fedadam", "kwargs": { "beta_1": 0.9 } }),
@@ -34,9 +34,9 @@ fn everything_wrong_is_said_at_once() {
             "roles[2].replica: 0; expected a whole number from 1 to 4294967295",
             "optimizer.sort: optimizer fedadam is not supported yet; supported: fedavg",
             "hyperparameters.aggGoal: aggGoal is not supported yet; supported: all updates of a round",
+            "channels[1].backend: channel updates: unknown backend \"p2\"; did you mean p2p?",
             "job.id: job name \"a/b\"; expected 1 to 64 bytes without '/', '\\' and control characters, not \
              starting with '.'",
-            "channels[1].backend: channel updates: backend p2p is not supported yet; supported: shm or local",
             "dataset: dataset at \"s3://bucket/mnist\"; supported: an http(s) URL, a file or folder, or \
              builtin:digits",
         ],
@@ -149,7 +149,6 @@ fn what_flame_has_and_this_has_not_is_refused_by_name() {
             ),
             ("/optimizer", json!({ "sort": "fedavg", "kwargs": { "eta": 1 } })),
             ("/hyperparameters/concurrency", json!(10)),
-            ("/backend", json!("mqtt")),
         ],
     );
     assert_problems(
@@ -161,8 +160,6 @@ fn what_flame_has_and_this_has_not_is_refused_by_name() {
             "privacy.sort: privacy dp is not supported yet; supported: default",
             "registry.sort: registry mlflow is not supported yet; supported: dummy",
             "hyperparameters.concurrency: concurrency is not supported yet; supported: synchronous rounds",
-            "backend: channel models: backend mqtt is not supported yet; supported: shm or local",
-            "backend: channel updates: backend mqtt is not supported yet; supported: shm or local",
         ],
     );
     let error = load_all(&[unsupported], &Overrides::default()).expect_err("problems");

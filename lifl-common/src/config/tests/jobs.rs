@@ -279,6 +279,7 @@ fn the_command_line_overrides_the_file() {
         seed: Some(5),
         timing: Some(Timing::Eager),
         data: Some("mnist".to_owned()),
+        prefer: None,
     };
     let hashed = with(
         job(),

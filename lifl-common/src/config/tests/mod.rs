@@ -3,6 +3,7 @@
 mod errors;
 mod jobs;
 mod no_panic;
+mod transports;
 mod worker_files;
 
 use std::fs;
