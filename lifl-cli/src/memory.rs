@@ -1,7 +1,8 @@
 //! What a job takes of the machine's memory: the layout of every arena, and the sum that `lifl plan` shows.
 
 use lifl_common::arena::Layout;
-use lifl_common::config::{JobSpec, Kind, ModelSpec, WorkerSpec};
+use lifl_common::config::{JobSpec, Kind, ModelSpec, Transport, WorkerSpec};
+use lifl_common::session::proxy_name;
 use lifl_common::update::{Schema, image};
 use serde::Serialize;
 
@@ -24,12 +25,33 @@ const EVALUATION_BATCH: u64 = 128;
 const LEARNER_MODELS: u64 = 4;
 
 /// Slots of a worker's arena. The top holds a round's model while it makes the next one; everybody else has one
-/// update in the making or on its way, and waits with the next until that is given back.
-pub fn slots(kind: Kind) -> u32 {
-    match kind {
-        Kind::Top => 2,
-        Kind::Aggregator | Kind::Trainer => 1,
+/// update in the making or on its way, and waits with the next until that is given back. Beyond the node's shared memory
+/// an aggregator has the model that came over the wire beside it, and a trainer has no arena.
+pub fn slots(worker: &WorkerSpec) -> u32 {
+    match (worker.kind, is_remote(worker)) {
+        (Kind::Top, _) | (Kind::Aggregator, true) => 2,
+        (Kind::Aggregator | Kind::Trainer, false) => 1,
+        (Kind::Trainer, true) => 0,
     }
+}
+
+/// Slots of the arena of a worker's proxy in the gateway.
+const PROXY_SLOTS: u32 = 1;
+
+/// Whether a worker reaches its parent through the gateway.
+pub fn is_remote(worker: &WorkerSpec) -> bool {
+    worker.transport != Transport::Shm
+}
+
+/// Whether a worker is registered with the daemon itself, and not only its proxy is.
+pub fn is_local(worker: &WorkerSpec) -> bool {
+    worker.kind != Kind::Trainer || !is_remote(worker)
+}
+
+/// Workers that the daemon registers for a job: proxies and the coordinator are among them.
+pub fn registrations(job: &JobSpec) -> u32 {
+    let of_one = |worker| u32::from(is_local(worker)) + u32::from(is_remote(worker));
+    job.workers.iter().map(of_one).sum::<u32>() + 1
 }
 
 /// Bytes of a model, an update or an aggregate in its slot.
@@ -73,24 +95,28 @@ impl Plan {
     /// Adds up what the job takes on huge or ordinary pages. Sums that overflow stand as `u64::MAX`.
     pub fn new(job: &JobSpec, schema: &Schema, huge_pages: bool) -> Self {
         let object_bytes = object_bytes(schema);
-        let workers: Vec<Share> = job
-            .workers
-            .iter()
-            .map(|worker| {
-                let slots = slots(worker.kind);
-                let layout = Layout::for_objects(slots, object_bytes);
-                let arena_bytes = layout
-                    .and_then(|layout| layout.memfd_bytes(huge_pages))
-                    .unwrap_or(u64::MAX);
-                let private_bytes = private_bytes(job, schema, worker);
-                Share {
-                    name: worker.name.clone(),
-                    slots,
-                    arena_bytes,
-                    private_bytes,
-                }
-            })
-            .collect();
+        let share = |name, slots, private_bytes| {
+            let layout = Layout::for_objects(slots, object_bytes);
+            let arena_bytes = layout.and_then(|layout| layout.memfd_bytes(huge_pages));
+            let arena_bytes = if slots == 0 {
+                0
+            } else {
+                arena_bytes.unwrap_or(u64::MAX)
+            };
+            Share {
+                name,
+                slots,
+                arena_bytes,
+                private_bytes,
+            }
+        };
+        let own = job.workers.iter().map(|worker| {
+            let private_bytes = private_bytes(job, schema, worker);
+            share(worker.name.clone(), slots(worker), private_bytes)
+        });
+        let remote = job.workers.iter().filter(|worker| is_remote(worker));
+        let proxies = remote.map(|worker| share(proxy_name(&worker.name), PROXY_SLOTS, 0));
+        let workers: Vec<Share> = own.chain(proxies).collect();
         let sum = |of: fn(&Share) -> u64| workers.iter().map(of).fold(0, u64::saturating_add);
         let pool_bytes = sum(|share| share.arena_bytes);
         // The coordinator evaluates, as a trainer does.
@@ -116,7 +142,10 @@ fn private_bytes(job: &JobSpec, schema: &Schema, worker: &WorkerSpec) -> u64 {
     match worker.kind {
         Kind::Trainer => {
             let shares = job.trainers().count() as u64;
+            // What others have in arenas: the model and the update.
+            let buffers = if is_remote(worker) { 2 } else { 0 };
             learner_bytes(job, schema, shares, u64::from(job.training.batch_size))
+                .saturating_add((schema.data_bytes() as u64).saturating_mul(buffers))
         }
         Kind::Top | Kind::Aggregator => {
             PROCESS_BYTES.saturating_add(aggregate::scratch_bytes(schema, job.timing) as u64)

@@ -1,8 +1,9 @@
 //! LIFL's node daemon, as a library so that `lifl run` can run one inside itself.
 //!
-//! It loads the SK_MSG program ([`plane`]), owns the shared memory ([`pool`]), and keeps jobs, workers and arenas in
-//! a registry that one task owns. It does not know what an aggregator computes.
+//! It loads the SK_MSG program ([`plane`]), owns the shared memory ([`pool`]), keeps jobs, workers and arenas in a
+//! registry that one task owns, and lets workers in over the network ([`gateway`]). It does not know what an aggregator computes.
 
+mod gateway;
 pub mod plane;
 pub mod pool;
 mod registry;
@@ -13,6 +14,7 @@ use std::path::PathBuf;
 use lifl_common::plane::PlaneKind;
 use tokio_util::sync::CancellationToken;
 
+pub use crate::gateway::GatewayOptions;
 use crate::plane::PlaneError;
 use crate::pool::{HugePages, Pool};
 use crate::registry::{Facts, Registry};
@@ -39,6 +41,8 @@ pub struct Options {
     pub huge_pages: HugePages,
     /// Workers that can be registered at a time.
     pub max_workers: u32,
+    /// The door for workers beyond shared memory.
+    pub gateway: GatewayOptions,
 }
 
 /// Why a daemon does not start.
@@ -85,16 +89,28 @@ impl Daemon {
             max_workers: options.max_workers,
         };
         let pool = Pool::new(options.pool_bytes, options.huge_pages);
-        let registry = Registry::new(facts, chosen.plane, pool);
+        let gateway_stop = CancellationToken::new();
+        let (handle, opened, gateway) =
+            gateway::gateway(options.socket.clone(), &options.gateway, gateway_stop.clone());
+        let registry = Registry::new(facts, chosen.plane, pool, handle, options.gateway);
         let max_connections = options.max_workers as usize + SPARE_CONNECTIONS;
         let served = server::serve(
             listener,
             registry,
             chosen.dead_letters,
+            opened,
             max_connections,
             shutdown.clone(),
         );
-        let task = tokio::spawn(async move { served.await.into_plane().shutdown() });
+        let task = tokio::spawn(async move {
+            let gateway = tokio::spawn(gateway);
+            let registry = served.await;
+            gateway_stop.cancel();
+            if let Err(error) = gateway.await {
+                tracing::error!("the gateway's task failed: {error}");
+            }
+            registry.into_plane().shutdown()
+        });
         Ok(Self {
             socket: options.socket,
             plane,

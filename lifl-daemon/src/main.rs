@@ -10,7 +10,7 @@ use lifl_common::control::paths;
 use lifl_common::kernel::DEFAULT_MAX_WORKERS;
 use lifl_daemon::plane;
 use lifl_daemon::pool::HugePages;
-use lifl_daemon::{Daemon, Options, StartError, default_pool_bytes, raise_open_files};
+use lifl_daemon::{Daemon, GatewayOptions, Options, StartError, default_pool_bytes, raise_open_files};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 
@@ -50,6 +50,11 @@ struct Cli {
     /// Workers that can be registered at a time, of all jobs
     #[arg(long, value_name = "N", default_value_t = DEFAULT_MAX_WORKERS, value_parser = clap::value_parser!(u32).range(1..=65535))]
     max_workers: u32,
+    /// An address, beside the loopback's, on which jobs may open the gateway, where their remote workers come in over
+    /// TCP; 0.0.0.0 or :: allows all. May be given several times. Sessions are let in by the job's token, but nothing
+    /// is encrypted: give an address of a network that you trust
+    #[arg(long, value_name = "ADDR")]
+    gateway_listen: Vec<std::net::IpAddr>,
     /// How to log to standard error; RUST_LOG chooses what
     #[arg(long, value_enum, default_value_t = LogFormat::Text)]
     log_format: LogFormat,
@@ -150,5 +155,9 @@ fn options(cli: &Cli) -> anyhow::Result<Options> {
             .map_or_else(default_pool_bytes, |mib| mib.saturating_mul(1 << 20)),
         huge_pages: cli.huge_pages,
         max_workers: cli.max_workers,
+        gateway: GatewayOptions {
+            allowed: cli.gateway_listen.clone(),
+            ..GatewayOptions::default()
+        },
     })
 }

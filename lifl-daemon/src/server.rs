@@ -29,6 +29,7 @@ use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
+use crate::gateway::Opened;
 use crate::registry::{ConnId, Outgoing, Peer, Registry, error_chain};
 
 /// Answers and events that wait for one client; who lets more pile up is disconnected.
@@ -206,6 +207,7 @@ pub(crate) async fn serve(
     listener: Listener,
     mut registry: Registry,
     mut dead_letters: mpsc::Receiver<Frame>,
+    mut opened: mpsc::UnboundedReceiver<Opened>,
     max_connections: usize,
     shutdown: CancellationToken,
 ) -> Registry {
@@ -238,6 +240,7 @@ pub(crate) async fn serve(
                 None => break,
             },
             Some(frame) = dead_letters.recv() => registry.dead_letter(&frame),
+            Some(opened) = opened.recv() => registry.gateway_opened(opened),
             () = shutdown.cancelled(), if !draining => {
                 draining = true;
                 registry.end_all("the daemon is stopping");

@@ -9,7 +9,7 @@ use lifl_common::control::paths;
 use lifl_common::kernel::DEFAULT_MAX_WORKERS;
 use lifl_daemon::plane;
 use lifl_daemon::pool::HugePages;
-use lifl_daemon::{Daemon, Options, default_pool_bytes};
+use lifl_daemon::{Daemon, GatewayOptions, Options, default_pool_bytes};
 use tokio_util::sync::CancellationToken;
 
 use crate::exit::{Because, Cause, Failure, Outcome};
@@ -118,6 +118,7 @@ impl Node {
                 pool_bytes: options.pool_bytes.unwrap_or_else(default_pool_bytes),
                 huge_pages: options.huge_pages,
                 max_workers: options.workers.max(DEFAULT_MAX_WORKERS),
+                gateway: GatewayOptions::default(),
             },
             CancellationToken::new(),
         );

@@ -18,7 +18,7 @@ use super::object::{Room, Source};
 use super::wire::{Limits, Wire};
 
 /// Silence after which a session is broken.
-const SILENCE: Duration = Duration::from_secs(30);
+pub(super) const SILENCE: Duration = Duration::from_secs(30);
 
 /// How often an end says something.
 const PING: Duration = Duration::from_secs(10);
@@ -55,6 +55,7 @@ pub struct Exchange {
     /// The last object that came whole.
     done: Option<Object>,
     ready: VecDeque<Happened>,
+    moved: u64,
 }
 
 /// What is being received.
@@ -172,6 +173,17 @@ impl Exchange {
         }
     }
 
+    /// Whether pieces of an object were sent and not acknowledged.
+    pub(super) fn is_stuck(&self) -> bool {
+        let stuck = |outgoing: &Outgoing| outgoing.sent > outgoing.acknowledged;
+        self.outgoing.as_ref().is_some_and(stuck)
+    }
+
+    /// Bytes of objects that got across, in both directions.
+    pub fn moved(&self) -> u64 {
+        self.moved
+    }
+
     /// The round whose object is on its way out.
     pub fn sending(&self) -> Option<u32> {
         self.outgoing.as_ref().map(Outgoing::round)
@@ -279,8 +291,9 @@ impl Exchange {
             && receiving.object.round == round
         {
             receiving.at += bytes as u64;
+            self.moved += bytes as u64;
             let ahead = receiving.at - receiving.acknowledged;
-            if ahead >= wire.limits.window_bytes / 4 || receiving.at == receiving.object.length {
+            if ahead >= 2 * bytes as u64 || receiving.at == receiving.object.length {
                 receiving.acknowledged = receiving.at;
                 wire.send(&Message::Ack {
                     round,
@@ -324,6 +337,7 @@ impl Exchange {
             outgoing.granted = true;
             outgoing.sent = offset;
         }
+        self.moved += offset - outgoing.acknowledged;
         outgoing.acknowledged = offset;
         outgoing.progress = Instant::now();
         if offset == outgoing.object.length {

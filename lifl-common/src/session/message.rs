@@ -189,6 +189,9 @@ pub enum Broken {
     /// The transport was closed.
     #[error("the connection was closed")]
     Closed,
+    /// The MQTT broker failed, or does not take what it is sent.
+    #[error("the connection with the MQTT broker failed")]
+    Broker(#[from] Box<rumqttc::v5::ConnectionError>),
     /// Not even a ping.
     #[error("nothing was heard for {} s", .0.as_secs())]
     Silent(Duration),

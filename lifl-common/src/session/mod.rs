@@ -31,7 +31,8 @@
 //!     ├── model or update ─────▶ │   has a place for it? else the sender waits: that is the back-pressure
 //!     │◀──────────────── ack n ──┤   n = what is there already: 0, or where a broken session ended
 //!     ├── chunk n … ───────────▶ │   into the slot, where it stays
-//!     │◀──────────────── ack m ──┤   a sender is at most a window ahead of the last ack
+//!     │◀──────────────── ack m ──┤   a sender is at most a window ahead of the last ack;
+//!     │                          │   one comes at the latest after two chunks
 //!     ├── … ───────────────────▶ │
 //!     │◀─────────── ack length ──┤   complete. A header that comes again gets this ack again, and no second object
 //! ```
@@ -51,7 +52,9 @@
 
 mod exchange;
 mod message;
+pub mod mqtt;
 mod object;
+mod patience;
 pub mod tcp;
 mod token;
 mod wire;
@@ -62,6 +65,7 @@ use std::time::Duration;
 pub use exchange::{Exchange, Happened};
 pub use message::{Broken, Hello, Malformed, Message, Object, UpdateHeader};
 pub use object::{Buffer, Room, Source};
+pub use patience::Patience;
 pub use token::{JobToken, random};
 pub use wire::{Limits, Wire};
 

@@ -45,7 +45,7 @@ pub fn wire(stream: TcpStream) -> io::Result<Wire> {
         traffic,
     };
     Ok(Wire::new(
-        wire::Reader::Tcp(reader),
+        wire::Reader::Tcp(Box::new(reader)),
         wire::Writer::Tcp(writer),
         LIMITS,
     ))

@@ -7,7 +7,7 @@ use tokio::time::Instant;
 
 use super::exchange::{Exchange, Happened, Incoming, Outgoing};
 use super::message::{Broken, Malformed, Message};
-use super::{Hello, Traffic, VERSION, tcp};
+use super::{Hello, Traffic, VERSION, mqtt, tcp};
 
 /// Messages that wait to be sent; who lets more pile up does not read.
 const QUEUE: usize = 1024;
@@ -33,12 +33,14 @@ pub struct Wire {
 
 #[derive(Debug)]
 pub(super) enum Reader {
-    Tcp(tcp::Reader),
+    Tcp(Box<tcp::Reader>),
+    Mqtt(mqtt::Reader),
 }
 
 #[derive(Debug)]
 pub(super) enum Writer {
     Tcp(tcp::Writer),
+    Mqtt(mqtt::Writer),
 }
 
 /// Encoded messages that wait.
@@ -67,6 +69,7 @@ impl Reader {
     pub(super) async fn next(&mut self, incoming: &mut Incoming) -> Result<Message, Broken> {
         match self {
             Self::Tcp(reader) => reader.next(incoming).await,
+            Self::Mqtt(reader) => reader.next(incoming).await,
         }
     }
 }
@@ -76,6 +79,7 @@ impl Writer {
     pub(super) async fn drive(&mut self, outgoing: Option<&mut Outgoing>, limits: &Limits) -> Broken {
         match self {
             Self::Tcp(writer) => writer.drive(outgoing, limits).await,
+            Self::Mqtt(writer) => writer.drive(outgoing, limits).await,
         }
     }
 }
@@ -94,11 +98,22 @@ impl Wire {
 
     /// Counts this wire's bytes there, from here on.
     pub fn count_in(&mut self, traffic: Arc<Traffic>) {
-        match (&mut self.reader, &mut self.writer) {
-            (Reader::Tcp(reader), Writer::Tcp(writer)) => {
-                reader.traffic = Arc::clone(&traffic);
-                writer.traffic = traffic;
-            }
+        match &mut self.reader {
+            Reader::Tcp(reader) => reader.traffic = Arc::clone(&traffic),
+            Reader::Mqtt(reader) => reader.traffic = Arc::clone(&traffic),
+        }
+        match &mut self.writer {
+            Writer::Tcp(writer) => writer.traffic = traffic,
+            Writer::Mqtt(writer) => writer.traffic = traffic,
+        }
+    }
+
+    /// Makes chunks at most so long, where a broker may find longer ones too long.
+    pub fn limit_chunks(&mut self, bytes: usize) {
+        if matches!(self.writer, Writer::Mqtt(_)) {
+            let chunks = self.limits.window_bytes / self.limits.chunk_bytes as u64;
+            self.limits.chunk_bytes = self.limits.chunk_bytes.min(bytes).max(1);
+            self.limits.window_bytes = chunks * self.limits.chunk_bytes as u64;
         }
     }
 
@@ -107,6 +122,7 @@ impl Wire {
         self.said = Instant::now();
         match &mut self.writer {
             Writer::Tcp(writer) => writer.queue.push(tcp::framed(message)),
+            Writer::Mqtt(writer) => writer.queue.push(message.encode()),
         }
     }
 
@@ -117,6 +133,7 @@ impl Wire {
     pub async fn flush(&mut self) -> Result<(), Broken> {
         match &mut self.writer {
             Writer::Tcp(writer) => writer.flush().await,
+            Writer::Mqtt(writer) => writer.flush().await,
         }
     }
 

@@ -1,7 +1,7 @@
 //! One round's aggregate in the making: which updates come in, and the folding.
 
 use lifl_common::arena::WritableSlot;
-use lifl_common::config::{Timing, UpdateKind};
+use lifl_common::config::{Kind, Timing, UpdateKind};
 use lifl_common::frame::{Frame, Refusal};
 use lifl_common::id::{Key, WorkerId};
 use lifl_common::update::{Metadata, Schema, image};
@@ -137,15 +137,15 @@ impl Collecting {
             schema,
             job,
             name,
+            kind,
             threads,
-            ..
         } = shared;
         let offset = image::data_offset(schema);
         let data = offset..offset + schema.data_bytes();
         let samples = accumulator.finish(&mut self.slot.bytes_mut()[data.clone()])?;
-        // Only the top has the model in its own arena.
+        // The top's model is in its own arena.
         if job.updates == UpdateKind::Deltas
-            && self.model.by == WorkerId::NONE
+            && *kind == Kind::Top
             && let Some(model) = own_object(self.model.key)
         {
             add(
