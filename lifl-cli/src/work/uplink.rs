@@ -24,6 +24,9 @@ use tokio::task::JoinHandle;
 /// The first pause after a broken session; each that was of no use doubles it.
 const FIRST_PAUSE: Duration = Duration::from_millis(50);
 
+/// How long a gateway behind a broker has to answer a hello.
+const BROKER_PATIENCE: Duration = Duration::from_secs(3);
+
 const LONGEST_PAUSE: Duration = Duration::from_secs(3);
 
 /// How a gateway is reached.
@@ -85,6 +88,11 @@ impl Dial {
     }
 
     async fn connect(self, hello: Hello) -> Result<Wire, Broken> {
+        // A broker loses what is published while the gateway is away from it: that is better said soon again.
+        let answer = match self {
+            Self::Tcp(_) => HELLO_TIMEOUT,
+            Self::Mqtt(_) => BROKER_PATIENCE,
+        };
         let connected = async {
             let mut wire = match self {
                 Self::Tcp(address) => tcp::connect(address).await?,
@@ -94,10 +102,11 @@ impl Dial {
                     wire
                 }
             };
-            wire.introduce(&hello).await?;
+            let introduced = tokio::time::timeout(answer, wire.introduce(&hello)).await;
+            introduced.unwrap_or(Err(Broken::Silent(answer)))?;
             Ok(wire)
         };
-        let connected = tokio::time::timeout(HELLO_TIMEOUT, connected).await;
+        let connected = tokio::time::timeout(HELLO_TIMEOUT + answer, connected).await;
         connected.unwrap_or(Err(Broken::Silent(HELLO_TIMEOUT)))
     }
 }

@@ -16,9 +16,9 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use bytes::Bytes;
-use rumqttc::v5::mqttbytes::QoS;
 use rumqttc::v5::mqttbytes::v5::Packet;
-use rumqttc::v5::{AsyncClient, ConnectionError, Event, EventLoop, MqttOptions};
+use rumqttc::v5::mqttbytes::{Error as MqttError, QoS};
+use rumqttc::v5::{AsyncClient, ConnectionError, Event, EventLoop, MqttOptions, StateError};
 use sha2::{Digest, Sha256};
 use tokio::sync::{mpsc, watch};
 
@@ -33,6 +33,9 @@ const ENVELOPE_BYTES: usize = 8 + 4;
 
 /// The longest chunk's data, unless the broker takes less.
 const CHUNK_BYTES: usize = 128 << 10;
+
+/// It is not looked for a limit below this.
+const SHORTEST_CHUNK_BYTES: usize = 1 << 10;
 
 /// Chunks under way: a broker keeps a thousand messages for a slow reader, and some hundred workers may share one.
 const WINDOW_CHUNKS: u64 = 4;
@@ -117,11 +120,46 @@ pub struct Driver {
     acknowledged: watch::Sender<u64>,
 }
 
-/// Connects to a broker and subscribes.
+/// Connects to a broker, subscribes, and finds out how long a message may be: brokers with a limit need not announce it,
+/// but answer to what is too long.
 ///
 /// # Errors
 /// If it does not answer, or does not let us subscribe.
-pub async fn connect(broker: &Broker, subscription: &str) -> Result<(Line, Driver), Broken> {
+pub async fn connect(
+    broker: &Broker,
+    token: &JobToken,
+    subscription: &str,
+) -> Result<(Line, Driver), Broken> {
+    let mut chunk_bytes = CHUNK_BYTES;
+    loop {
+        let connected = connect_with(broker, token, subscription, chunk_bytes);
+        match tokio::time::timeout(BROKER_TIMEOUT, connected).await {
+            Ok(Err(Broken::Broker(error))) if is_too_long(&error) && chunk_bytes > SHORTEST_CHUNK_BYTES => {
+                chunk_bytes /= 2;
+            }
+            Ok(connected) => return connected,
+            Err(_) => return Err(Broken::Silent(BROKER_TIMEOUT)),
+        }
+    }
+}
+
+/// Whether a broker answered "packet too large" (MQTT 5, section 2.4), which the client takes for a broken packet.
+fn is_too_long(error: &ConnectionError) -> bool {
+    const PACKET_TOO_LARGE: u8 = 0x95;
+    matches!(
+        error,
+        ConnectionError::MqttState(StateError::Deserialization(MqttError::InvalidConnectReturnCode(
+            PACKET_TOO_LARGE
+        )))
+    )
+}
+
+async fn connect_with(
+    broker: &Broker,
+    token: &JobToken,
+    subscription: &str,
+    mut chunk_bytes: usize,
+) -> Result<(Line, Driver), Broken> {
     let id = format!("lifl-{}", hex(&random::<8>()));
     let mut options = MqttOptions::new(id, &broker.host, broker.port);
     options
@@ -132,23 +170,25 @@ pub async fn connect(broker: &Broker, subscription: &str) -> Result<(Line, Drive
     let (client, mut events) = AsyncClient::new(options, INBOX);
     let subscribe = client.subscribe(subscription, QoS::AtLeastOnce).await;
     subscribe.map_err(|_| Broken::Closed)?;
-    let mut chunk_bytes = CHUNK_BYTES;
-    let subscribed = async {
-        loop {
-            match events.poll().await.map_err(Box::new)? {
-                Event::Incoming(Packet::ConnAck(acknowledged)) => {
-                    let properties = acknowledged.properties;
-                    if let Some(most) = properties.and_then(|properties| properties.max_packet_size) {
-                        chunk_bytes = chunk_bytes.min((most as usize).saturating_sub(OVERHEAD_BYTES).max(1));
-                    }
+    loop {
+        match events.poll().await.map_err(Box::new)? {
+            Event::Incoming(Packet::ConnAck(acknowledged)) => {
+                let properties = acknowledged.properties;
+                if let Some(most) = properties.and_then(|properties| properties.max_packet_size) {
+                    chunk_bytes = chunk_bytes.min((most as usize).saturating_sub(OVERHEAD_BYTES).max(1));
                 }
-                Event::Incoming(Packet::SubAck(_)) => return Ok(()),
-                _ => {}
             }
+            Event::Incoming(Packet::SubAck(_)) => {
+                // Nobody reads it: only the answer counts.
+                let probe = vec![0; ENVELOPE_BYTES + CHUNK_HEAD_BYTES + chunk_bytes];
+                let topic = format!("{}/probe", root(token));
+                let published = client.try_publish(topic, QoS::AtLeastOnce, false, probe);
+                published.map_err(|_| Broken::Closed)?;
+            }
+            Event::Incoming(Packet::PubAck(_)) => break,
+            _ => {}
         }
-    };
-    let subscribed = tokio::time::timeout(BROKER_TIMEOUT, subscribed).await;
-    subscribed.unwrap_or(Err(Broken::Silent(BROKER_TIMEOUT)))?;
+    }
     let (acknowledged, watched) = watch::channel(0);
     let line = Line {
         client,
@@ -170,7 +210,7 @@ pub async fn dial(
     worker: &str,
 ) -> Result<(Wire, impl Future<Output = ()> + use<>), Broken> {
     let topic = format!("{}/{}", root(token), level(worker));
-    let (line, mut driver) = connect(broker, &format!("{topic}/down")).await?;
+    let (line, mut driver) = connect(broker, token, &format!("{topic}/down")).await?;
     let (inbox, publishes) = mpsc::channel(INBOX);
     let session = u64::from_le_bytes(random());
     let wire = line.wire(format!("{topic}/up"), session, publishes);

@@ -105,6 +105,12 @@ impl Reader {
         Ok(message)
     }
 
+    /// Reads until the other end closes.
+    pub(super) async fn drain(&mut self) {
+        let mut scratch = [0; 4096];
+        while self.half.read(&mut scratch).await.is_ok_and(|read| read > 0) {}
+    }
+
     async fn fill(&mut self, end: usize) -> Result<(), Broken> {
         while self.filled < end {
             let read = self.half.read(&mut self.head[self.filled..end]).await?;
@@ -199,6 +205,12 @@ impl Writer {
         // Without an object to go on with, what is left ends.
         while self.write(None, &LIMITS).await? {}
         Ok(())
+    }
+
+    /// Nothing more will be written.
+    pub(super) async fn shut(&mut self) {
+        // Of a connection that is gone already nothing is left to be said.
+        let _ = self.half.shutdown().await;
     }
 
     /// Writes a piece; says whether there was one.

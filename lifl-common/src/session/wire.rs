@@ -137,6 +137,19 @@ impl Wire {
         }
     }
 
+    /// Says a last word and closes. A connection is closed in an orderly way: what is thrown at it meanwhile is read and
+    /// dropped, or the kernel would reset it and the last word could be lost.
+    pub async fn close(mut self, last_word: &Message) {
+        self.send(last_word);
+        if self.flush().await.is_err() {
+            return;
+        }
+        if let (Reader::Tcp(reader), Writer::Tcp(writer)) = (&mut self.reader, &mut self.writer) {
+            writer.shut().await;
+            reader.drain().await;
+        }
+    }
+
     /// Waits for a worker's first word.
     ///
     /// # Errors

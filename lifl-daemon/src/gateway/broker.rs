@@ -54,7 +54,7 @@ impl<A: Fn(Hello, Wire) + Clone + Send + 'static> Service<A> {
         let mut reached = Some(reached);
         let mut pause = FIRST_PAUSE;
         loop {
-            match mqtt::connect(&self.broker, &subscription).await {
+            match mqtt::connect(&self.broker, &self.token, &subscription).await {
                 Ok((line, driver)) => {
                     if let Some(reached) = reached.take() {
                         reached(Ok(()));

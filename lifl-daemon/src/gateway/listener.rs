@@ -102,8 +102,8 @@ async fn greet(stream: TcpStream, peer: SocketAddr, admit: impl Fn(Hello, Wire))
         Ok(Err(error @ Broken::Malformed(_))) => {
             let reason = error_chain(&error);
             tracing::warn!(%peer, "no worker: {reason}");
-            wire.send(&Message::Bye { last: true, reason });
-            let _ = tokio::time::timeout(FAREWELL, wire.flush()).await;
+            let bye = Message::Bye { last: true, reason };
+            let _ = tokio::time::timeout(FAREWELL, wire.close(&bye)).await;
         }
         Ok(Err(error)) => tracing::debug!(%peer, "left before hello: {error}"),
         Err(_) => tracing::warn!(%peer, "said nothing: disconnected"),

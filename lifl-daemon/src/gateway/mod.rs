@@ -426,10 +426,10 @@ impl Gateway {
         self.tasks.spawn(Proxy::stand_in(stand));
     }
 
-    fn turn_away(&self, mut wire: Wire, reason: String) {
-        wire.send(&Message::Bye { last: true, reason });
+    fn turn_away(&self, wire: Wire, reason: String) {
         self.tasks.spawn(async move {
-            let _ = tokio::time::timeout(FAREWELL, wire.flush()).await;
+            let bye = Message::Bye { last: true, reason };
+            let _ = tokio::time::timeout(FAREWELL, wire.close(&bye)).await;
         });
     }
 }

@@ -108,61 +108,70 @@ pub(super) struct Proxy {
 }
 
 impl Proxy {
-    /// Stands for a worker until the job ends or the worker is lost.
-    pub(super) async fn stand_in(stand: Stand) {
-        let (name, job) = (stand.name.clone(), stand.job);
-        if let Err(error) = Self::stand(stand).await {
-            let why = error_chain(&error);
-            tracing::warn!(%job, worker = %name, "the worker's proxy leaves: {why}");
+    /// Stands for a worker until the job ends or the worker is lost. However it ends, the worker is told.
+    pub(super) async fn stand_in(mut stand: Stand) {
+        let (mut wire, outcome) = match Self::join(&stand).await {
+            Ok(mut proxy) => {
+                let outcome = proxy.stand(&mut stand).await;
+                (proxy.wire.take(), outcome)
+            }
+            Err(error) => (None, Err(error)),
+        };
+        let last_word = match outcome {
+            Ok(reason) => Message::End(reason),
+            Err(error) => {
+                let reason = error_chain(&error);
+                tracing::warn!(job = %stand.job, worker = %stand.name, "the worker's proxy leaves: {reason}");
+                Message::Bye { last: true, reason }
+            }
+        };
+        stand.wires.close();
+        while let Ok(next) = stand.wires.try_recv() {
+            wire = Some(next);
         }
+        farewell(wire, &last_word).await;
     }
 
-    async fn stand(mut stand: Stand) -> Result<(), ProxyError> {
-        let mut proxy = Self::join(&stand).await?;
+    /// Gives the reason of an end that is none of the proxy's making.
+    async fn stand(&mut self, stand: &mut Stand) -> Result<String, ProxyError> {
         let mut patience = Patience::new();
         loop {
             let given_up = patience.ends(stand.grace);
             tokio::select! {
-                frame = proxy.frames.recv() => {
+                frame = self.frames.recv() => {
                     let frame = frame.map_err(ProxyError::Frames)?;
-                    proxy.frame(&frame.ok_or(ProxyError::FramesClosed)?).await?;
+                    self.frame(&frame.ok_or(ProxyError::FramesClosed)?).await?;
                 }
-                event = proxy.client.event() => match event? {
-                    Event::PeerLost(lost) => proxy.lost(lost.worker),
-                    Event::DeadLetter(letter) => proxy.lost(letter.to),
-                    Event::JobEnded { reason } => {
-                        proxy.farewell(&Message::End(reason)).await;
-                        return Ok(());
-                    }
+                event = self.client.event() => match event? {
+                    Event::PeerLost(lost) => self.lost(lost.worker),
+                    Event::DeadLetter(letter) => self.lost(letter.to),
+                    Event::JobEnded { reason } => return Ok(reason),
                     Event::PeerJoined { .. } => {}
                 },
                 Some(mut wire) = stand.wires.recv() => {
                     wire.count_in(Arc::clone(&stand.traffic));
-                    if proxy.wire.take().is_some() {
-                        patience.broken(&proxy.exchange);
+                    if self.wire.take().is_some() {
+                        patience.broken(&self.exchange);
                     }
-                    patience.opened(&proxy.exchange, &mut wire);
-                    proxy.open(wire);
+                    patience.opened(&self.exchange, &mut wire);
+                    self.open(wire);
                 }
-                happened = happened(&mut proxy.exchange, &mut proxy.wire) => {
+                happened = happened(&mut self.exchange, &mut self.wire) => {
                     let outcome = match happened {
-                        Ok(happened) => proxy.happened(happened).await?,
+                        Ok(happened) => self.happened(happened).await?,
                         Err(broken) => Err(broken),
                     };
                     if let Err(broken) = outcome {
-                        proxy.broken(&broken).await;
-                        patience.broken(&proxy.exchange);
+                        self.broken(&broken).await;
+                        patience.broken(&self.exchange);
                     }
                 }
-                () = tokio::time::sleep_until(given_up), if proxy.wire.is_none() => {
+                () = tokio::time::sleep_until(given_up), if self.wire.is_none() => {
                     return Err(ProxyError::GivenUp(stand.grace));
                 }
-                () = stand.leave.cancelled() => {
-                    proxy.farewell(&Message::End("the worker's place is taken away".to_owned())).await;
-                    return Ok(());
-                }
+                () = stand.leave.cancelled() => return Ok("the worker's place is taken away".to_owned()),
             }
-            proxy.advance().await?;
+            self.advance().await?;
         }
     }
 
@@ -210,20 +219,13 @@ impl Proxy {
     async fn broken(&mut self, broken: &Broken) {
         let reason = error_chain(broken);
         tracing::warn!(worker = %self.name, "session broken: {reason}");
+        let wire = self.wire.take();
         if matches!(broken, Broken::Malformed(_)) {
-            self.farewell(&Message::Bye { last: false, reason }).await;
+            farewell(wire, &Message::Bye { last: false, reason }).await;
         }
-        self.wire = None;
         // The worker says again what it wanted.
         if self.exchange.receiving().is_none() {
             self.coming = None;
-        }
-    }
-
-    async fn farewell(&mut self, message: &Message) {
-        if let Some(mut wire) = self.wire.take() {
-            wire.send(message);
-            let _ = tokio::time::timeout(FAREWELL, wire.flush()).await;
         }
     }
 
@@ -486,5 +488,12 @@ async fn happened(exchange: &mut Exchange, wire: &mut Option<Wire>) -> Result<Ha
     match wire {
         Some(wire) => exchange.next(wire).await,
         None => std::future::pending().await,
+    }
+}
+
+/// The last word on a wire.
+async fn farewell(wire: Option<Wire>, message: &Message) {
+    if let Some(wire) = wire {
+        let _ = tokio::time::timeout(FAREWELL, wire.close(message)).await;
     }
 }
