@@ -8,7 +8,7 @@ use std::time::Instant;
 
 use nix::sys::signal::Signal;
 
-use support::{Job, PATIENCE, Place, assert_same_model, free_port, signal, transports};
+use support::{Finished, Job, PATIENCE, Place, assert_same_model, free_port, signal, transports};
 
 /// A mosquitto of the test's own, on a free port.
 struct Mosquitto {
@@ -97,8 +97,15 @@ fn model_of(job: &Job, backends: &[&str], mqtt: u16, more: &[&str]) -> Vec<u8> {
     .file();
     transports(&mut file, backends, free_port(), mqtt);
     let place = Place::new(&file);
-    place.finish(more).success();
+    let finished = place.finish(more).success();
+    assert_orderly(&finished);
     place.model()
+}
+
+/// Nobody was left behind at the end.
+fn assert_orderly(finished: &Finished) {
+    assert!(!finished.stderr.contains("did not leave"), "{}", finished.stderr);
+    assert!(finished.all("worker_lost").is_empty(), "{:?}", finished.events);
 }
 
 fn as_on_shared_memory(broker: &Mosquitto) {

@@ -21,8 +21,11 @@ use tokio_util::sync::CancellationToken;
 
 const PATIENCE: Duration = Duration::from_secs(30);
 
-/// Elements of the job's one tensor: 8 MB, more than a connection holds.
-const ELEMENTS: usize = 2_000_000;
+/// Elements of a job's one tensor: 8 MB, more than a connection holds.
+const SOME: usize = 2_000_000;
+
+/// Elements of a tensor that is under way for a while.
+const MANY: usize = 16_000_000;
 
 async fn within<T>(what: impl Future<Output = T>) -> T {
     tokio::time::timeout(PATIENCE, what).await.expect("in time")
@@ -49,14 +52,14 @@ struct Remote {
 }
 
 impl Stage {
-    async fn set(grace: Duration) -> Self {
+    async fn set(grace: Duration, elements: usize) -> Self {
         let folder = tempfile::tempdir().expect("a folder");
         let options = Options {
             socket: folder.path().join("lifl.sock"),
             socket_mode: 0o600,
             socket_group: None,
             plane: Request::Relay,
-            pool_bytes: 64 << 20,
+            pool_bytes: 512 << 20,
             huge_pages: HugePages::Never,
             max_workers: 16,
             gateway: GatewayOptions {
@@ -71,7 +74,7 @@ impl Stage {
             .register(job, "coordinator", "coordinator")
             .await
             .expect("registered");
-        let tensor = TensorSpec::new("parameters", DType::F32, [ELEMENTS]);
+        let tensor = TensorSpec::new("parameters", DType::F32, [elements]);
         let schema = Schema::new(vec![tensor]).expect("a schema");
         let object_bytes = image::image_bytes(&schema) as u64;
         let layout = Layout::for_objects(1, object_bytes).expect("a layout");
@@ -250,9 +253,9 @@ impl Remote {
     }
 }
 
-/// An update's data: all that value.
-fn filled(value: f32) -> Source {
-    let mut buffer = Buffer::new(4 * ELEMENTS);
+/// The data of one of the stage's updates: all that value.
+fn filled(stage: &Stage, value: f32) -> Source {
+    let mut buffer = Buffer::new(stage.schema.data_bytes());
     for element in buffer.bytes_mut().chunks_exact_mut(4) {
         element.copy_from_slice(&value.to_le_bytes());
     }
@@ -261,7 +264,7 @@ fn filled(value: f32) -> Source {
 
 #[tokio::test]
 async fn an_update_goes_on_where_it_broke_and_counts_once() {
-    let mut stage = Stage::set(PATIENCE).await;
+    let mut stage = Stage::set(PATIENCE, MANY).await;
     let mut remote = stage.remote("one", 7);
     let mut wire = stage.enter(&mut remote).await;
     let proxy = stage.proxy("one").await;
@@ -280,9 +283,11 @@ async fn an_update_goes_on_where_it_broke_and_counts_once() {
     stage.model_is_back(proxy).await;
 
     // A third of the update, then the connection breaks; the same again; then the rest.
-    remote
-        .exchange
-        .offer(Some(&mut wire), Message::Update(stage.update(1)), filled(3.0));
+    remote.exchange.offer(
+        Some(&mut wire),
+        Message::Update(stage.update(1)),
+        filled(&stage, 3.0),
+    );
     for third in 1..3 {
         while remote.exchange.moved() < object.length + third * object.length / 3 {
             let pause = Duration::from_millis(1);
@@ -323,9 +328,11 @@ async fn an_update_goes_on_where_it_broke_and_counts_once() {
 
     // Said again after yet another break, it is known, and lent no second time.
     let mut wire = stage.enter(&mut remote).await;
-    remote
-        .exchange
-        .offer(Some(&mut wire), Message::Update(stage.update(1)), filled(3.0));
+    remote.exchange.offer(
+        Some(&mut wire),
+        Message::Update(stage.update(1)),
+        filled(&stage, 3.0),
+    );
     assert!(matches!(remote.next(&mut wire).await, Happened::Sent(1)));
     let accepted = Frame {
         round: 1,
@@ -356,7 +363,7 @@ async fn an_update_goes_on_where_it_broke_and_counts_once() {
 
 #[tokio::test]
 async fn updates_that_are_none_are_refused_by_name() {
-    let mut stage = Stage::set(PATIENCE).await;
+    let mut stage = Stage::set(PATIENCE, SOME).await;
     let mut remote = stage.remote("one", 7);
     let mut wire = stage.enter(&mut remote).await;
     let proxy = stage.proxy("one").await;
@@ -364,21 +371,25 @@ async fn updates_that_are_none_are_refused_by_name() {
     remote.model(&mut wire).await;
     stage.model_is_back(proxy).await;
     // Of a round that is not, of another shape, and a second try.
-    remote
-        .exchange
-        .offer(Some(&mut wire), Message::Update(stage.update(9)), filled(1.0));
+    remote.exchange.offer(
+        Some(&mut wire),
+        Message::Update(stage.update(9)),
+        filled(&stage, 1.0),
+    );
     assert_eq!(remote.verdict(&mut wire).await, (9, Refusal::NotExpected as u16));
     let mut other = stage.update(1);
     other.object.schema += 1;
     remote
         .exchange
-        .offer(Some(&mut wire), Message::Update(other), filled(1.0));
+        .offer(Some(&mut wire), Message::Update(other), filled(&stage, 1.0));
     assert_eq!(remote.verdict(&mut wire).await, (1, Refusal::WrongShape as u16));
     // The parent does not wait for it.
     assert_eq!(stage.expect(FrameKind::Nothing).await.round, 1);
-    remote
-        .exchange
-        .offer(Some(&mut wire), Message::Update(stage.update(1)), filled(1.0));
+    remote.exchange.offer(
+        Some(&mut wire),
+        Message::Update(stage.update(1)),
+        filled(&stage, 1.0),
+    );
     assert_eq!(remote.verdict(&mut wire).await, (1, Refusal::WrongShape as u16));
 
     // The parent's own refusal is passed on, and the slot is free for the next round.
@@ -389,7 +400,7 @@ async fn updates_that_are_none_are_refused_by_name() {
         remote.exchange.offer(
             Some(&mut wire),
             Message::Update(stage.update(round)),
-            filled(f32::NAN),
+            filled(&stage, f32::NAN),
         );
         assert!(matches!(remote.next(&mut wire).await, Happened::Sent(sent) if sent == round));
         let lent = stage.expect(FrameKind::Update).await;
@@ -410,7 +421,7 @@ async fn updates_that_are_none_are_refused_by_name() {
 
 #[tokio::test]
 async fn what_is_late_is_not_taken() {
-    let mut stage = Stage::set(PATIENCE).await;
+    let mut stage = Stage::set(PATIENCE, SOME).await;
     let mut remote = stage.remote("one", 7);
     let mut wire = stage.enter(&mut remote).await;
     let proxy = stage.proxy("one").await;
@@ -420,9 +431,11 @@ async fn what_is_late_is_not_taken() {
     // In the middle of the update the next round begins.
     let traffic = Arc::new(Traffic::default());
     wire.count_in(Arc::clone(&traffic));
-    remote
-        .exchange
-        .offer(Some(&mut wire), Message::Update(stage.update(1)), filled(1.0));
+    remote.exchange.offer(
+        Some(&mut wire),
+        Message::Update(stage.update(1)),
+        filled(&stage, 1.0),
+    );
     tokio::select! {
         happened = remote.exchange.next(&mut wire) => panic!("{happened:?}"),
         () = within(async {
@@ -452,7 +465,7 @@ async fn what_is_late_is_not_taken() {
 
 #[tokio::test]
 async fn only_the_jobs_own_workers_are_let_in() {
-    let stage = Stage::set(PATIENCE).await;
+    let stage = Stage::set(PATIENCE, SOME).await;
     let hello = |token, name: &str, instance| Hello::new(token, name.to_owned(), instance);
     let wrong = JobToken::new();
     let reason = stage.turned_away(hello(wrong, "one", 1)).await;
@@ -490,7 +503,7 @@ async fn only_the_jobs_own_workers_are_let_in() {
 
 #[tokio::test]
 async fn a_worker_that_does_not_come_back_is_lost() {
-    let mut stage = Stage::set(Duration::from_millis(200)).await;
+    let mut stage = Stage::set(Duration::from_millis(200), SOME).await;
     let mut remote = stage.remote("one", 7);
     let wire = stage.enter(&mut remote).await;
     let proxy = stage.proxy("one").await;
@@ -505,7 +518,7 @@ async fn a_worker_that_does_not_come_back_is_lost() {
     assert!(reason.contains("given up"), "{reason}");
 
     // One that is known to be dead is not waited for.
-    let mut stage = Stage::set(PATIENCE * 10).await;
+    let mut stage = Stage::set(PATIENCE * 10, SOME).await;
     let mut remote = stage.remote("two", 7);
     let _wire = stage.enter(&mut remote).await;
     let proxy = stage.proxy("two").await;
@@ -521,7 +534,7 @@ async fn a_worker_that_does_not_come_back_is_lost() {
 
 #[tokio::test]
 async fn the_door_is_the_jobs_makers_to_open() {
-    let mut stage = Stage::set(PATIENCE).await;
+    let mut stage = Stage::set(PATIENCE, SOME).await;
     let refused = |result: Result<_, ClientError>| match result {
         Err(ClientError::Refused { code, message }) => (code, message),
         Err(other) => panic!("{other}"),

@@ -16,6 +16,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use bytes::Bytes;
+use rumqttc::NetworkOptions;
 use rumqttc::v5::mqttbytes::v5::Packet;
 use rumqttc::v5::mqttbytes::{Error as MqttError, QoS};
 use rumqttc::v5::{AsyncClient, ConnectionError, Event, EventLoop, MqttOptions, StateError};
@@ -162,11 +163,14 @@ async fn connect_with(
 ) -> Result<(Line, Driver), Broken> {
     let id = format!("lifl-{}", hex(&random::<8>()));
     let mut options = MqttOptions::new(id, &broker.host, broker.port);
+    let mut network = NetworkOptions::new();
+    network.set_tcp_nodelay(true);
     options
         .set_keep_alive(KEEP_ALIVE)
         .set_clean_start(true)
         .set_max_packet_size(Some((MAX_CHUNK_BYTES + OVERHEAD_BYTES) as u32))
-        .set_outgoing_inflight_upper_limit(IN_FLIGHT);
+        .set_outgoing_inflight_upper_limit(IN_FLIGHT)
+        .set_network_options(network);
     let (client, mut events) = AsyncClient::new(options, INBOX);
     let subscribe = client.subscribe(subscription, QoS::AtLeastOnce).await;
     subscribe.map_err(|_| Broken::Closed)?;

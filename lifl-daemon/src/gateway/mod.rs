@@ -141,6 +141,7 @@ struct OpenJob {
     opening: Option<(ConnId, Reply)>,
     /// The connection with the broker ends with it.
     open: CancellationToken,
+    proxies: TaskTracker,
 }
 
 struct Expected {
@@ -299,6 +300,7 @@ impl Gateway {
                 expected: HashMap::new(),
                 opening: later,
                 open,
+                proxies: TaskTracker::new(),
             },
         );
         Ok(now)
@@ -355,7 +357,12 @@ impl Gateway {
         let Some(closed) = self.jobs.remove(&job) else {
             return;
         };
-        closed.open.cancel();
+        // The proxies' last words go over the line to the broker.
+        self.tasks.spawn(async move {
+            closed.proxies.close();
+            closed.proxies.wait().await;
+            closed.open.cancel();
+        });
         tracing::info!(%job, "gateway closed");
         let deserted = self.listeners.extract_if(|_, (_, jobs)| {
             jobs.remove(&job);
@@ -423,7 +430,8 @@ impl Gateway {
             wires: inbox,
             leave,
         };
-        self.tasks.spawn(Proxy::stand_in(stand));
+        let standing = job.proxies.track_future(Proxy::stand_in(stand));
+        self.tasks.spawn(standing);
     }
 
     fn turn_away(&self, wire: Wire, reason: String) {

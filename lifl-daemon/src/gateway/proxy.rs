@@ -110,18 +110,22 @@ pub(super) struct Proxy {
 impl Proxy {
     /// Stands for a worker until the job ends or the worker is lost. However it ends, the worker is told.
     pub(super) async fn stand_in(mut stand: Stand) {
-        let (mut wire, outcome) = match Self::join(&stand).await {
+        let (mut proxy, outcome) = match Self::join(&stand).await {
             Ok(mut proxy) => {
                 let outcome = proxy.stand(&mut stand).await;
-                (proxy.wire.take(), outcome)
+                (Some(proxy), outcome)
             }
             Err(error) => (None, Err(error)),
         };
+        let mut wire = proxy.as_mut().and_then(|proxy| proxy.wire.take());
         let last_word = match outcome {
+            // The daemon waits for its workers, and so for the last word.
             Ok(reason) => Message::End(reason),
             Err(error) => {
                 let reason = error_chain(&error);
                 tracing::warn!(job = %stand.job, worker = %stand.name, "the worker's proxy leaves: {reason}");
+                // Its peers need not wait.
+                proxy = None;
                 Message::Bye { last: true, reason }
             }
         };
@@ -130,6 +134,7 @@ impl Proxy {
             wire = Some(next);
         }
         farewell(wire, &last_word).await;
+        drop(proxy);
     }
 
     /// Gives the reason of an end that is none of the proxy's making.
