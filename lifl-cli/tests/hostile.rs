@@ -134,6 +134,7 @@ impl Stage {
             pool_bytes: 1 << 20,
             huge_pages: HugePages::Never,
             max_workers: 8,
+            flame: None,
         };
         let node = Daemon::start(options, CancellationToken::new()).expect("a daemon");
         let mut client = Client::connect(node.socket()).await.expect("connected");

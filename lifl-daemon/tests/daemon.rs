@@ -34,6 +34,7 @@ fn options(socket: PathBuf, plane: Request) -> Options {
         pool_bytes: 4 << 20,
         huge_pages: HugePages::Never,
         max_workers: 8,
+        flame: None,
     }
 }
 

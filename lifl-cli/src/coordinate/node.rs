@@ -118,6 +118,8 @@ impl Node {
                 pool_bytes: options.pool_bytes.unwrap_or_else(default_pool_bytes),
                 huge_pages: options.huge_pages,
                 max_workers: options.workers.max(DEFAULT_MAX_WORKERS),
+                // Flame's ports are for a daemon that stays.
+                flame: None,
             },
             CancellationToken::new(),
         );
