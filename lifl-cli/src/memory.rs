@@ -1,5 +1,7 @@
 //! What a job takes of the machine's memory: the layout of every arena, and the sum that `lifl plan` shows.
 
+use std::collections::HashMap;
+
 use lifl_common::arena::Layout;
 use lifl_common::config::{JobSpec, Kind, ModelSpec, WorkerSpec};
 use lifl_common::update::{Schema, image};
@@ -73,6 +75,11 @@ impl Plan {
     /// Adds up what the job takes on huge or ordinary pages. Sums that overflow stand as `u64::MAX`.
     pub fn new(job: &JobSpec, schema: &Schema, huge_pages: bool) -> Self {
         let object_bytes = object_bytes(schema);
+        let datasets: HashMap<String, u32> = job
+            .datasets()
+            .into_iter()
+            .map(|(data, trainers)| (data.dataset, trainers))
+            .collect();
         let workers: Vec<Share> = job
             .workers
             .iter()
@@ -82,7 +89,12 @@ impl Plan {
                 let arena_bytes = layout
                     .and_then(|layout| layout.memfd_bytes(huge_pages))
                     .unwrap_or(u64::MAX);
-                let private_bytes = private_bytes(job, schema, worker);
+                let dataset = worker
+                    .dataset
+                    .as_ref()
+                    .or(job.data.as_ref().map(|data| &data.dataset));
+                let sharing = dataset.and_then(|dataset| datasets.get(dataset)).copied();
+                let private_bytes = private_bytes(job, schema, worker, sharing.unwrap_or(1));
                 Share {
                     name: worker.name.clone(),
                     slots,
@@ -112,12 +124,10 @@ impl Plan {
     }
 }
 
-fn private_bytes(job: &JobSpec, schema: &Schema, worker: &WorkerSpec) -> u64 {
+/// `sharing` is how many trainers a trainer's dataset is divided among.
+fn private_bytes(job: &JobSpec, schema: &Schema, worker: &WorkerSpec, sharing: u32) -> u64 {
     match worker.kind {
-        Kind::Trainer => {
-            let shares = job.trainers().count() as u64;
-            learner_bytes(job, schema, shares, u64::from(job.training.batch_size))
-        }
+        Kind::Trainer => learner_bytes(job, schema, sharing.into(), u64::from(job.training.batch_size)),
         Kind::Top | Kind::Aggregator => {
             PROCESS_BYTES.saturating_add(aggregate::scratch_bytes(schema, job.timing) as u64)
         }

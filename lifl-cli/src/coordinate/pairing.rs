@@ -114,6 +114,7 @@ mod tests {
             down,
             transport: Transport::Shm,
             share: None,
+            dataset: None,
         }
     }
 

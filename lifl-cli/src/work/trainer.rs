@@ -59,10 +59,9 @@ struct Trainer {
 
 /// Plays the role until the job ends.
 pub(super) async fn play(place: Place, job: JobSpec, spec: WorkerSpec, schema: Schema) -> anyhow::Result<()> {
-    let share = spec.share.context("a trainer without a share of the data")?;
     let learner = tokio::task::spawn_blocking({
-        let job = job.clone();
-        move || learn::for_trainer(&job, share)
+        let (job, spec) = (job.clone(), spec.clone());
+        move || learn::for_trainer(&job, &spec)
     });
     let learner = learner.await.context("the learner could not be made")??;
     let link = join(&place, &spec, &schema).await?;

@@ -27,8 +27,7 @@ pub(super) struct FlameFile {
     /// Worker files: the worker's id.
     pub(super) taskid: Option<String>,
     /// Worker files: not used.
-    #[expect(dead_code, reason = "Flame's name for the worker's process")]
-    task: Option<String>,
+    pub(super) task: Option<Value>,
     /// Worker files: its role.
     pub(super) role: Option<String>,
     /// Worker files: its group on each of its channels.

@@ -6,11 +6,13 @@
 //! | fields | whose |
 //! | --- | --- |
 //! | `rounds`, `maxRunTime` | the coordinator's, else the top's |
-//! | other `hyperparameters`, `dataset` | the trainers', which must agree |
+//! | other `hyperparameters` | the trainers', which must agree |
+//! | `dataset` | each trainer's own; models are judged on the top's, unless the trainers agree on one |
 //! | `baseModel.name`, `lifl` | of any file; files that have it must agree |
 //!
 //! Where a file whose word does not count says something else, that is noted.
 
+use std::collections::BTreeSet;
 use std::path::PathBuf;
 
 use super::document::Document;
@@ -39,6 +41,8 @@ pub(super) struct Sources<'d> {
     pub(super) all: Vec<&'d Document>,
     /// The coordinator's, else the top's.
     pub(super) lead: &'d Document,
+    /// The top's.
+    pub(super) top: &'d Document,
     /// The trainers'.
     pub(super) trainers: Vec<&'d Document>,
 }
@@ -76,7 +80,7 @@ impl Settings {
                 .name
                 .as_ref()
                 .filter(|name| !name.is_empty())?;
-            Some((name, document.place.key("baseModel").key("name")))
+            Some((name, document.at("baseModel").key("name")))
         });
         Self {
             rounds: rounds(sources, overrides, findings),
@@ -151,7 +155,7 @@ fn training(sources: &Sources<'_>, findings: &mut Findings) -> TrainingSpec {
     let mut field = |name: &str, get: fn(&Hyperparameters) -> Option<f64>| {
         let given = |document: &Document| {
             let value = get(document.raw.hyperparameters.as_ref()?)?;
-            Some((value, document.place.key("hyperparameters").key(name)))
+            Some((value, document.at("hyperparameters").key(name)))
         };
         trainers_agree(sources, name, given, findings).map(|(value, _)| value)
     };
@@ -190,17 +194,28 @@ fn data(
             .expected("64 hex digits");
     }
 
-    let in_files = trainers_agree(
+    let of_trainers: Vec<(&String, Place)> = sources
+        .trainers
+        .iter()
+        .flat_map(|document| datasets(document))
+        .collect();
+    let several = overrides.data.is_none()
+        && of_trainers
+            .iter()
+            .any(|(dataset, _)| *dataset != of_trainers[0].0);
+    let in_files = if several {
+        // The top judges, in Flame too.
+        datasets(sources.top)
+            .into_iter()
+            .next()
+            .or_else(|| of_trainers.first().cloned())
+    } else {
+        of_trainers.first().cloned()
+    };
+    note_datasets(
         sources,
-        "dataset",
-        |document| {
-            let dataset = document
-                .raw
-                .dataset
-                .as_ref()
-                .filter(|dataset| !dataset.is_empty())?;
-            Some((dataset, document.place.key("dataset")))
-        },
+        &of_trainers,
+        in_files.as_ref().filter(|_| several),
         findings,
     );
     let dataset = match &overrides.data {
@@ -221,11 +236,11 @@ fn data(
         return None;
     }
     let Some((dataset, place)) = dataset else {
-        let place = sources.trainers.first()?.place.key("dataset");
+        let place = sources.trainers.first()?.at("dataset");
         let model_unsure = sources
             .all
             .iter()
-            .any(|document| findings.any_at(&document.place.key("lifl").key("model")));
+            .any(|document| findings.any_at(&document.at("lifl").key("model")));
         if !model_unsure && !findings.any_at(&place) {
             let found = "missing: every model but a synthetic one needs data";
             let expected = format!("an http(s) URL, a file or folder, or {DIGITS}");
@@ -236,10 +251,25 @@ fn data(
         return None;
     };
     check_dataset(dataset, &place, findings);
+    let mut checked = BTreeSet::from([dataset]);
+    for (other, place) in of_trainers.iter().filter(|_| several) {
+        if checked.insert(other) {
+            check_dataset(other, place, findings);
+        }
+    }
+    if let Some((_, place)) = &sha256
+        && several
+    {
+        let found = format!("one hash for {} datasets", checked.len());
+        findings
+            .add(ProblemKind::Conflict, place, found)
+            .expected("no sha256, or one dataset");
+    }
     let replaced = in_files.as_ref().is_none_or(|(in_files, _)| *in_files != dataset);
     if sha256.is_some() && replaced {
         findings.note("lifl.sha256 is not used: it is not of the dataset given on the command line");
     } else if let Some((_, place)) = &sha256
+        && !several
         && dataset == DIGITS
     {
         let found = format!("a hash, and {DIGITS}, which is no file");
@@ -247,10 +277,17 @@ fn data(
             .add(ProblemKind::Conflict, place, found)
             .expected("no sha256, or another dataset");
     }
+    let sharing =
+        |(dataset, _): &(&String, Place)| of_trainers.iter().filter(|(other, _)| other == dataset).count();
+    let sharing = if several {
+        of_trainers.iter().map(sharing).max().unwrap_or(0)
+    } else {
+        trainers
+    };
     if let Some((samples, place)) = &train_samples
-        && **samples < trainers as u64
+        && **samples < sharing as u64
     {
-        let found = format!("{samples} samples for {trainers} trainers");
+        let found = format!("{samples} samples for {sharing} trainers");
         findings
             .add(ProblemKind::Invalid, place, found)
             .expected("at least one sample each");
@@ -264,6 +301,43 @@ fn data(
         test_samples: test_samples.map(|(&samples, _)| samples),
         partition: partition.map_or(Partition::Iid, |(&partition, _)| partition.into()),
     })
+}
+
+/// The datasets that a file names: its own, or those of workers that it stands for.
+fn datasets(document: &Document) -> Vec<(&String, Place)> {
+    let own = document
+        .raw
+        .dataset
+        .as_ref()
+        .filter(|dataset| !dataset.is_empty());
+    let own = own.map(|dataset| (dataset, document.at("dataset")));
+    let assigned = document.assigned.iter().flatten();
+    own.into_iter()
+        .chain(assigned.map(|assigned| (&assigned.url, assigned.url_place.clone())))
+        .collect()
+}
+
+/// Notes datasets that nobody uses, and whose test samples models are judged on where that is not plain.
+fn note_datasets(
+    sources: &Sources<'_>,
+    of_trainers: &[(&String, Place)],
+    judged_on: Option<&(&String, Place)>,
+    findings: &mut Findings,
+) {
+    if let Some((dataset, _)) = judged_on {
+        findings.note(format!(
+            "trainers have datasets of their own; models are judged on the test samples of {}",
+            shorten(dataset)
+        ));
+    }
+    let used = |dataset: &String| {
+        of_trainers.iter().any(|(other, _)| *other == dataset)
+            || judged_on.is_some_and(|(other, _)| *other == dataset)
+    };
+    let mut all = sources.all.iter().flat_map(|document| datasets(document));
+    if all.any(|(dataset, _)| !used(dataset)) {
+        findings.note("dataset is what the trainers' files say; what other files say is not used");
+    }
 }
 
 fn check_dataset(dataset: &str, place: &Place, findings: &mut Findings) {
@@ -302,7 +376,7 @@ impl<'d> Extra<'d> {
     ) -> Option<(&'d T, Place)> {
         let given = self.documents.iter().filter_map(|document| {
             let value = get(document.raw.lifl.as_ref()?)?;
-            Some((value, document.place.key("lifl").key(name)))
+            Some((value, document.at("lifl").key(name)))
         });
         agree(given, findings)
     }

@@ -3,6 +3,7 @@
 //! Only this module's [`load`](super::load) makes one from a person's files; a run's folder holds it as `job.json`, from
 //! which the workers of that run read it back.
 
+use std::collections::BTreeMap;
 use std::fmt;
 use std::path::PathBuf;
 
@@ -35,7 +36,8 @@ pub struct JobSpec {
     pub base_model: Option<PathBuf>,
     /// What trainers do.
     pub training: TrainingSpec,
-    /// Where samples come from; `None` for a model without data.
+    /// Where samples come from; `None` for a model without data. Models are judged on its test samples, and trainers
+    /// without [data of their own](WorkerSpec::dataset) train on it.
     pub data: Option<DataSource>,
     /// Flame's `maxRunTime` in seconds.
     pub max_run_time_s: u64,
@@ -58,6 +60,45 @@ impl JobSpec {
     /// The top and the other aggregators, level by level.
     pub fn aggregators(&self) -> impl Iterator<Item = &WorkerSpec> {
         self.workers.iter().filter(|worker| worker.kind != Kind::Trainer)
+    }
+
+    /// The datasets that trainers have, each with the number of trainers that share it; the job's own among them only
+    /// if somebody trains on it.
+    pub fn datasets(&self) -> Vec<(DataSource, u32)> {
+        let Some(data) = &self.data else { return Vec::new() };
+        let mut datasets: BTreeMap<&str, u32> = BTreeMap::new();
+        for trainer in self.trainers() {
+            let dataset = trainer.dataset.as_ref().unwrap_or(&data.dataset);
+            *datasets.entry(dataset).or_default() += 1;
+        }
+        let source = |(dataset, trainers): (&str, u32)| {
+            let dataset = dataset.to_owned();
+            (
+                DataSource {
+                    dataset,
+                    ..data.clone()
+                },
+                trainers,
+            )
+        };
+        datasets.into_iter().map(source).collect()
+    }
+
+    /// The data of a trainer; `None` for a model without data.
+    pub fn data_of(&self, trainer: &WorkerSpec) -> Option<DataSource> {
+        let mut data = self.data.clone()?;
+        if let Some(own) = &trainer.dataset {
+            data.dataset.clone_from(own);
+        }
+        Some(data)
+    }
+
+    /// Which part of its data is a trainer's: its number among those that share the dataset, from 0, and how many they
+    /// are.
+    pub fn part_of(&self, trainer: &WorkerSpec) -> (u32, u32) {
+        let sharing = || self.trainers().filter(|other| other.dataset == trainer.dataset);
+        let before = sharing().filter(|other| other.share < trainer.share).count();
+        (before as u32, sharing().count() as u32)
     }
 
     /// The trainers, by their share.
@@ -167,8 +208,10 @@ pub struct WorkerSpec {
     /// How its updates go to its parent and models come from it: the transport of the channel of `up`; for the top,
     /// which has none, [`Transport::Shm`].
     pub transport: Transport,
-    /// For a trainer: which of the data's shares is its own, from 0.
+    /// For a trainer: its number among the trainers, from 0.
     pub share: Option<u32>,
+    /// For a trainer with data of its own: the dataset, where it is another than the [job's](JobSpec::data).
+    pub dataset: Option<String>,
 }
 
 /// Which model is trained, by its built-in trainer.

@@ -119,7 +119,7 @@ pub(super) fn transport(name: &str) -> Option<Transport> {
 
 /// Refuses what of a file is not supported, and notes what means nothing here.
 pub(super) fn check(document: &Document, findings: &mut Findings) {
-    let (raw, place) = (&document.raw, &document.place);
+    let raw = &document.raw;
     let sorted = [
         (&OPTIMIZER, raw.optimizer.as_ref()),
         (&SELECTOR, raw.selector.as_ref()),
@@ -127,7 +127,7 @@ pub(super) fn check(document: &Document, findings: &mut Findings) {
         (&PRIVACY, raw.privacy.as_ref()),
     ];
     for (choice, sorted) in sorted {
-        choice.check_sorted(sorted, &place.key(choice.what), findings);
+        choice.check_sorted(sorted, &document.at(choice.what), findings);
     }
     if let Some(sort) = raw
         .registry
@@ -135,10 +135,10 @@ pub(super) fn check(document: &Document, findings: &mut Findings) {
         .and_then(|registry| registry.sort.as_deref())
         && !sort.is_empty()
     {
-        REGISTRY.check("", sort, &place.key("registry").key("sort"), findings);
+        REGISTRY.check("", sort, &document.at("registry").key("sort"), findings);
     }
     if let Some(hyperparameters) = &raw.hyperparameters {
-        let place = place.key("hyperparameters");
+        let place = document.at("hyperparameters");
         let given = [
             ("aggGoal", &hyperparameters.agg_goal, "all updates of a round"),
             ("concurrency", &hyperparameters.concurrency, "synchronous rounds"),
@@ -155,11 +155,11 @@ pub(super) fn check(document: &Document, findings: &mut Findings) {
     }
     // Used or not, a name that nobody knows is a slip.
     if let Some(name) = raw.backend.as_deref().filter(|name| !name.is_empty()) {
-        BACKEND.check("", name, &place.key("backend"), findings);
+        BACKEND.check("", name, &document.at("backend"), findings);
     }
     for (i, channel) in raw.channels.iter().flatten().enumerate() {
         if let Some(name) = channel.backend.as_deref().filter(|name| !name.is_empty()) {
-            let place = place.key("channels").index(i).key("backend");
+            let place = document.at("channels").index(i).key("backend");
             BACKEND.check(
                 &format!("channel {}: ", shorten(&channel.name)),
                 name,
@@ -170,7 +170,7 @@ pub(super) fn check(document: &Document, findings: &mut Findings) {
     }
     for (i, broker) in raw.brokers.iter().flatten().enumerate() {
         if let Some(name) = &broker.sort {
-            let place = place.key("brokers").index(i).key("sort");
+            let place = document.at("brokers").index(i).key("sort");
             BACKEND.check("broker of ", name, &place, findings);
         }
     }
@@ -184,6 +184,9 @@ fn note(raw: &FlameFile, findings: &mut Findings) {
         .is_some_and(|packages| !packages.is_empty())
     {
         findings.note("dependencies is not used: workers need no Python packages");
+    }
+    if raw.task.is_some() {
+        findings.note("task is not used: a worker is named by its role and taskid");
     }
     if raw.realm.as_ref().is_some_and(|realm| !realm.is_empty()) {
         findings.note("realm is not used: all workers run on this node");

@@ -153,6 +153,7 @@ impl<'d> Tree<'d> {
                         down: name(node.down, down),
                         transport: node.up.map(|link| link.transport).unwrap_or_default(),
                         share: (kind == Kind::Trainer).then_some(count - 1),
+                        dataset: draft.dataset.clone().filter(|_| kind == Kind::Trainer),
                     });
                 }
             }
@@ -284,7 +285,7 @@ fn chain<'d>(nodes: Vec<Node<'d>>, draft: &Draft, findings: &mut Findings) -> Op
         findings
             .add(
                 ProblemKind::Missing,
-                &draft.place.key("channels"),
+                &draft.channels_place,
                 "no top and no trainers",
             )
             .expected(

@@ -26,7 +26,7 @@ fn everything_wrong_is_said_at_once() {
     assert_problems(
         wrong,
         &[
-            "hyperparameters.batchsize: unknown field; did you mean batchSize?",
+            "hyperparameters.batchsize: unknown field, of value 8; did you mean batchSize?",
             "hyperparameters.learningRate: -1; expected a number above 0",
             "hyperparameters.rounds: 0; expected a whole number from 1 to 4294967295",
             "lifl.seed: \"one\"; expected a whole number not below 0",
@@ -50,7 +50,7 @@ fn a_problem_can_be_read_by_a_program() {
     let problem = serde_json::to_value(&error.problems[0]).expect("JSON");
     assert_eq!(problem["kind"], "unknown");
     assert_eq!(problem["path"], "hyperparameters.epoch");
-    assert_eq!(problem["found"], "unknown field");
+    assert_eq!(problem["found"], "unknown field, of value 3");
     assert_eq!(problem["hint"], "did you mean epochs?");
     assert!(
         problem["file"]
@@ -114,9 +114,9 @@ fn each_form_of_a_model_and_a_partition_is_checked_as_what_was_meant() {
     assert_problems(
         lifl(json!({ "model": { "mlp": { "hiden": 2 } }, "partition": { "sort": "iid", "alpha": 1 } })),
         &[
-            "lifl.model.mlp.hiden: unknown field; did you mean hidden?",
+            "lifl.model.mlp.hiden: unknown field, of value 2; did you mean hidden?",
             "lifl.model.mlp.hidden: missing; expected a whole number from 1 to 4294967295",
-            "lifl.partition.alpha: unknown field; expected sort",
+            "lifl.partition.alpha: unknown field, of value 1; expected sort",
         ],
     );
     assert_problems(

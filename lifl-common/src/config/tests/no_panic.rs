@@ -188,6 +188,28 @@ proptest! {
     }
 
     #[test]
+    fn mutated_control_plane_files_never_panic(
+        mutations in prop::collection::vec((0..6_usize, any::<prop::sample::Index>(), any_mutation()), 1..5),
+    ) {
+        let dataset = json!({ "url": "builtin:digits", "realm": "default", "dataFormat": "npz" });
+        let mut files = [
+            json!({ "roles": [{ "name": "top" }, { "name": "trainer" }],
+                    "channels": [channel("updates", "top", "trainer", &["default"])] }),
+            json!({ "name": "j", "designId": "d", "backend": "shm" }),
+            json!({ "hyperparameters": { "rounds": 1, "aggGoal": 1 }, "optimizer": { "sort": "fedadam" },
+                    "selector": { "sort": "random", "kwargs": { "k": 1 } } }),
+            json!([{ "role": "trainer", "datasetGroups": { "default": ["a", "b"] } }]),
+            dataset.clone(),
+            dataset,
+        ];
+        for (file, at, mutation) in mutations {
+            let mut n = at.index(count(&files[file]));
+            mutate(&mut files[file], &mut n, &mutation);
+        }
+        check(&files);
+    }
+
+    #[test]
     fn any_bytes_never_panic(bytes in prop::collection::vec(any::<u8>(), 0..200)) {
         let folder = TempDir::new().expect("a folder");
         let path = folder.path().join("x.json");
