@@ -27,11 +27,30 @@ const LEARNER_MODELS: u64 = 4;
 
 /// Slots of a worker's arena. The top holds a round's model while it makes the next one; everybody else has one
 /// update in the making or on its way, and waits with the next until that is given back.
-pub fn slots(kind: Kind) -> u32 {
-    match kind {
+///
+/// Where some aggregator does not wait for all of its children, late ones may still hold models of rounds that are
+/// over. The top then has slots for two of these; when more are held, the next round begins when one is given back.
+pub fn slots(job: &JobSpec, worker: &WorkerSpec) -> u32 {
+    match worker.kind {
+        Kind::Top if has_goals(job) => 2 + OLD_MODELS,
         Kind::Top => 2,
         Kind::Aggregator | Kind::Trainer => 1,
     }
+}
+
+/// Models of rounds that are over which late workers may hold.
+const OLD_MODELS: u32 = 2;
+
+/// How many models of rounds that are over a child of that aggregator may hold and still be lent a new one; `None` in
+/// a job whose rounds wait for everybody. A trainer that holds one trains on it. An aggregator that holds some waits
+/// for late trainers, and may work for the others; if it hangs, it holds all that there may be and no more.
+pub fn most_held(job: &JobSpec, aggregator: &WorkerSpec) -> Option<u32> {
+    let above_trainers = aggregator.level + 1 == job.levels();
+    has_goals(job).then_some(if above_trainers { 0 } else { OLD_MODELS - 1 })
+}
+
+fn has_goals(job: &JobSpec) -> bool {
+    job.workers.iter().any(|worker| worker.agg_goal.is_some())
 }
 
 /// Bytes of a model, an update or an aggregate in its slot.
@@ -84,7 +103,7 @@ impl Plan {
             .workers
             .iter()
             .map(|worker| {
-                let slots = slots(worker.kind);
+                let slots = slots(job, worker);
                 let layout = Layout::for_objects(slots, object_bytes);
                 let arena_bytes = layout
                     .and_then(|layout| layout.memfd_bytes(huge_pages))
@@ -129,7 +148,11 @@ fn private_bytes(job: &JobSpec, schema: &Schema, worker: &WorkerSpec, sharing: u
     match worker.kind {
         Kind::Trainer => learner_bytes(job, schema, sharing.into(), u64::from(job.training.batch_size)),
         Kind::Top | Kind::Aggregator => {
-            PROCESS_BYTES.saturating_add(aggregate::scratch_bytes(schema, job.timing) as u64)
+            let mut bytes = PROCESS_BYTES.saturating_add(aggregate::scratch_bytes(schema, job.timing) as u64);
+            if worker.kind == Kind::Top {
+                bytes = bytes.saturating_add(aggregate::optimizer_bytes(schema, &job.optimizer) as u64);
+            }
+            bytes
         }
     }
 }

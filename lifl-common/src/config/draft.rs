@@ -6,7 +6,8 @@ use super::datasets::Assigned;
 use super::document::{Document, FileKind};
 use super::parts;
 use super::problem::{Findings, Place, ProblemKind, shorten};
-use super::raw::{Channel, Job, Role};
+use super::raw::{Channel, FlameFile, Job, Role};
+use super::sorts;
 use super::spec::Transport;
 use super::support;
 
@@ -47,6 +48,24 @@ pub(super) struct WorkerDraft {
     pub(super) count: u32,
     /// The dataset that its own file, or its own entry in a file, gives it.
     pub(super) dataset: Option<String>,
+    /// Its round's goal and selection, if it is an aggregator.
+    pub(super) rounds: Rounds,
+}
+
+/// How a worker's rounds go, if it is an aggregator.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Rounds {
+    pub(super) agg_goal: Option<u32>,
+    pub(super) select: Option<u32>,
+}
+
+impl Rounds {
+    fn new(raw: &FlameFile) -> Self {
+        Self {
+            agg_goal: raw.hyperparameters.as_ref().and_then(|given| given.agg_goal),
+            select: sorts::select(raw.selector.as_ref()),
+        }
+    }
 }
 
 /// A channel.
@@ -88,6 +107,7 @@ pub(super) fn transport(channel: &Channel, place: &Place, document: &Document) -
 /// The draft of a job file.
 pub(super) fn from_job_file(document: &Document, findings: &mut Findings) -> Draft {
     let raw = &document.raw;
+    let rounds = Rounds::new(raw);
     let mut names = BTreeSet::new();
     let mut roles = Vec::new();
     for (i, role) in raw.roles.iter().flatten().enumerate() {
@@ -110,7 +130,7 @@ pub(super) fn from_job_file(document: &Document, findings: &mut Findings) -> Dra
                         shorten(&role.name)
                     ));
                 }
-                of_datasets(role, &association, &assigned, findings)
+                of_datasets(role, &association, &assigned, rounds, findings)
             }
             (_, None) => vec![WorkerDraft {
                 task_id: None,
@@ -118,6 +138,7 @@ pub(super) fn from_job_file(document: &Document, findings: &mut Findings) -> Dra
                 place: association,
                 count,
                 dataset: None,
+                rounds,
             }],
             (_, Some(entries)) => entries
                 .iter()
@@ -128,6 +149,7 @@ pub(super) fn from_job_file(document: &Document, findings: &mut Findings) -> Dra
                     place: association.index(i),
                     count,
                     dataset: None,
+                    rounds,
                 })
                 .collect(),
         };
@@ -167,6 +189,7 @@ fn of_datasets(
     role: &Role,
     association: &Place,
     assigned: &[&Assigned],
+    rounds: Rounds,
     findings: &mut Findings,
 ) -> Vec<WorkerDraft> {
     let mut workers = Vec::new();
@@ -214,6 +237,7 @@ fn of_datasets(
             place,
             count: 1,
             dataset: Some(assigned.url.clone()),
+            rounds,
         });
     }
     workers
@@ -295,6 +319,7 @@ pub(super) fn from_worker_files(
             place: place.key("groupAssociation"),
             count: 1,
             dataset: raw.dataset.clone().filter(|dataset| !dataset.is_empty()),
+            rounds: Rounds::new(raw),
         });
     }
     draft

@@ -26,6 +26,7 @@ mod problem;
 mod raw;
 mod raw_parts;
 mod settings;
+mod sorts;
 mod spec;
 mod support;
 mod tree;
@@ -45,8 +46,8 @@ use tree::Tree;
 
 pub use problem::{ConfigError, Problem, ProblemKind};
 pub use spec::{
-    Brokers, DataSource, Group, JobSpec, Kind, ModelSpec, Partition, Timing, TrainingSpec, Transport,
-    UpdateKind, WorkerSpec,
+    Adaptive, Brokers, DataSource, Group, JobSpec, Kind, ModelSpec, Optimizer, Partition, Timing,
+    TrainingSpec, Transport, UpdateKind, WorkerSpec,
 };
 
 /// Bytes of the largest file that is read.
@@ -192,6 +193,7 @@ fn understand(paths: &[PathBuf], overrides: &Overrides, findings: &mut Findings)
         model: settings.model,
         base_model: settings.base_model,
         training: settings.training,
+        optimizer: settings.optimizer,
         data: settings.data,
         max_run_time_s: settings.max_run_time_s,
     })

@@ -8,6 +8,8 @@
 //! | `rounds`, `maxRunTime` | the coordinator's, else the top's |
 //! | other `hyperparameters` | the trainers', which must agree |
 //! | `dataset` | each trainer's own; models are judged on the top's, unless the trainers agree on one |
+//! | `optimizer` | the top's, but `fedprox` the trainers' |
+//! | `aggGoal`, `selector` | each aggregator's own |
 //! | `baseModel.name`, `lifl` | of any file; files that have it must agree |
 //!
 //! Where a file whose word does not count says something else, that is noted.
@@ -18,7 +20,8 @@ use std::path::PathBuf;
 use super::document::Document;
 use super::problem::{Findings, Place, ProblemKind, shorten};
 use super::raw::{self, FlameFile, Hyperparameters, Lifl, Model, ModelName, ModelSize};
-use super::spec::{DataSource, ModelSpec, Partition, Timing, TrainingSpec, UpdateKind};
+use super::sorts;
+use super::spec::{DataSource, ModelSpec, Optimizer, Partition, Timing, TrainingSpec, UpdateKind};
 use super::{DIGITS, Overrides};
 use crate::update::DType;
 
@@ -31,6 +34,7 @@ pub(super) struct Settings {
     pub(super) model: ModelSpec,
     pub(super) base_model: Option<PathBuf>,
     pub(super) training: TrainingSpec,
+    pub(super) optimizer: Optimizer,
     pub(super) data: Option<DataSource>,
     pub(super) max_run_time_s: u64,
 }
@@ -91,6 +95,7 @@ impl Settings {
             updates: updates.map_or(UpdateKind::Weights, |(&updates, _)| updates.into()),
             base_model: agree(base_models, findings).map(|(name, _)| PathBuf::from(name)),
             training: training(sources, findings),
+            optimizer: optimizer(sources, findings),
             data: data(sources, overrides, &model, trainers, findings),
             model,
             max_run_time_s: leads(sources, "maxRunTime", |raw| raw.max_run_time, findings).unwrap_or(300),
@@ -169,7 +174,37 @@ fn training(sources: &Sources<'_>, findings: &mut Findings) -> TrainingSpec {
         batch_size: batch_size.map_or(16, |size| size as u32),
         learning_rate: learning_rate.unwrap_or(0.01),
         weight_decay: weight_decay.unwrap_or(0.0),
+        proximal_mu: proximal_mu(sources, findings),
     }
+}
+
+/// The top's optimizer. FedProx is no optimizer of the top's.
+fn optimizer(sources: &Sources<'_>, findings: &mut Findings) -> Optimizer {
+    let of = |document: &Document| sorts::optimizer(document.raw.optimizer.as_ref());
+    let optimizer = of(sources.top);
+    let mut others = sources.all.iter();
+    if others.any(|document| document.raw.optimizer.is_some() && of(document) != optimizer) {
+        findings.note(format!(
+            "how the top makes the model is what optimizer in {} says; what other files say of it is not used",
+            sources.top.place.file_name()
+        ));
+    }
+    optimizer
+}
+
+/// FedProx's μ is the trainers'.
+fn proximal_mu(sources: &Sources<'_>, findings: &mut Findings) -> f64 {
+    let given = |document: &Document| {
+        let optimizer = document.raw.optimizer.as_ref()?;
+        Some((sorts::proximal_mu(Some(optimizer)), document.at("optimizer")))
+    };
+    let of_trainers = sources.trainers.iter().filter_map(|document| given(document));
+    let mu = agree(of_trainers, findings).map_or(0.0, |(mu, _)| mu);
+    let mut others = sources.all.iter().filter_map(|document| given(document));
+    if others.any(|(other, _)| other > 0.0 && other != mu) {
+        findings.note("fedprox is what the trainers' files say; what other files say of it is not used");
+    }
+    mu
 }
 
 fn data(

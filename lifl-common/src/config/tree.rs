@@ -152,6 +152,8 @@ impl<'d> Tree<'d> {
                         up: name(node.up, up),
                         down: name(node.down, down),
                         transport: node.up.map(|link| link.transport).unwrap_or_default(),
+                        agg_goal: draft.rounds.agg_goal.filter(|_| kind != Kind::Trainer),
+                        select: draft.rounds.select.filter(|_| kind != Kind::Trainer),
                         share: (kind == Kind::Trainer).then_some(count - 1),
                         dataset: draft.dataset.clone().filter(|_| kind == Kind::Trainer),
                     });

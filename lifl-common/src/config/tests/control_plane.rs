@@ -270,7 +270,7 @@ fn what_is_wrong_is_said_of_the_file_that_it_stands_in() {
             "schema.json: connectors: connectors [1] is not supported yet; supported: channels",
             "dataSpec.json: 3 datasets named that no file has as its id (e1, e2 or w1), and 2 dataset files left; \
              expected a dataset*.json for each, in the order of their names, or each with its id",
-            "modelSpec.json: selector.sort: selector oort is not supported yet; supported: default",
+            "modelSpec.json: selector.sort: selector oort is not supported yet; supported: default or random",
             "job.json: backend: unknown backend \"p2\"; did you mean p2p?",
         ],
     );

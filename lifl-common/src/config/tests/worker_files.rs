@@ -1,6 +1,6 @@
 //! Worker files as one job.
 
-use super::super::{Group, ModelSpec};
+use super::super::{Group, ModelSpec, Optimizer};
 use super::*;
 
 /// The file of one worker.
@@ -160,6 +160,46 @@ fn files_must_agree() {
     assert_problems(
         &files,
         &["2.json: lifl.timing: not what 1.json says; expected the same in all these files"],
+    );
+}
+
+#[test]
+fn each_worker_has_its_own_goal_and_the_top_the_optimizer() {
+    let mut files = files();
+    files[2]["hyperparameters"]["aggGoal"] = json!(1);
+    files[2]["selector"] = json!({ "sort": "random", "kwargs": { "k": 2 } });
+    files[2]["optimizer"] = json!({ "sort": "fedyogi" });
+    files[3]["optimizer"] = json!({ "sort": "fedadam" });
+    for trainer in &mut files[..2] {
+        trainer["optimizer"] = json!({ "sort": "fedprox", "kwargs": { "mu": 0.5 } });
+        trainer["selector"] = json!({ "sort": "random", "kwargs": { "k": 1 } });
+    }
+    let loaded = load_all(&files, &Overrides::default()).unwrap_or_else(|error| panic!("{error}"));
+    let job = loaded.job;
+    let goals: Vec<_> = job
+        .workers
+        .iter()
+        .map(|worker| (worker.agg_goal, worker.select))
+        .collect();
+    assert_eq!(
+        goals,
+        [(None, None), (Some(1), Some(2)), (None, None), (None, None)]
+    );
+    assert!(
+        matches!(job.optimizer, Optimizer::FedAdam(_)),
+        "{:?}",
+        job.optimizer
+    );
+    assert_eq!(job.training.proximal_mu, 0.5);
+    assert!(
+        loaded.notes.iter().any(|note| note.contains("optimizer")),
+        "{:?}",
+        loaded.notes
+    );
+    files[1]["optimizer"]["kwargs"]["mu"] = json!(0.25);
+    assert_problems(
+        &files,
+        &["1.json: optimizer: not what 0.json says; expected the same in all these files"],
     );
 }
 
