@@ -18,7 +18,7 @@ mod children;
 mod collect;
 mod settle;
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashMap;
 use std::sync::Arc;
 
 use anyhow::Context;
@@ -322,28 +322,6 @@ impl Aggregator {
             model,
         ));
         self.link.send_all(&frames).await
-    }
-
-    /// Who still holds so many models of rounds that are over that it is not lent another: it sits this round out, so
-    /// that one that is late, or hangs, cannot take all of the top's slots. Nobody, where rounds wait for all.
-    fn busy(&self, model: &Lent) -> HashSet<WorkerId> {
-        let Some(most) = self.shared.most_held else {
-            return HashSet::new();
-        };
-        let mut held: HashMap<WorkerId, u32> = HashMap::new();
-        let old = self.models.iter().filter(|(key, _)| **key != model.key);
-        for holder in old.flat_map(|(_, (_, holders))| holders) {
-            *held.entry(*holder).or_default() += 1;
-        }
-        let busy: HashSet<WorkerId> = held
-            .into_iter()
-            .filter(|&(_, count)| count > most)
-            .map(|(holder, _)| holder)
-            .collect();
-        if !busy.is_empty() {
-            tracing::info!(workers = busy.len(), "still at work on rounds that are over");
-        }
-        busy
     }
 
     /// A child's answer.

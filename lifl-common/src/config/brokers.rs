@@ -92,7 +92,7 @@ fn of(transport: Transport, documents: &[&Document], findings: &mut Findings) ->
 }
 
 /// The channels of a file that carry models.
-fn channels<'d>(document: &'d Document) -> impl Iterator<Item = (&'d Channel, Place)> {
+fn channels(document: &Document) -> impl Iterator<Item = (&Channel, Place)> {
     let channels = document.raw.channels.iter().flatten().enumerate();
     channels
         .filter(|(_, channel)| !channel.coordinates())
@@ -104,7 +104,7 @@ fn host(channel: &Channel) -> Option<&str> {
 }
 
 /// The entries of a file's `brokers` for a transport.
-fn in_list<'d>(document: &'d Document, transport: Transport) -> Vec<Given<'d>> {
+fn in_list(document: &Document, transport: Transport) -> Vec<Given<'_>> {
     let brokers = document.raw.brokers.iter().flatten().enumerate();
     brokers
         .filter(|(_, broker)| broker.sort.as_deref().and_then(support::transport) == Some(transport))

@@ -11,7 +11,9 @@ use std::cmp::Ordering;
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
+use super::draft::{DEFAULT_GROUP, Rounds, WorkerDraft};
 use super::problem::{Findings, Place, ProblemKind, list, shorten};
+use super::raw::Role;
 use super::raw_parts::{Dataset, RoleData};
 
 /// A worker of a role that gets data.
@@ -198,6 +200,65 @@ fn by_realm<'d>(
         pairs.push((*id, (dataset.url.clone(), place.key("url"))));
     }
     Some(pairs)
+}
+
+/// The workers of a role that has datasets: one for each, in the groups of the association that names the dataset's.
+pub(super) fn workers(
+    role: &Role,
+    association: &Place,
+    assigned: &[&Assigned],
+    rounds: Rounds,
+    findings: &mut Findings,
+) -> Vec<WorkerDraft> {
+    let mut workers = Vec::new();
+    for assigned in assigned {
+        let entries = role.group_association.as_deref();
+        let in_group =
+            |groups: &&BTreeMap<String, String>| groups.values().any(|group| *group == assigned.group);
+        let groups = match entries {
+            None if assigned.group == DEFAULT_GROUP => None,
+            None => {
+                let found = format!(
+                    "group {:?} of role {}",
+                    shorten(&assigned.group),
+                    shorten(&role.name)
+                );
+                let problem = findings.add(ProblemKind::Unknown, &assigned.place, found);
+                problem.one_of(&assigned.group, [DEFAULT_GROUP]);
+                continue;
+            }
+            Some(entries) => match entries.iter().find(in_group) {
+                Some(groups) => Some(groups.clone()),
+                None => {
+                    let found = format!(
+                        "group {:?} is in no groupAssociation of role {}",
+                        shorten(&assigned.group),
+                        shorten(&role.name)
+                    );
+                    let known = entries
+                        .iter()
+                        .flat_map(|groups| groups.values().map(String::as_str));
+                    findings
+                        .add(ProblemKind::Unknown, &assigned.place, found)
+                        .one_of(&assigned.group, known);
+                    continue;
+                }
+            },
+        };
+        let place = match entries.and_then(|entries| entries.iter().position(|groups| in_group(&groups))) {
+            Some(i) => association.index(i),
+            None => association.clone(),
+        };
+        workers.push(WorkerDraft {
+            task_id: None,
+            groups,
+            place,
+            count: 1,
+            dataset: Some(assigned.url.clone()),
+            rounds,
+        });
+    }
+    workers
 }
 
 /// Compares names as people order them: runs of digits by their value.

@@ -28,6 +28,8 @@ pub(super) struct Document {
     pub(super) places: BTreeMap<&'static str, Place>,
     /// Which workers get data, where a file says so.
     pub(super) assigned: Option<Vec<Assigned>>,
+    /// Whether no file says so and that has been told.
+    pub(super) data_told: bool,
 }
 
 impl Document {
@@ -65,6 +67,7 @@ impl Document {
                     raw,
                     places: BTreeMap::new(),
                     assigned: None,
+                    data_told: false,
                 };
                 draft::check_kind(&document, findings);
                 Some(document)

@@ -2,11 +2,11 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use super::datasets::Assigned;
+use super::datasets;
 use super::document::{Document, FileKind};
 use super::parts;
 use super::problem::{Findings, Place, ProblemKind, shorten};
-use super::raw::{Channel, FlameFile, Job, Role};
+use super::raw::{Channel, FlameFile, Job};
 use super::sorts;
 use super::spec::Transport;
 use super::support;
@@ -130,7 +130,7 @@ pub(super) fn from_job_file(document: &Document, findings: &mut Findings) -> Dra
                         shorten(&role.name)
                     ));
                 }
-                of_datasets(role, &association, &assigned, rounds, findings)
+                datasets::workers(role, &association, &assigned, rounds, findings)
             }
             (_, None) => vec![WorkerDraft {
                 task_id: None,
@@ -182,65 +182,6 @@ pub(super) fn from_job_file(document: &Document, findings: &mut Findings) -> Dra
         channels,
         whole,
     }
-}
-
-/// The workers of a role that has datasets: one for each, in the groups of the association that names the dataset's.
-fn of_datasets(
-    role: &Role,
-    association: &Place,
-    assigned: &[&Assigned],
-    rounds: Rounds,
-    findings: &mut Findings,
-) -> Vec<WorkerDraft> {
-    let mut workers = Vec::new();
-    for assigned in assigned {
-        let entries = role.group_association.as_deref();
-        let in_group =
-            |groups: &&BTreeMap<String, String>| groups.values().any(|group| *group == assigned.group);
-        let groups = match entries {
-            None if assigned.group == DEFAULT_GROUP => None,
-            None => {
-                let found = format!(
-                    "group {:?} of role {}",
-                    shorten(&assigned.group),
-                    shorten(&role.name)
-                );
-                let problem = findings.add(ProblemKind::Unknown, &assigned.place, found);
-                problem.one_of(&assigned.group, [DEFAULT_GROUP]);
-                continue;
-            }
-            Some(entries) => match entries.iter().find(in_group) {
-                Some(groups) => Some(groups.clone()),
-                None => {
-                    let found = format!(
-                        "group {:?} is in no groupAssociation of role {}",
-                        shorten(&assigned.group),
-                        shorten(&role.name)
-                    );
-                    let known = entries
-                        .iter()
-                        .flat_map(|groups| groups.values().map(String::as_str));
-                    findings
-                        .add(ProblemKind::Unknown, &assigned.place, found)
-                        .one_of(&assigned.group, known);
-                    continue;
-                }
-            },
-        };
-        let place = match entries.and_then(|entries| entries.iter().position(|groups| in_group(&groups))) {
-            Some(i) => association.index(i),
-            None => association.clone(),
-        };
-        workers.push(WorkerDraft {
-            task_id: None,
-            groups,
-            place,
-            count: 1,
-            dataset: Some(assigned.url.clone()),
-            rounds,
-        });
-    }
-    workers
 }
 
 /// The draft of a job whose workers each have a file; `all` says whether every file that was given is here.

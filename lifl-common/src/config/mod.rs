@@ -15,12 +15,14 @@
 //! consequence.
 
 mod brokers;
+mod data;
 mod datasets;
 mod document;
 mod draft;
 mod files;
 mod json;
 mod links;
+mod part_files;
 mod parts;
 mod problem;
 mod raw;
@@ -116,7 +118,7 @@ fn understand(paths: &[PathBuf], overrides: &Overrides, findings: &mut Findings)
     let parsed = files::read(paths, findings);
     let all_read = !findings.any();
     let schema = schema();
-    let documents: Vec<Document> = if parts::recognise(&parsed) {
+    let documents: Vec<Document> = if part_files::recognise(&parsed) {
         parts::assemble(parsed, &schema, findings).into_iter().collect()
     } else {
         let documents = parsed.into_iter();
@@ -244,7 +246,8 @@ fn check_data_roles(document: &Document, tree: Option<&Tree<'_>>, findings: &mut
         }
     }
     let place = document.at("dataset");
-    if !assigned.iter().any(|assigned| assigned.role == trainer) && !findings.any_at(&place) {
+    let any = assigned.iter().any(|assigned| assigned.role == trainer);
+    if !any && !document.data_told && !findings.any_at(&place) {
         findings
             .add(
                 ProblemKind::Missing,

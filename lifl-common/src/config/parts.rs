@@ -11,116 +11,18 @@
 //! Which file is which, its content says; its name only where its content does not.
 
 use std::collections::BTreeMap;
-use std::path::Path;
-use std::sync::Arc;
 
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 
 use super::datasets::{self, Assigned};
 use super::document::{Document, FileKind};
-use super::files::{self, Parsed};
+use super::files::Parsed;
+use super::part_files::{Part, Parts};
 use super::problem::{Findings, Place, ProblemKind, shorten};
 use super::raw::{FlameFile, Job};
 use super::raw_parts::{Dataset, DesignJob, DesignModel, DesignSchema, RoleData};
 use super::walk;
-
-/// What a file of a job is.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-enum Part {
-    Schema,
-    Job,
-    Model,
-    Data,
-    Dataset,
-}
-
-impl Part {
-    /// What Flame calls the file.
-    fn name(self) -> &'static str {
-        match self {
-            Self::Schema => "schema.json",
-            Self::Job => "job.json",
-            Self::Model => "modelSpec.json",
-            Self::Data => "dataSpec.json",
-            Self::Dataset => "dataset.json",
-        }
-    }
-
-    /// What must be in it.
-    fn content(self) -> &'static str {
-        match self {
-            Self::Schema => "with roles and channels",
-            Self::Job => "with name and backend",
-            Self::Model => "with hyperparameters",
-            Self::Data => "with role and datasetGroups",
-            Self::Dataset => "with url",
-        }
-    }
-}
-
-/// What a file is by its content, else by its name. `None` for job files, worker files, and anything else.
-fn part_of(parsed: &Parsed) -> Option<Part> {
-    let value = &parsed.value;
-    let has = |keys: &[&str]| {
-        keys.iter()
-            .any(|key| value.get(key).is_some_and(|member| !member.is_null()))
-    };
-    if let Value::Array(entries) = value {
-        let says = |key| entries.iter().any(|entry| entry.get(key).is_some());
-        return (says("datasetGroups") || says("role") || stem(&parsed.file) == "dataspec")
-            .then_some(Part::Data);
-    }
-    if !value.is_object() || has(&["taskid", "job"]) || (has(&["role"]) && !has(&["datasetGroups"])) {
-        return None;
-    }
-    const JOB: &[&str] = &[
-        "designId",
-        "dataSpecPath",
-        "modelSpecPath",
-        "dataSpec",
-        "modelSpec",
-        "schemaRevision",
-        "codeRevision",
-        "priority",
-    ];
-    let by_content = [
-        (Part::Schema, &["roles", "channels"][..]),
-        (Part::Data, &["datasetGroups", "fromSystem", "fromUser"]),
-        (Part::Dataset, &["url", "dataFormat"]),
-        (Part::Job, JOB),
-        (
-            Part::Model,
-            &["hyperparameters", "optimizer", "selector", "baseModel"],
-        ),
-    ];
-    if let Some((part, _)) = by_content.into_iter().find(|(_, keys)| has(keys)) {
-        return Some(part);
-    }
-    match stem(&parsed.file).as_str() {
-        "schema" => Some(Part::Schema),
-        "job" => Some(Part::Job),
-        "modelspec" => Some(Part::Model),
-        "dataspec" => Some(Part::Data),
-        name if name.starts_with("dataset") => Some(Part::Dataset),
-        _ => None,
-    }
-}
-
-fn stem(path: &Path) -> String {
-    let stem = path.file_stem().unwrap_or_default();
-    stem.to_string_lossy().to_ascii_lowercase()
-}
-
-/// Whether the files are those of a control plane: one of them is a part that is of no use alone, and none is a job
-/// or worker file.
-pub(super) fn recognise(files: &[Parsed]) -> bool {
-    let of_worker_or_job = |file: &Parsed| {
-        let has = |key| file.value.get(key).is_some();
-        has("taskid") || has("job") || (has("role") && !has("datasetGroups"))
-    };
-    !files.iter().any(of_worker_or_job) && files.iter().filter_map(part_of).any(|part| part != Part::Schema)
-}
 
 /// Puts the files together. `None` if too little of them can be read to say more about the job.
 pub(super) fn assemble(files: Vec<Parsed>, schema: &Value, findings: &mut Findings) -> Option<Document> {
@@ -197,6 +99,7 @@ pub(super) fn assemble(files: Vec<Parsed>, schema: &Value, findings: &mut Findin
     }
     let (design, design_place) = design?;
     let (model, model_place) = model.unwrap_or((DesignModel::default(), folder.clone()));
+    let data_told = data.is_none();
     let (roles_data, data_place) = data.unwrap_or((Vec::new(), folder));
     let assigned = datasets::assign(&roles_data, datasets, &data_place, findings);
     let id = job.id.clone().filter(|id| !id.is_empty());
@@ -232,6 +135,7 @@ pub(super) fn assemble(files: Vec<Parsed>, schema: &Value, findings: &mut Findin
         kind: FileKind::Job,
         places,
         assigned: Some(assigned),
+        data_told,
         raw: FlameFile {
             job: id.map(|id| Job { id, name: job.name }),
             roles: design.roles,
@@ -255,100 +159,6 @@ pub(super) fn assemble(files: Vec<Parsed>, schema: &Value, findings: &mut Findin
 
 /// The datasets of each role, each entry with its place, and the place of all.
 type DataSpec = (Vec<(RoleData, Place)>, Place);
-
-/// The files by what they are.
-struct Parts {
-    /// Of the first of them.
-    folder: Option<Arc<Path>>,
-    by_part: BTreeMap<Part, Vec<Parsed>>,
-}
-
-impl Parts {
-    fn sort(files: Vec<Parsed>, findings: &mut Findings) -> Self {
-        let mut parts = Self {
-            folder: files.first().map(|file| {
-                let folder = file.file.parent().filter(|folder| !folder.as_os_str().is_empty());
-                Arc::from(folder.unwrap_or(Path::new(".")))
-            }),
-            by_part: BTreeMap::new(),
-        };
-        for file in files {
-            match part_of(&file) {
-                Some(part) => parts.by_part.entry(part).or_default().push(file),
-                None => {
-                    findings
-                        .add(
-                            ProblemKind::Unknown,
-                            &Place::file(&file.file),
-                            "not a part of a job that is known here",
-                        )
-                        .expected("schema.json, job.json, modelSpec.json, dataSpec.json or dataset*.json of one job");
-                }
-            }
-        }
-        parts
-    }
-
-    fn take(&mut self, part: Part) -> Vec<Parsed> {
-        self.by_part.remove(&part).unwrap_or_default()
-    }
-
-    /// The one file of that sort; a second one is a conflict, and none is missed.
-    fn one(&mut self, part: Part, folder: &Place, findings: &mut Findings) -> Option<Parsed> {
-        // An empty list is of a file that could not be had, which has been told.
-        let told = self.by_part.contains_key(&part);
-        let mut files = self.take(part).into_iter();
-        let Some(one) = files.next() else {
-            if told {
-                return None;
-            }
-            findings
-                .add(ProblemKind::Missing, folder, format!("no {} here", part.name()))
-                .expected(format!("a file {}", part.content()));
-            return None;
-        };
-        for other in files {
-            let found = format!("a second {}", part.name());
-            findings
-                .add(ProblemKind::Conflict, &Place::file(&other.file), found)
-                .expected(format!("{} alone", one.file.display()));
-        }
-        Some(one)
-    }
-
-    /// Of the files of that sort, keeps the one that the job names, or reads it.
-    fn follow(&mut self, part: Part, path: Option<&str>, job: &Place, key: &str, findings: &mut Findings) {
-        let (Some(path), Some(job_file)) = (path.filter(|path| !path.is_empty()), &job.file) else {
-            return;
-        };
-        let named = job_file.parent().unwrap_or(Path::new("")).join(path);
-        let same = |file: &Parsed| match (file.file.canonicalize(), named.canonicalize()) {
-            (Ok(a), Ok(b)) => a == b,
-            _ => false,
-        };
-        let files = self.take(part);
-        let kept = match files.into_iter().find(same) {
-            Some(file) => Some(file),
-            None if named.is_file() => files::read_one(&named, findings),
-            None => {
-                let found = format!("no file {:?}", shorten(&named.display().to_string()));
-                findings
-                    .add(ProblemKind::Missing, &job.key(key), found)
-                    .expected(format!("the path of a file {}", part.content()));
-                None
-            }
-        };
-        match kept {
-            Some(file) => {
-                self.by_part.insert(part, vec![file]);
-            }
-            // Something has been said about it.
-            None => {
-                self.by_part.insert(part, Vec::new());
-            }
-        }
-    }
-}
 
 /// Reads a part, without what is wrong in it.
 fn read<T: DeserializeOwned>(

@@ -129,6 +129,11 @@ fn any_mutation() -> impl Strategy<Value = Mutation> {
 
 /// Either a job that keeps its promises, or problems that can be shown.
 fn check(files: &[Value]) {
+    let prefer = Overrides {
+        prefer: Some(super::super::Transport::P2p),
+        ..Overrides::default()
+    };
+    let _ = load_all(files, &prefer);
     match load_all(files, &Overrides::default()) {
         Ok(loaded) => {
             let job = loaded.job;
