@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 
 use lifl_common::arena::Layout;
-use lifl_common::config::{JobSpec, Kind, ModelSpec, WorkerSpec};
+use lifl_common::config::{Group, JobSpec, Kind, ModelSpec, WorkerSpec};
 use lifl_common::update::{Schema, image};
 use serde::Serialize;
 
@@ -28,7 +28,7 @@ const LEARNER_MODELS: u64 = 4;
 /// Slots of a worker's arena. The top holds a round's model while it makes the next one; everybody else has one
 /// update in the making or on its way, and waits with the next until that is given back.
 ///
-/// Where some aggregator does not wait for all of its children, late ones may still hold models of rounds that are
+/// Where some aggregator may not wait for all of its children, late ones may still hold models of rounds that are
 /// over. The top then has slots for two of these; when more are held, the next round begins when one is given back.
 pub fn slots(job: &JobSpec, worker: &WorkerSpec) -> u32 {
     match worker.kind {
@@ -49,8 +49,16 @@ pub fn most_held(job: &JobSpec, aggregator: &WorkerSpec) -> Option<u32> {
     has_goals(job).then_some(if above_trainers { 0 } else { OLD_MODELS - 1 })
 }
 
+/// Whether some aggregator may be done before all of its children are: as many as it may have are in its group.
 fn has_goals(job: &JobSpec) -> bool {
-    job.workers.iter().any(|worker| worker.agg_goal.is_some())
+    let mut children: HashMap<&Group, u32> = HashMap::new();
+    for group in job.workers.iter().filter_map(|worker| worker.up.as_ref()) {
+        *children.entry(group).or_default() += 1;
+    }
+    job.workers.iter().any(|worker| {
+        let most = worker.down.as_ref().and_then(|group| children.get(group));
+        worker.agg_goal.zip(most).is_some_and(|(goal, &most)| goal < most)
+    })
 }
 
 /// Bytes of a model, an update or an aggregate in its slot.

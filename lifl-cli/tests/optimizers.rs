@@ -2,6 +2,8 @@
 
 mod support;
 
+use std::path::Path;
+
 use lifl_cli::learn;
 use lifl_common::config::{JobSpec, UpdateKind};
 use lifl_common::update::{Schema, Tensors, TensorsMut};
@@ -9,7 +11,7 @@ use nix::sys::signal::Signal;
 use safetensors::SafeTensors;
 use serde_json::{Value, json};
 
-use support::{Finished, Job, Place, signal};
+use support::{Finished, Job, Place, lifl, signal};
 
 /// A job that learns digits in some rounds, with that optimizer.
 fn job(optimizer: &Value, updates: &str) -> Value {
@@ -185,55 +187,92 @@ fn with_a_goal_nobody_waits_for_an_aggregator_that_hangs() {
 fn a_goal_above_the_number_of_children_waits_for_all() {
     let mut file = Job::synthetic(&[1, 2, 4], 1000, "F32").file();
     file["hyperparameters"]["aggGoal"] = json!(100);
-    let finished = Place::new(&file).finish(&["--plane", "relay"]).success();
+    let place = Place::new(&file);
+    let finished = place.finish(&["--plane", "relay"]).success();
     assert!(finished.all("round").iter().all(|round| round["trainers"] == 4));
+    // So there are no late ones to keep old models for.
+    let plan = lifl()
+        .args(["plan", "--json"])
+        .arg(&place.job)
+        .output()
+        .expect("started");
+    let plan: Value = serde_json::from_slice(&plan.stdout).expect("one event");
+    assert_eq!(plan["memory"]["workers"][0]["slots"], 2);
+}
+
+/// Images and labels as MNIST's files have them, all black.
+fn write_idx(folder: &Path, stem: &str, count: u8) {
+    let images = [
+        &[0, 0, 8, 3, 0, 0, 0, count, 0, 0, 0, 28, 0, 0, 0, 28][..],
+        &vec![0; 784 * usize::from(count)],
+    ];
+    let labels = [&[0, 0, 8, 1, 0, 0, 0, count][..], &vec![3; usize::from(count)]];
+    std::fs::write(folder.join(format!("{stem}-images-idx3-ubyte")), images.concat()).expect("written");
+    std::fs::write(folder.join(format!("{stem}-labels-idx1-ubyte")), labels.concat()).expect("written");
 }
 
 #[test]
-fn trainers_with_datasets_of_their_own_are_one_job() {
+fn trainers_of_a_control_planes_job_train_on_their_datasets() {
     let place = Place::new(&json!({}));
-    std::fs::remove_file(&place.job).expect("there");
-    let folder = place.folder.path().join("job");
+    let folder = place.folder.path().join("design");
+    let black = place.folder.path().join("black");
     std::fs::create_dir(&folder).expect("made");
-    let file = Job::digits(&[1, 4], "softmax").with("testSamples", 200).file();
-    let write = |name: &str, value: Value| {
+    std::fs::create_dir(&black).expect("made");
+    write_idx(&black, "train", 60);
+    write_idx(&black, "t10k", 20);
+    let channels = Job::digits(&[1, 3], "softmax").file()["channels"].clone();
+    let in_group = json!([{ "channel-0": "default" }]);
+    let files = [
+        (
+            "schema.json",
+            json!({
+                "name": "a design",
+                "roles": [
+                    { "name": "top-aggregator", "groupAssociation": in_group },
+                    { "name": "trainer", "isDataConsumer": true, "groupAssociation": in_group },
+                ],
+                "channels": channels,
+            }),
+        ),
+        (
+            "job.json",
+            json!({
+                "name": "a job", "designId": "d", "priority": "low", "backend": "shm", "maxRunTime": 120,
+                "dataSpecPath": "dataSpec.json", "modelSpecPath": "modelSpec.json",
+                "lifl": { "model": "softmax" },
+            }),
+        ),
+        (
+            "modelSpec.json",
+            json!({ "hyperparameters": { "rounds": 2, "learningRate": 0.1 }, "dependencies": ["numpy"] }),
+        ),
+        (
+            "dataSpec.json",
+            json!([{ "role": "trainer", "datasetGroups": { "default": ["1", "2", "3"] } }]),
+        ),
+        (
+            "dataset1.json",
+            json!({ "url": "builtin:digits", "dataFormat": "npz", "realm": "default" }),
+        ),
+        (
+            "dataset2.json",
+            json!({ "url": black, "dataFormat": "idx", "realm": "default" }),
+        ),
+        (
+            "dataset3.json",
+            json!({ "url": "builtin:digits", "dataFormat": "npz", "realm": "default" }),
+        ),
+    ];
+    for (name, value) in files {
         std::fs::write(folder.join(name), value.to_string()).expect("written");
-    };
-    write(
-        "schema.json",
-        json!({
-            "name": "a design",
-            "roles": [
-                { "name": "top-aggregator", "groupAssociation": [{ "channel-0": "default" }] },
-                { "name": "trainer", "isDataConsumer": true, "groupAssociation": [{ "channel-0": "default" }] },
-            ],
-            "channels": file["channels"],
-        }),
-    );
-    write(
-        "job.json",
-        json!({
-            "name": "a job", "designId": "d", "priority": "low", "backend": "shm", "maxRunTime": 120,
-            "dataSpecPath": "dataSpec.json", "modelSpecPath": "modelSpec.json", "lifl": file["lifl"],
-        }),
-    );
-    write(
-        "modelSpec.json",
-        json!({ "hyperparameters": { "rounds": 2, "learningRate": 0.1 }, "dependencies": ["numpy"] }),
-    );
-    write(
-        "dataSpec.json",
-        json!([{ "role": "trainer", "datasetGroups": { "default": ["1", "2", "3"] } }]),
-    );
-    for n in 1..=3 {
-        let url = json!({ "url": "builtin:digits", "dataFormat": "npz", "realm": "default" });
-        write(&format!("dataset{n}.json"), url);
     }
     let place = Place { job: folder, ..place };
     let finished = place.finish(&["--plane", "relay"]).success();
     let rounds = finished.all("round");
     assert_eq!(rounds.len(), 2);
-    assert!(rounds.iter().all(|round| round["trainers"] == 3));
-    // They share the one dataset.
-    assert_eq!(rounds[1]["samples"], 400);
+    for round in rounds {
+        assert_eq!(round["trainers"], 3);
+        // Two share the 8,000 digits, and one has what is in its folder.
+        assert_eq!(round["samples"], 8060, "{round}");
+    }
 }

@@ -382,6 +382,8 @@ fn the_schema_is_of_the_types_that_are_read() {
     );
     assert_eq!(schema.pointer("/$defs/Tag/enum/1"), Some(&json!("aggregate")));
     assert_eq!(schema.get("required"), Some(&json!(["job", "channels"])));
+    assert_eq!(schema.pointer("/$defs/Dataset/required"), Some(&json!(["url"])));
+    assert!(schema.pointer("/$defs/DesignJob/properties/designId").is_some());
 }
 
 proptest! {
