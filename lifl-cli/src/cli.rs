@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use lifl_common::config::{Overrides, Timing};
+use lifl_common::config::{Overrides, Timing, Transport};
 use lifl_common::id::JobId;
 use lifl_daemon::plane;
 use lifl_daemon::pool::HugePages;
@@ -75,6 +75,9 @@ pub(crate) struct JobArgs {
     /// What every random choice comes from; equal seeds give equal runs [default: the job file's]
     #[arg(long, value_name = "N")]
     seed: Option<u64>,
+    /// Where files are variants of one worker, take those with this transport
+    #[arg(long, value_enum, value_name = "TRANSPORT")]
+    prefer: Option<TransportArg>,
     #[command(flatten)]
     pub(crate) report: Report,
 }
@@ -83,6 +86,13 @@ pub(crate) struct JobArgs {
 enum TimingArg {
     Eager,
     Lazy,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum TransportArg {
+    Shm,
+    P2p,
+    Mqtt,
 }
 
 impl JobArgs {
@@ -95,6 +105,11 @@ impl JobArgs {
                 TimingArg::Lazy => Timing::Lazy,
             }),
             data: self.data.clone(),
+            prefer: self.prefer.map(|prefer| match prefer {
+                TransportArg::Shm => Transport::Shm,
+                TransportArg::P2p => Transport::P2p,
+                TransportArg::Mqtt => Transport::Mqtt,
+            }),
         }
     }
 }

@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 
-use lifl_common::config::{self, ConfigError, JobSpec, Loaded, Timing, UpdateKind};
+use lifl_common::config::{self, ConfigError, JobSpec, Loaded, Timing, Transport, UpdateKind};
 use lifl_common::control::Welcome;
 use lifl_daemon::plane;
 use lifl_daemon::pool::HugePages;
@@ -64,14 +64,25 @@ pub(crate) fn plan(args: &JobArgs) -> Outcome {
     let plan = Plan::new(&job, &schema, daemon.huge_pages);
     let pairs = pair(&job.workers, |_| true);
     if args.report.json {
-        let tree: Vec<_> = job.workers.iter().enumerate().map(|(index, worker)| {
-            let parent = pairs.get(&index).and_then(|pair| pair.parent).map(|parent| &job.workers[parent].name);
-            json!({ "name": worker.name, "role": worker.role, "parent": parent, "takes_part": pairs.contains_key(&index) })
-        }).collect();
+        let tree: Vec<_> = job
+            .workers
+            .iter()
+            .enumerate()
+            .map(|(index, worker)| {
+                let parent = pairs
+                    .get(&index)
+                    .and_then(|pair| pair.parent)
+                    .map(|parent| &job.workers[parent].name);
+                json!({
+                    "name": worker.name, "role": worker.role, "parent": parent, "transport": worker.transport,
+                    "takes_part": pairs.contains_key(&index), "agg_goal": worker.agg_goal, "select": worker.select,
+                })
+            })
+            .collect();
         let (plane, reason) = (daemon.plane, daemon.plane_reason);
         outln!(
             "{}",
-            json!({ "event": "plan", "job": job.name, "tree": tree, "memory": plan, "notes": notes, "plane": plane, "plane_reason": reason })
+            json!({ "event": "plan", "job": job.name, "tree": tree, "memory": plan, "notes": notes, "brokers": job.brokers, "plane": plane, "plane_reason": reason })
         );
         return Ok(());
     }
@@ -122,6 +133,11 @@ pub(crate) fn plan(args: &JobArgs) -> Outcome {
         arenas + 1
     );
     outln!("memory   at most {}", human_bytes(plan.total_bytes));
+    for (transport, address) in [("p2p", &job.brokers.p2p), ("mqtt", &job.brokers.mqtt)] {
+        if let Some(address) = address {
+            outln!("{transport:<8} at {address}");
+        }
+    }
     outln!("plane    {}: {}", daemon.plane, daemon.plane_reason);
     Ok(())
 }
@@ -144,8 +160,20 @@ fn daemon_for(job: &JobSpec) -> Outcome<Welcome> {
 }
 
 fn print_tree(job: &JobSpec, pairs: &HashMap<usize, Pair>, index: usize, indent: &str, branch: &str) {
-    outln!("{indent}{branch}{}", job.workers[index].name);
+    let worker = &job.workers[index];
+    let transport = match worker.transport {
+        Transport::Shm => String::new(),
+        transport => format!("  {transport}"),
+    };
     let children = pairs.get(&index).map_or(&[][..], |pair| &pair.children);
+    let mut rounds = String::new();
+    if let Some(k) = worker.select.filter(|&k| (k as usize) < children.len()) {
+        rounds += &format!("  {k} of {} at random", children.len());
+    }
+    if let Some(goal) = worker.agg_goal.filter(|&goal| (goal as usize) < children.len()) {
+        rounds += &format!("  done with {goal}");
+    }
+    outln!("{indent}{branch}{}{transport}{rounds}", worker.name);
     let below = match branch {
         "" => indent.to_owned(),
         "├─ " => format!("{indent}│  "),

@@ -15,7 +15,7 @@ use lifl_common::update::{Metadata, Tensors, image};
 use tokio::task::JoinHandle;
 
 use super::node::Node;
-use super::pairing::pair;
+use super::pairing::{pair, select};
 use super::peak::Peak;
 use super::report::{Event, Reporter};
 use super::workers::Workers;
@@ -218,7 +218,8 @@ impl<'r, 'j> Rounds<'r, 'j> {
     fn plan_round(&self, round: u32) -> Outcome<Vec<Frame>> {
         let by_index: HashMap<usize, WorkerId> = self.ids.iter().map(|(&id, &index)| (index, id)).collect();
         let present = |index: usize| by_index.contains_key(&index) && !self.gone.contains(&index);
-        let pairs = pair(&self.run.job.workers, present);
+        let mut pairs = pair(&self.run.job.workers, present);
+        select(&self.run.job.workers, &mut pairs, self.run.job.seed, round);
         if pairs.is_empty() {
             let error = anyhow!("round {round}: no trainer that is left has a way to the top");
             return Err(Failure::new(Cause::Job, error));

@@ -2,19 +2,22 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use super::datasets;
 use super::document::{Document, FileKind};
+use super::parts;
 use super::problem::{Findings, Place, ProblemKind, shorten};
-use super::raw::{Channel, Job};
+use super::raw::{Channel, FlameFile, Job};
+use super::sorts;
+use super::spec::Transport;
+use super::support;
 
 /// Group of a worker that is given none.
 pub(super) const DEFAULT_GROUP: &str = "default";
-/// Transport of a channel that is given none.
-const DEFAULT_BACKEND: &str = "shm";
 
 /// A job, read but not understood.
 pub(super) struct Draft {
-    /// Its file, or the first of them.
-    pub(super) place: Place,
+    /// Where its channels stand, in its file or the first of them.
+    pub(super) channels_place: Place,
     /// Its names.
     pub(super) job: Option<Job>,
     /// Its roles, in file order.
@@ -43,41 +46,72 @@ pub(super) struct WorkerDraft {
     pub(super) place: Place,
     /// How many workers.
     pub(super) count: u32,
+    /// The dataset that its own file, or its own entry in a file, gives it.
+    pub(super) dataset: Option<String>,
+    /// Its round's goal and selection, if it is an aggregator.
+    pub(super) rounds: Rounds,
+}
+
+/// How a worker's rounds go, if it is an aggregator.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Rounds {
+    pub(super) agg_goal: Option<u32>,
+    pub(super) select: Option<u32>,
+}
+
+impl Rounds {
+    fn new(raw: &FlameFile) -> Self {
+        Self {
+            agg_goal: raw.hyperparameters.as_ref().and_then(|given| given.agg_goal),
+            select: sorts::select(raw.selector.as_ref()),
+        }
+    }
 }
 
 /// A channel.
 pub(super) struct ChannelDraft {
     pub(super) channel: Channel,
     pub(super) place: Place,
-    /// Its transport, its own or the file's, and where that is given.
-    pub(super) backend: (String, Place),
+    /// Its transport, its own or the file's, and where that is given; what is no transport reads as shared memory.
+    pub(super) transport: Transport,
+    pub(super) transport_place: Place,
     /// Whether files disagree about its transport.
     pub(super) mixed: bool,
 }
 
 impl ChannelDraft {
     fn new(channel: Channel, place: Place, document: &Document) -> Self {
-        let backend = match (&channel.backend, &document.raw.backend) {
-            (Some(own), _) => (own.clone(), place.key("backend")),
-            (None, Some(files)) => (files.clone(), document.place.key("backend")),
-            (None, None) => (DEFAULT_BACKEND.to_owned(), place.clone()),
-        };
+        let (transport, transport_place) = transport(&channel, &place, document);
         Self {
             channel,
             place,
-            backend,
+            transport,
+            transport_place,
             mixed: false,
         }
     }
 }
 
+/// A channel's transport and where it is given: its own, else the file's, else shared memory. Flame takes an empty
+/// name for none.
+pub(super) fn transport(channel: &Channel, place: &Place, document: &Document) -> (Transport, Place) {
+    let given = |name: &Option<String>| name.clone().filter(|name| !name.is_empty());
+    let (name, place) = match (given(&channel.backend), given(&document.raw.backend)) {
+        (Some(own), _) => (own, place.key("backend")),
+        (None, Some(files)) => (files, document.at("backend")),
+        (None, None) => return (Transport::default(), place.clone()),
+    };
+    (support::transport(&name).unwrap_or_default(), place)
+}
+
 /// The draft of a job file.
 pub(super) fn from_job_file(document: &Document, findings: &mut Findings) -> Draft {
-    let (raw, place) = (&document.raw, &document.place);
+    let raw = &document.raw;
+    let rounds = Rounds::new(raw);
     let mut names = BTreeSet::new();
     let mut roles = Vec::new();
     for (i, role) in raw.roles.iter().flatten().enumerate() {
-        let at = place.key("roles").index(i);
+        let at = document.at("roles").index(i);
         check_name("role", &role.name, &at.key("name"), findings);
         if !names.insert(role.name.as_str()) {
             let found = format!("a second role {}", shorten(&role.name));
@@ -88,14 +122,25 @@ pub(super) fn from_job_file(document: &Document, findings: &mut Findings) -> Dra
         }
         let count = role.replica.unwrap_or(1);
         let association = at.key("groupAssociation");
-        let workers = match &role.group_association {
-            None => vec![WorkerDraft {
+        let workers = match (parts::assigned(document, &role.name), &role.group_association) {
+            (Some(assigned), _) if !assigned.is_empty() => {
+                if role.replica.is_some_and(|replica| replica != 1) {
+                    findings.note(format!(
+                        "replica of role {} is not used: each of its datasets has one worker",
+                        shorten(&role.name)
+                    ));
+                }
+                datasets::workers(role, &association, &assigned, rounds, findings)
+            }
+            (_, None) => vec![WorkerDraft {
                 task_id: None,
                 groups: None,
                 place: association,
                 count,
+                dataset: None,
+                rounds,
             }],
-            Some(entries) => entries
+            (_, Some(entries)) => entries
                 .iter()
                 .enumerate()
                 .map(|(i, groups)| WorkerDraft {
@@ -103,6 +148,8 @@ pub(super) fn from_job_file(document: &Document, findings: &mut Findings) -> Dra
                     groups: Some(groups.clone()),
                     place: association.index(i),
                     count,
+                    dataset: None,
+                    rounds,
                 })
                 .collect(),
         };
@@ -115,7 +162,7 @@ pub(super) fn from_job_file(document: &Document, findings: &mut Findings) -> Dra
     let mut names = BTreeSet::new();
     let mut channels = Vec::new();
     for (i, channel) in raw.channels.iter().flatten().enumerate() {
-        let at = place.key("channels").index(i);
+        let at = document.at("channels").index(i);
         check_name("channel", &channel.name, &at.key("name"), findings);
         if names.insert(channel.name.as_str()) {
             channels.push(ChannelDraft::new(channel.clone(), at, document));
@@ -129,7 +176,7 @@ pub(super) fn from_job_file(document: &Document, findings: &mut Findings) -> Dra
     check_job(document, findings);
     let whole = raw.roles.is_some() && raw.channels.is_some();
     Draft {
-        place: place.clone(),
+        channels_place: document.at("channels"),
         job: raw.job.clone(),
         roles,
         channels,
@@ -139,13 +186,13 @@ pub(super) fn from_job_file(document: &Document, findings: &mut Findings) -> Dra
 
 /// The draft of a job whose workers each have a file; `all` says whether every file that was given is here.
 pub(super) fn from_worker_files(
-    documents: &[Document],
+    documents: &[&Document],
     first: &Document,
     all: bool,
     findings: &mut Findings,
 ) -> Draft {
     let mut draft = Draft {
-        place: first.place.clone(),
+        channels_place: first.at("channels"),
         job: None,
         roles: Vec::new(),
         channels: Vec::new(),
@@ -212,6 +259,8 @@ pub(super) fn from_worker_files(
             groups: raw.group_association.clone(),
             place: place.key("groupAssociation"),
             count: 1,
+            dataset: raw.dataset.clone().filter(|dataset| !dataset.is_empty()),
+            rounds: Rounds::new(raw),
         });
     }
     draft
@@ -251,7 +300,7 @@ pub(super) fn check_kind(document: &Document, findings: &mut Findings) {
 
 fn check_job(document: &Document, findings: &mut Findings) {
     if let Some(job) = &document.raw.job {
-        let place = document.place.key("job");
+        let place = document.at("job");
         check_name("job", &job.id, &place.key("id"), findings);
         if let Some(name) = &job.name {
             check_name("job", name, &place.key("name"), findings);
@@ -316,18 +365,18 @@ fn same_channel(first: &mut ChannelDraft, next: &ChannelDraft, findings: &mut Fi
         same = false;
     }
     // The coordinator's channels may have any transport. One such conflict tells enough about a channel.
-    if !a.coordinates() && first.backend.0 != next.backend.0 {
+    if !a.coordinates() && first.transport != next.transport {
         if !first.mixed {
             let found = format!(
                 "channel {} is {} in {}, {} in {}",
                 shorten(&a.name),
-                shorten(&first.backend.0),
+                first.transport,
                 first.place.file_name(),
-                shorten(&next.backend.0),
+                next.transport,
                 next.place.file_name()
             );
-            let problem = findings.add(ProblemKind::Conflict, &next.backend.1, found);
-            problem.expected("one kind: give only the files of one backend");
+            let problem = findings.add(ProblemKind::Conflict, &next.transport_place, found);
+            problem.expected("one transport in all files of a channel");
         }
         first.mixed = true;
         same = false;

@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use super::draft::{ChannelDraft, Draft};
 use super::problem::{Findings, Place, ProblemKind, shorten};
 use super::raw::{Side, Tag};
-use super::support;
+use super::spec::Transport;
 
 /// A channel that models go through.
 pub(super) struct Link<'d> {
@@ -13,6 +13,8 @@ pub(super) struct Link<'d> {
     pub(super) name: &'d str,
     /// Where it is given.
     pub(super) place: &'d Place,
+    /// How models and updates go through it.
+    pub(super) transport: Transport,
     /// Its groups, if they are listed.
     pub(super) groups: Option<BTreeSet<&'d str>>,
     /// The role that distributes and aggregates.
@@ -62,10 +64,6 @@ pub(super) fn understand<'d>(draft: &'d Draft, findings: &mut Findings) -> Links
         .flat_map(|role| &role.workers)
         .any(|worker| worker.task_id.is_some());
     for channel in &draft.channels {
-        if !channel.mixed && !channel.channel.coordinates() {
-            let (name, place) = &channel.backend;
-            support::check_backend(&channel.channel.name, name, place, findings);
-        }
         let before = findings.count();
         let known = |role: &str| {
             let may_be_absent = from_worker_files && channel.channel.coordinates();
@@ -128,6 +126,7 @@ fn connect<'d>(draft: &'d ChannelDraft, links: &mut Links<'d>, findings: &mut Fi
         (End::Upper, End::Lower) => links.models.push(Link {
             name,
             place,
+            transport: draft.transport,
             groups,
             upper: a,
             lower: b,
@@ -135,6 +134,7 @@ fn connect<'d>(draft: &'d ChannelDraft, links: &mut Links<'d>, findings: &mut Fi
         (End::Lower, End::Upper) => links.models.push(Link {
             name,
             place,
+            transport: draft.transport,
             groups,
             upper: b,
             lower: a,

@@ -26,6 +26,8 @@ pub(super) struct FlameFile {
     pub(super) roles: Option<Vec<Role>>,
     /// Worker files: the worker's id.
     pub(super) taskid: Option<String>,
+    /// Worker files: not used.
+    pub(super) task: Option<Value>,
     /// Worker files: its role.
     pub(super) role: Option<String>,
     /// Worker files: its group on each of its channels.
@@ -35,7 +37,7 @@ pub(super) struct FlameFile {
     pub(super) channels: Option<Vec<Channel>>,
     /// Transport of the channels that name none; `shm` when not given.
     pub(super) backend: Option<String>,
-    /// Addresses of Flame's transports; not used.
+    /// Where the transports `p2p` and `mqtt` are reached.
     pub(super) brokers: Option<Vec<Broker>>,
     /// What trainers do, and for how long.
     pub(super) hyperparameters: Option<Hyperparameters>,
@@ -43,9 +45,10 @@ pub(super) struct FlameFile {
     pub(super) base_model: Option<BaseModel>,
     /// An http(s) URL, a file or folder (relative to the current directory), or `builtin:digits`.
     pub(super) dataset: Option<String>,
-    /// The server optimizer: `fedavg`.
+    /// How the model is made: `fedavg`; `fedadagrad`, `fedadam` or `fedyogi` with `beta_1` (0.9), `beta_2` (0.99), `eta`
+    /// (0.01) and `tau` (0.001), at the top; `fedprox` with `mu`, in the trainers.
     pub(super) optimizer: Option<Sorted>,
-    /// Who takes part in a round: `default`, which is all.
+    /// Who takes part in a round: `default`, which is all; `random`, with `k`, that many of an aggregator's children.
     pub(super) selector: Option<Sorted>,
     /// Which of its samples a trainer uses: `default`, which is all.
     pub(super) datasampler: Option<Sorted>,
@@ -107,14 +110,16 @@ pub(super) struct Channel {
     pub(super) pair: [String; 2],
     /// Not used: each channel is.
     pub(super) is_bidirectional: Option<bool>,
+    /// Not used: no channel is.
+    pub(super) is_unidirectional: Option<bool>,
     /// The channel's groups; ends meet within a group only.
     pub(super) group_by: Option<GroupBy>,
     /// What each role does on it, which says who is the parent: `distribute` and `aggregate` above, `fetch` and
     /// `upload` below.
     pub(super) func_tags: BTreeMap<String, Vec<Tag>>,
-    /// Its transport.
+    /// Its transport: `shm` (`local` is the same here), `p2p` or `mqtt`; the file's when not given.
     pub(super) backend: Option<String>,
-    /// Address of Flame's transport; not used.
+    /// Where its transport is reached, instead of what `brokers` says.
     pub(super) broker_host: Option<String>,
 }
 
@@ -192,11 +197,9 @@ impl Tag {
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub(super) struct Broker {
     /// Which transport.
-    #[expect(dead_code, reason = "Flame's transports are not used")]
-    sort: Option<String>,
-    /// Its address.
-    #[expect(dead_code, reason = "Flame's transports are not used")]
-    host: Option<String>,
+    pub(super) sort: Option<String>,
+    /// Its address, `host` or `host:port`; the port is 10104 for `p2p` and 1883 for `mqtt` when not given.
+    pub(super) host: Option<String>,
 }
 
 /// What trainers do, and for how long.
@@ -218,8 +221,9 @@ pub(super) struct Hyperparameters {
     /// L2 penalty; 0 when not given.
     #[schemars(extend("minimum" = 0))]
     pub(super) weight_decay: Option<f64>,
-    /// Not supported.
-    pub(super) agg_goal: Option<Value>,
+    /// Updates after which an aggregator's round is done; all of its children's when not given.
+    #[schemars(range(min = 1))]
+    pub(super) agg_goal: Option<u32>,
     /// Not supported.
     pub(super) concurrency: Option<Value>,
 }

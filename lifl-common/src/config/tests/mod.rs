@@ -1,8 +1,10 @@
 //! What a person who writes job files cares about.
 
+mod control_plane;
 mod errors;
 mod jobs;
 mod no_panic;
+mod transports;
 mod worker_files;
 
 use std::fs;

@@ -1,12 +1,10 @@
 //! Worker files as one job.
 
-use std::path::Path;
-
-use super::super::{Group, Kind, ModelSpec};
+use super::super::{Group, ModelSpec, Optimizer};
 use super::*;
 
 /// The file of one worker.
-fn worker(role: &str, taskid: &str, channels: &[Value]) -> Value {
+pub(super) fn worker(role: &str, taskid: &str, channels: &[Value]) -> Value {
     let groups: serde_json::Map<String, Value> = channels
         .iter()
         .filter_map(|channel| Some((channel["name"].as_str()?.to_owned(), json!("default"))))
@@ -23,16 +21,16 @@ fn worker(role: &str, taskid: &str, channels: &[Value]) -> Value {
     })
 }
 
-fn models() -> Value {
+pub(super) fn models() -> Value {
     channel("models", "top", "leaf", &["default"])
 }
 
-fn updates() -> Value {
+pub(super) fn updates() -> Value {
     channel("updates", "leaf", "trainer", &["default"])
 }
 
 /// A top, a leaf and two trainers.
-fn files() -> Vec<Value> {
+pub(super) fn files() -> Vec<Value> {
     vec![
         worker("trainer", "03", &[updates()]),
         worker("trainer", "04", &[updates()]),
@@ -53,7 +51,7 @@ fn coordinator() -> Value {
 }
 
 #[track_caller]
-fn assert_problems(files: &[Value], expected: &[&str]) {
+pub(super) fn assert_problems(files: &[Value], expected: &[&str]) {
     let found = problems(files);
     assert_eq!(found, expected, "found:\n{}", found.join("\n"));
 }
@@ -145,30 +143,9 @@ fn a_worker_is_named_by_role_and_taskid() {
 }
 
 #[test]
-fn two_kinds_of_the_same_workers_are_told_apart_by_their_backends() {
-    let mut files = files();
-    let p2p = |mut file: Value, taskid: &str| {
-        file["backend"] = json!("p2p");
-        file["taskid"] = json!(taskid);
-        file
-    };
-    let again = [p2p(files[2].clone(), "13"), p2p(files[3].clone(), "11")];
-    files.extend(again);
-    let expected = "expected one kind: give only the files of one backend";
-    assert_problems(
-        &files,
-        &[
-            &format!("4.json: backend: channel models is shm in 2.json, p2p in 4.json; {expected}"),
-            &format!("4.json: backend: channel updates is shm in 0.json, p2p in 4.json; {expected}"),
-        ],
-    );
-}
-
-#[test]
 fn files_must_agree() {
     let mut files = files();
     files[1]["channels"][0]["groupBy"]["value"] = json!(["default", "b"]);
-    files[1]["dataset"] = json!("other.npz");
     files[1]["lifl"] = json!({ "timing": "eager" });
     files[2]["lifl"] = json!({ "timing": "lazy" });
     assert_problems(
@@ -182,10 +159,99 @@ fn files_must_agree() {
     files[1]["channels"][0] = updates();
     assert_problems(
         &files,
-        &[
-            "2.json: lifl.timing: not what 1.json says; expected the same in all these files",
-            "1.json: dataset: not what 0.json says; expected the same in all these files",
-        ],
+        &["2.json: lifl.timing: not what 1.json says; expected the same in all these files"],
+    );
+}
+
+#[test]
+fn each_worker_has_its_own_goal_and_the_top_the_optimizer() {
+    let mut files = files();
+    files[2]["hyperparameters"]["aggGoal"] = json!(1);
+    files[2]["selector"] = json!({ "sort": "random", "kwargs": { "k": 2 } });
+    files[2]["optimizer"] = json!({ "sort": "fedyogi" });
+    files[3]["optimizer"] = json!({ "sort": "fedadam" });
+    for trainer in &mut files[..2] {
+        trainer["optimizer"] = json!({ "sort": "fedprox", "kwargs": { "mu": 0.5 } });
+        trainer["selector"] = json!({ "sort": "random", "kwargs": { "k": 1 } });
+    }
+    let loaded = load_all(&files, &Overrides::default()).unwrap_or_else(|error| panic!("{error}"));
+    let job = loaded.job;
+    let goals: Vec<_> = job
+        .workers
+        .iter()
+        .map(|worker| (worker.agg_goal, worker.select))
+        .collect();
+    assert_eq!(
+        goals,
+        [(None, None), (Some(1), Some(2)), (None, None), (None, None)]
+    );
+    assert!(
+        matches!(job.optimizer, Optimizer::FedAdam(_)),
+        "{:?}",
+        job.optimizer
+    );
+    assert_eq!(job.training.proximal_mu, 0.5);
+    assert!(
+        loaded.notes.iter().any(|note| note.contains("optimizer")),
+        "{:?}",
+        loaded.notes
+    );
+    files[1]["optimizer"]["kwargs"]["mu"] = json!(0.25);
+    assert_problems(
+        &files,
+        &["1.json: optimizer: not what 0.json says; expected the same in all these files"],
+    );
+}
+
+#[test]
+fn trainers_may_have_datasets_of_their_own() {
+    let mut files = files();
+    files[1]["dataset"] = json!("other.npz");
+    files[3]["dataset"] = json!("test.npz");
+    let loaded = load_all(&files, &Overrides::default()).unwrap_or_else(|error| panic!("{error}"));
+    let job = loaded.job;
+    let trainers: Vec<_> = job
+        .trainers()
+        .map(|trainer| {
+            (
+                job.data_of(trainer).map(|data| data.dataset),
+                job.part_of(trainer),
+            )
+        })
+        .collect();
+    assert_eq!(
+        trainers,
+        [
+            (Some("builtin:digits".to_owned()), (0, 1)),
+            (Some("other.npz".to_owned()), (0, 1)),
+        ]
+    );
+    // The top judges.
+    assert_eq!(
+        job.data.as_ref().map(|data| data.dataset.as_str()),
+        Some("test.npz")
+    );
+    assert!(
+        loaded
+            .notes
+            .iter()
+            .any(|note| note.contains("judged on the test samples of test.npz"))
+    );
+
+    let over = Overrides {
+        data: Some("builtin:digits".to_owned()),
+        ..Overrides::default()
+    };
+    let job = load_all(&files, &over)
+        .unwrap_or_else(|error| panic!("{error}"))
+        .job;
+    assert!(job.workers.iter().all(|worker| worker.dataset.is_none()));
+    assert_eq!(job.datasets().len(), 1);
+
+    files[0]["lifl"] = json!({ "sha256": "a".repeat(64) });
+    assert_problems(
+        &files,
+        &["0.json: lifl.sha256: one hash for 3 datasets; expected no sha256, or one dataset"],
     );
 }
 
@@ -234,67 +300,4 @@ fn groups_of_worker_files_are_subtrees_too() {
     };
     let down: Vec<_> = job.workers.iter().map(|worker| worker.down.clone()).collect();
     assert_eq!(down[1..3], [group("a"), group("b")]);
-}
-
-/// Flame's own LIFL examples, where a developer has them beside the workspace.
-#[test]
-fn flames_examples_are_understood() {
-    let manifest = Path::new(env!("CARGO_MANIFEST_DIR"));
-    let mut roots = manifest
-        .ancestors()
-        .map(|folder| folder.join("shared/data/flame-configs"));
-    let Some(root) = roots.find(|root| root.is_dir()) else {
-        eprintln!("not tried: Flame's examples are not here");
-        return;
-    };
-    for (example, levels) in [("coord_hier_syncfl_mnist", 2), ("coord_3_hier_syncfl_mnist", 3)] {
-        let folder = root.join(example);
-        // Both variants of each aggregator.
-        let error = load(std::slice::from_ref(&folder), &Overrides::default()).expect_err("both variants");
-        let shown = error.to_string();
-        assert!(shown.contains("channel global-channel is "), "{shown}");
-        assert!(shown.contains("give only the files of one backend"), "{shown}");
-        assert!(!shown.contains("unknown field"), "{shown}");
-
-        // Those of shared memory: their trainers' channel is not.
-        let mut shm = Vec::new();
-        let mut folders = vec![folder];
-        while let Some(folder) = folders.pop() {
-            for entry in fs::read_dir(folder).expect("a folder") {
-                let path = entry.expect("an entry").path();
-                if path.is_dir() {
-                    folders.push(path);
-                } else if !path.to_string_lossy().contains("_p2p") {
-                    shm.push(path);
-                }
-            }
-        }
-        let error = load(&shm, &Overrides::default()).expect_err("trainers over p2p");
-        assert_eq!(error.problems.len(), 1, "{error}");
-        assert_eq!(
-            error.problems[0].found,
-            "channel param-channel: backend p2p is not supported yet"
-        );
-        assert_eq!(error.problems[0].expected.as_deref(), Some("shm or local"));
-
-        // With that said to be shm, too.
-        let files: Vec<Value> = shm
-            .iter()
-            .map(|path| serde_json::from_slice(&fs::read(path).expect("a file")).expect("JSON"))
-            .map(|file| with(file, &[("/backend", json!("shm"))]))
-            .collect();
-        let job = load_all(&files, &Overrides::default())
-            .unwrap_or_else(|error| panic!("{error}"))
-            .job;
-        assert_eq!(
-            (job.levels(), job.rounds, job.trainers().count()),
-            (levels, 10, 2)
-        );
-        assert_eq!(job.training.batch_size, 32);
-        assert!(
-            job.workers
-                .iter()
-                .all(|worker| worker.kind != Kind::Top || worker.level == 0)
-        );
-    }
 }
