@@ -63,10 +63,13 @@ pub(crate) fn flame_verdict(ctx: SkMsgContext) -> u32 {
     if !(HEADER..=LONGEST).contains(&bytes) {
         return refuse(&ctx, sender, u32::MAX, bytes);
     }
-    // SAFETY: `msg` is the kernel's context for this call.
-    let pulled = unsafe { bpf_msg_pull_data(msg, 0, HEADER, 0) };
+    if ctx.data() + HEADER_BYTES > ctx.data_end() {
+        // What was sent without a copy must be pulled to be looked at; for the rest that would only cost.
+        // SAFETY: `msg` is the kernel's context for this call.
+        unsafe { bpf_msg_pull_data(msg, 0, HEADER, 0) };
+    }
     let data = ctx.data();
-    if pulled != 0 || data + HEADER_BYTES > ctx.data_end() {
+    if data + HEADER_BYTES > ctx.data_end() {
         return refuse(&ctx, sender, u32::MAX, bytes);
     }
     // SAFETY: the 4 bytes from `data` were just compared with `data_end`.
@@ -109,40 +112,30 @@ fn pad(ctx: &SkMsgContext, bytes: u32, sender: Address, stamped: bool) -> bool {
     if ctx.push_data(bytes, room, 0).is_err() {
         return false;
     }
-    // SAFETY: the context is this call's. The message becomes one writable piece.
-    if unsafe { bpf_msg_pull_data(ctx.msg, 0, MESSAGE, 0) } != 0 {
+    // What was pushed is a piece of its own, and only that is looked at: nothing is copied.
+    // SAFETY: the context is this call's.
+    if unsafe { bpf_msg_pull_data(ctx.msg, bytes, MESSAGE, 0) } != 0 {
         return false;
     }
-    let data = ctx.data();
-    if data + MESSAGE_BYTES > ctx.data_end() {
-        return false;
-    }
-    // The verifier does not know what `bytes` was compared with.
-    let start = opaque(bytes as usize) & 0x3ff;
-    if start > LONGEST_REFERENCE_BYTES {
-        return false;
-    }
-    let length = MESSAGE - bytes - 3;
-    let end = ctx.data_end();
-    // What was pushed is old kernel memory until it is written. The last word may overlap the one before.
-    let mut at = start;
-    while opaque(at) <= MESSAGE_BYTES - 8 {
+    let (data, end) = (ctx.data(), ctx.data_end());
+    // Less than MESSAGE_BYTES, since no reference is empty; the verifier does not remember.
+    let room = opaque(room as usize) & (MESSAGE_BYTES - 1);
+    // It is old kernel memory until it is written. The last word may overlap the one before.
+    let mut at = 0;
+    while opaque(at) + 8 <= room {
         if !put(data, end, at, 0_u64) {
             return false;
         }
         at += 8;
     }
-    if !put(data, end, MESSAGE_BYTES - 8, 0_u64) {
-        return false;
-    }
+    let length = room - 3;
     let header = [PADDING_TAG, (length & 0x7f) as u8 | 0x80, (length >> 7) as u8];
-    if !put(data, end, start, header) {
-        return false;
-    }
-    !stamped || put(data, end, MESSAGE_BYTES - STAMP_BYTES, sender)
+    put(data, end, room - 8, 0_u64)
+        && put(data, end, 0, header)
+        && (!stamped || put(data, end, room - STAMP_BYTES, sender))
 }
 
-/// Writes into the message, which lies between `data` and `end`, and says whether it has such a place. Compared each
+/// Writes into what lies between `data` and `end`, and says whether it has such a place. Compared each
 /// time, since the verifier knows no bounds of a place that is not a constant.
 #[inline(always)]
 fn put<T>(data: usize, end: usize, at: usize, value: T) -> bool {
@@ -150,7 +143,7 @@ fn put<T>(data: usize, end: usize, at: usize, value: T) -> bool {
     if place + size_of::<T>() > end {
         return false;
     }
-    // SAFETY: as many bytes from `place` were just compared with the message's end. Volatile, so that no call to memset
+    // SAFETY: as many bytes from `place` were just compared with the end. Volatile, so that no call to memset
     // comes of many.
     unsafe { ptr::write_volatile(place as *mut Unaligned<T>, Unaligned(value)) };
     true
