@@ -1,7 +1,9 @@
 //! What a job takes of the machine's memory: the layout of every arena, and the sum that `lifl plan` shows.
 
+use std::collections::HashMap;
+
 use lifl_common::arena::Layout;
-use lifl_common::config::{JobSpec, Kind, ModelSpec, Transport, WorkerSpec};
+use lifl_common::config::{Group, JobSpec, Kind, ModelSpec, Transport, WorkerSpec};
 use lifl_common::session::proxy_name;
 use lifl_common::update::{Schema, image};
 use serde::Serialize;
@@ -26,10 +28,15 @@ const LEARNER_MODELS: u64 = 4;
 
 /// Slots of a worker's arena. The top holds a round's model while it makes the next one; everybody else has one
 /// update in the making or on its way, and waits with the next until that is given back. Beyond the node's shared memory
-/// an aggregator has the model that came over the wire beside it, and a trainer has no arena.
-pub fn slots(worker: &WorkerSpec) -> u32 {
+/// an aggregator has the model that came over the wire beside it, as the top has, and a trainer has no arena.
+///
+/// Where some aggregator may not wait for all of its children, late ones may still hold models of rounds that are
+/// over. Whoever hands models down from its own arena then has slots for two of these; when more are held, the next round
+/// begins when one is given back.
+pub fn slots(job: &JobSpec, worker: &WorkerSpec) -> u32 {
+    let old_models = if has_goals(job) { OLD_MODELS } else { 0 };
     match (worker.kind, is_remote(worker)) {
-        (Kind::Top, _) | (Kind::Aggregator, true) => 2,
+        (Kind::Top, _) | (Kind::Aggregator, true) => 2 + old_models,
         (Kind::Aggregator | Kind::Trainer, false) => 1,
         (Kind::Trainer, true) => 0,
     }
@@ -52,6 +59,29 @@ pub fn is_local(worker: &WorkerSpec) -> bool {
 pub fn registrations(job: &JobSpec) -> u32 {
     let of_one = |worker| u32::from(is_local(worker)) + u32::from(is_remote(worker));
     job.workers.iter().map(of_one).sum::<u32>() + 1
+}
+
+/// Models of rounds that are over which late workers may hold.
+const OLD_MODELS: u32 = 2;
+
+/// How many models of rounds that are over a child of that aggregator may hold and still be lent a new one; `None` in
+/// a job whose rounds wait for everybody. A trainer that holds one trains on it. An aggregator that holds some waits
+/// for late trainers, and may work for the others; if it hangs, it holds all that there may be and no more.
+pub fn most_held(job: &JobSpec, aggregator: &WorkerSpec) -> Option<u32> {
+    let above_trainers = aggregator.level + 1 == job.levels();
+    has_goals(job).then_some(if above_trainers { 0 } else { OLD_MODELS - 1 })
+}
+
+/// Whether some aggregator may be done before all of its children are: as many as it may have are in its group.
+fn has_goals(job: &JobSpec) -> bool {
+    let mut children: HashMap<&Group, u32> = HashMap::new();
+    for group in job.workers.iter().filter_map(|worker| worker.up.as_ref()) {
+        *children.entry(group).or_default() += 1;
+    }
+    job.workers.iter().any(|worker| {
+        let most = worker.down.as_ref().and_then(|group| children.get(group));
+        worker.agg_goal.zip(most).is_some_and(|(goal, &most)| goal < most)
+    })
 }
 
 /// Bytes of a model, an update or an aggregate in its slot.
@@ -95,6 +125,11 @@ impl Plan {
     /// Adds up what the job takes on huge or ordinary pages. Sums that overflow stand as `u64::MAX`.
     pub fn new(job: &JobSpec, schema: &Schema, huge_pages: bool) -> Self {
         let object_bytes = object_bytes(schema);
+        let datasets: HashMap<String, u32> = job
+            .datasets()
+            .into_iter()
+            .map(|(data, trainers)| (data.dataset, trainers))
+            .collect();
         let share = |name, slots, private_bytes| {
             let layout = Layout::for_objects(slots, object_bytes);
             let arena_bytes = layout.and_then(|layout| layout.memfd_bytes(huge_pages));
@@ -111,8 +146,13 @@ impl Plan {
             }
         };
         let own = job.workers.iter().map(|worker| {
-            let private_bytes = private_bytes(job, schema, worker);
-            share(worker.name.clone(), slots(worker), private_bytes)
+            let dataset = worker
+                .dataset
+                .as_ref()
+                .or(job.data.as_ref().map(|data| &data.dataset));
+            let sharing = dataset.and_then(|dataset| datasets.get(dataset)).copied();
+            let private_bytes = private_bytes(job, schema, worker, sharing.unwrap_or(1));
+            share(worker.name.clone(), slots(job, worker), private_bytes)
         });
         let remote = job.workers.iter().filter(|worker| is_remote(worker));
         let proxies = remote.map(|worker| share(proxy_name(&worker.name), PROXY_SLOTS, 0));
@@ -138,17 +178,21 @@ impl Plan {
     }
 }
 
-fn private_bytes(job: &JobSpec, schema: &Schema, worker: &WorkerSpec) -> u64 {
+/// `sharing` is how many trainers a trainer's dataset is divided among.
+fn private_bytes(job: &JobSpec, schema: &Schema, worker: &WorkerSpec, sharing: u32) -> u64 {
     match worker.kind {
         Kind::Trainer => {
-            let shares = job.trainers().count() as u64;
             // What others have in arenas: the model and the update.
             let buffers = if is_remote(worker) { 2 } else { 0 };
-            learner_bytes(job, schema, shares, u64::from(job.training.batch_size))
+            learner_bytes(job, schema, sharing.into(), u64::from(job.training.batch_size))
                 .saturating_add((schema.data_bytes() as u64).saturating_mul(buffers))
         }
         Kind::Top | Kind::Aggregator => {
-            PROCESS_BYTES.saturating_add(aggregate::scratch_bytes(schema, job.timing) as u64)
+            let mut bytes = PROCESS_BYTES.saturating_add(aggregate::scratch_bytes(schema, job.timing) as u64);
+            if worker.kind == Kind::Top {
+                bytes = bytes.saturating_add(aggregate::optimizer_bytes(schema, &job.optimizer) as u64);
+            }
+            bytes
         }
     }
 }

@@ -23,9 +23,11 @@ pub(crate) enum Stream {
     TrainDigit = 6,
     /// A generated test image.
     TestDigit = 7,
+    /// Which children an aggregator selects.
+    Select = 8,
     /// What a test needs.
     #[cfg(test)]
-    Test = 8,
+    Test = 9,
 }
 
 /// The stream for that purpose, and among its kind for that worker (or other small number) and step.

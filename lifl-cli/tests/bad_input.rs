@@ -91,8 +91,12 @@ fn a_tree_that_is_a_ring_is_refused() {
 #[test]
 fn what_is_not_supported_is_refused_by_name() {
     file_refused(
-        |file| file["optimizer"] = json!({ "sort": "fedadam" }),
-        &["optimizer", "fedadam"],
+        |file| file["optimizer"] = json!({ "sort": "scaffold" }),
+        &["optimizer", "scaffold"],
+    );
+    file_refused(
+        |file| file["hyperparameters"]["concurrency"] = json!(10),
+        &["hyperparameters.concurrency", "10"],
     );
     file_refused(
         |file| file["channels"][0]["backend"] = json!("mqtt"),

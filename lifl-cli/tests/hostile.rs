@@ -114,8 +114,14 @@ struct Stage {
 
 impl Stage {
     async fn set(plane: &str, timing: &str) -> Self {
+        Self::with_goal(plane, timing, None).await
+    }
+
+    async fn with_goal(plane: &str, timing: &str, goal: Option<u32>) -> Self {
         let job = Job::synthetic(&[1, TRAINERS], PARAMETERS as u64, "F32").with("timing", timing);
-        let place = Place::new(&job.file());
+        let mut file = job.file();
+        file["hyperparameters"]["aggGoal"] = serde_json::json!(goal);
+        let place = Place::new(&file);
         let spec = config::load(std::slice::from_ref(&place.job), &Overrides::default())
             .expect("a job")
             .job;
@@ -135,6 +141,7 @@ impl Stage {
             huge_pages: HugePages::Never,
             max_workers: 8,
             gateway: GatewayOptions::default(),
+            flame: None,
         };
         let node = Daemon::start(options, CancellationToken::new()).expect("a daemon");
         let mut client = Client::connect(node.socket()).await.expect("connected");
@@ -369,6 +376,63 @@ async fn children_that_misbehave(plane: &str, timing: &str) {
     drop(stage.trainers.pop());
     assert_eq!(stage.result().await, (1, 10, 8.0));
     stage.leave().await;
+}
+
+/// With a goal of two, a round is done with two updates, whoever sends them.
+async fn two_of_three_are_enough(timing: &str) {
+    let mut stage = Stage::with_goal("relay", timing, Some(2)).await;
+    let schema = stage.schema.clone();
+    let top = stage.top_id;
+
+    // Round 1: the third is late, and is told so.
+    stage.begin(1).await;
+    for (n, value) in [(2, 4.0), (0, 1.0)] {
+        let update = stage.trainers[n].update(&schema, 1, value, 10);
+        stage.trainers[n].send(top, FrameKind::Update, update).await;
+    }
+    assert_eq!(stage.result().await, (2, 20, 2.5));
+    stage.trainers[0].expect(FrameKind::Release).await;
+    stage.trainers[2].expect(FrameKind::Release).await;
+    let late = stage.trainers[1].update(&schema, 1, 100.0, 10);
+    stage.trainers[1].send(top, FrameKind::Update, late).await;
+    stage.trainers[1].expect_refusal(Refusal::NotExpected).await;
+
+    // Round 2: one that is refused does not count, so the round waits for the third.
+    stage.begin(2).await;
+    let nan = stage.trainers[0].update(&schema, 2, f32::NAN, 10);
+    stage.trainers[0].send(top, FrameKind::Update, nan).await;
+    let good = stage.trainers[1].update(&schema, 2, 6.0, 30);
+    stage.trainers[1].send(top, FrameKind::Update, good).await;
+    stage.trainers[0].expect_refusal(Refusal::NotFinite).await;
+    let good = stage.trainers[2].update(&schema, 2, 2.0, 10);
+    stage.trainers[2].send(top, FrameKind::Update, good).await;
+    assert_eq!(stage.result().await, (2, 40, 5.0));
+    stage.trainers[1].expect(FrameKind::Release).await;
+    stage.trainers[2].expect(FrameKind::Release).await;
+
+    // Round 3: a goal that cannot be reached any more waits for all who are left.
+    stage.begin(3).await;
+    let nothing = Frame {
+        round: 3,
+        ..Frame::default()
+    };
+    stage.trainers[0].send(top, FrameKind::Nothing, nothing).await;
+    drop(stage.trainers.pop());
+    let good = stage.trainers[1].update(&schema, 3, 8.0, 10);
+    stage.trainers[1].send(top, FrameKind::Update, good).await;
+    assert_eq!(stage.result().await, (1, 10, 8.0));
+    stage.trainers[1].expect(FrameKind::Release).await;
+    stage.leave().await;
+}
+
+#[tokio::test]
+async fn a_goal_is_met_eager() {
+    two_of_three_are_enough("eager").await;
+}
+
+#[tokio::test]
+async fn a_goal_is_met_lazy() {
+    two_of_three_are_enough("lazy").await;
 }
 
 #[tokio::test]

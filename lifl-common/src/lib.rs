@@ -1,11 +1,12 @@
 //! What all sides of LIFL agree on.
 //!
-//! Without the `std` feature this crate holds only what the kernel program shares with user space: [`id`]s, the
-//! [`frame`] and the [`kernel`] map values. With it come the [`arena`]s that updates lie in, the [`update`]
+//! Without the `std` feature this crate holds only what the kernel programs share with user space: [`id`]s, the
+//! [`frame`], the [`kernel`] map values, and what [`flame`]'s workers send. With it come the [`arena`]s that updates lie in, the [`update`]
 //! format, the [`control`] messages between a worker and its daemon, the worker's [`client`], the two [`plane`]s
 //! that frames travel on, [`session`]s of workers that are on neither, and the job file ([`config`]).
 #![cfg_attr(not(feature = "std"), no_std)]
 
+pub mod flame;
 pub mod frame;
 pub mod id;
 pub mod kernel;

@@ -1,8 +1,11 @@
 //! LIFL's node daemon, as a library so that `lifl run` can run one inside itself.
 //!
 //! It loads the SK_MSG program ([`plane`]), owns the shared memory ([`pool`]), keeps jobs, workers and arenas in a
-//! registry that one task owns, and lets workers in over the network ([`gateway`]). It does not know what an aggregator computes.
+//! registry that one task owns, and lets workers in over the network (the gateway). Beside that, and apart from it, it
+//! serves Flame's Python workers ([`flame`]). It does not know what an aggregator computes.
 
+mod ebpf;
+pub mod flame;
 mod gateway;
 pub mod plane;
 pub mod pool;
@@ -14,12 +17,13 @@ use std::path::PathBuf;
 use lifl_common::plane::PlaneKind;
 use tokio_util::sync::CancellationToken;
 
+use crate::flame::{Flame, FlameError};
 pub use crate::gateway::GatewayOptions;
 use crate::plane::PlaneError;
 use crate::pool::{HugePages, Pool};
 use crate::registry::{Facts, Registry};
 pub use crate::server::ListenError;
-use crate::server::Listener;
+use crate::server::{Beside, Listener};
 
 /// Connections beside those of workers: coordinators that have no worker yet, `lifl status`.
 const SPARE_CONNECTIONS: usize = 256;
@@ -43,6 +47,8 @@ pub struct Options {
     pub max_workers: u32,
     /// The door for workers beyond shared memory.
     pub gateway: GatewayOptions,
+    /// Whether and how Flame's Python workers are served.
+    pub flame: Option<flame::Options>,
 }
 
 /// Why a daemon does not start.
@@ -54,6 +60,20 @@ pub enum StartError {
     /// No plane.
     #[error(transparent)]
     Plane(#[from] PlaneError),
+    /// Flame's workers cannot be served.
+    #[error(transparent)]
+    Flame(#[from] FlameError),
+}
+
+/// What a daemon could not take down.
+#[derive(Debug, thiserror::Error)]
+pub enum StopError {
+    /// The plane.
+    #[error(transparent)]
+    Plane(#[from] PlaneError),
+    /// What Flame's workers were served with.
+    #[error(transparent)]
+    Flame(#[from] FlameError),
 }
 
 /// A running daemon.
@@ -64,6 +84,7 @@ pub struct Daemon {
     plane_reason: String,
     shutdown: CancellationToken,
     task: tokio::task::JoinHandle<Result<(), PlaneError>>,
+    flame: Option<Flame>,
 }
 
 impl Daemon {
@@ -84,6 +105,10 @@ impl Daemon {
             },
         )?;
         let (plane, plane_reason) = (chosen.plane.kind(), chosen.reason.clone());
+        let flame = options
+            .flame
+            .map(|flame| Flame::start(flame, plane, shutdown.clone()));
+        let flame = flame.transpose()?;
         let facts = Facts {
             plane_reason: chosen.reason,
             max_workers: options.max_workers,
@@ -97,8 +122,11 @@ impl Daemon {
         let served = server::serve(
             listener,
             registry,
-            chosen.dead_letters,
-            opened,
+            Beside {
+                dead_letters: chosen.dead_letters,
+                opened,
+                flame: flame.as_ref().map(Flame::desk),
+            },
             max_connections,
             shutdown.clone(),
         );
@@ -117,6 +145,7 @@ impl Daemon {
             plane_reason,
             shutdown,
             task,
+            flame,
         })
     }
 
@@ -135,6 +164,11 @@ impl Daemon {
         &self.plane_reason
     }
 
+    /// Who serves Flame's workers.
+    pub fn flame(&self) -> Option<&Flame> {
+        self.flame.as_ref()
+    }
+
     /// Ends it and waits until everything is gone.
     ///
     /// # Errors
@@ -142,7 +176,7 @@ impl Daemon {
     ///
     /// # Panics
     /// If the daemon's task did.
-    pub async fn stop(self) -> Result<(), PlaneError> {
+    pub async fn stop(self) -> Result<(), StopError> {
         self.shutdown.cancel();
         self.wait().await
     }
@@ -154,8 +188,12 @@ impl Daemon {
     ///
     /// # Panics
     /// If the daemon's task did.
-    pub async fn wait(self) -> Result<(), PlaneError> {
-        self.task.await.expect("the daemon's task panicked")
+    pub async fn wait(self) -> Result<(), StopError> {
+        let plane = self.task.await.expect("the daemon's task panicked");
+        if let Some(flame) = self.flame {
+            flame.wait().await?;
+        }
+        Ok(plane?)
     }
 }
 

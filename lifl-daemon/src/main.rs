@@ -1,16 +1,18 @@
 //! The command `lifl-daemon`.
 
 use std::io::IsTerminal;
+use std::net::SocketAddrV4;
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::time::Duration;
 
 use anyhow::Context;
 use clap::{Parser, ValueEnum};
 use lifl_common::control::paths;
 use lifl_common::kernel::DEFAULT_MAX_WORKERS;
-use lifl_daemon::plane;
 use lifl_daemon::pool::HugePages;
 use lifl_daemon::{Daemon, GatewayOptions, Options, StartError, default_pool_bytes, raise_open_files};
+use lifl_daemon::{flame, plane};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 
@@ -55,6 +57,21 @@ struct Cli {
     /// is encrypted: give an address of a network that you trust
     #[arg(long, value_name = "ADDR")]
     gateway_listen: Vec<std::net::IpAddr>,
+    /// Where Flame's Python workers connect, on the loopback
+    #[arg(long, value_name = "ADDR", default_value_t = flame::Options::SKMSG)]
+    flame_skmsg: SocketAddrV4,
+    /// Where Flame's Python workers register, on the loopback
+    #[arg(long, value_name = "ADDR", default_value_t = flame::Options::RPC)]
+    flame_rpc: SocketAddrV4,
+    /// How long a Flame worker's reference waits for a receiver that has not registered yet
+    #[arg(long, value_name = "SECONDS", default_value_t = 60)]
+    flame_hold: u64,
+    /// Flame workers of one user at a time
+    #[arg(long, value_name = "N", default_value_t = 1024, value_parser = clap::value_parser!(u32).range(1..=65535))]
+    flame_workers: u32,
+    /// Do not serve Flame's Python workers
+    #[arg(long, conflicts_with_all = ["flame_skmsg", "flame_rpc", "flame_hold", "flame_workers"])]
+    no_flame: bool,
     /// How to log to standard error; RUST_LOG chooses what
     #[arg(long, value_enum, default_value_t = LogFormat::Text)]
     log_format: LogFormat,
@@ -116,6 +133,10 @@ fn run(cli: &Cli) -> anyhow::Result<()> {
             socket = %daemon.socket().display(), plane = %daemon.plane(), reason = daemon.plane_reason(), pool_mib,
             ?huge_pages, "listening"
         );
+        if let Some(flame) = daemon.flame() {
+            let (skmsg, rpc) = flame.addresses();
+            tracing::info!(%skmsg, %rpc, "listening for Flame's workers");
+        }
         tokio::spawn(async move {
             tokio::select! {
                 _ = interrupt.recv() => tracing::info!("SIGINT: stopping"),
@@ -123,7 +144,7 @@ fn run(cli: &Cli) -> anyhow::Result<()> {
             }
             shutdown.cancel();
         });
-        daemon.wait().await.context("the plane could not be taken down")?;
+        daemon.wait().await.context("something could not be taken down")?;
         tracing::info!("stopped, nothing left behind");
         Ok(())
     })
@@ -159,5 +180,12 @@ fn options(cli: &Cli) -> anyhow::Result<Options> {
             allowed: cli.gateway_listen.clone(),
             ..GatewayOptions::default()
         },
+        flame: (!cli.no_flame).then_some(flame::Options {
+            skmsg: cli.flame_skmsg,
+            rpc: cli.flame_rpc,
+            hold: Duration::from_secs(cli.flame_hold),
+            workers_of_user: cli.flame_workers,
+            max_workers: cli.max_workers,
+        }),
     })
 }

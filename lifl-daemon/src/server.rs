@@ -29,6 +29,7 @@ use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
+use crate::flame::Desk;
 use crate::gateway::Opened;
 use crate::registry::{ConnId, Outgoing, Peer, Registry, error_chain};
 
@@ -82,7 +83,7 @@ impl Listener {
         make_folder(folder).map_err(|source| failed("mkdir", source))?;
         // Made beside and put in its place when it is complete: whoever finds a socket there that nobody listens at
         // may be sure that its daemon is gone.
-        let beside = Beside::new(folder);
+        let beside = Temporary::new(folder);
         let address = UnixAddr::new(&beside.0).map_err(|errno| failed("sockaddr_un", errno.into()))?;
         let fd = new_socket().map_err(|errno| failed("socket", errno.into()))?;
         bind(fd.as_raw_fd(), &address).map_err(|errno| failed("bind", errno.into()))?;
@@ -150,9 +151,9 @@ fn is_listened_at(path: &Path) -> io::Result<bool> {
 }
 
 /// A name beside a socket's, which is gone when this is.
-struct Beside(PathBuf);
+struct Temporary(PathBuf);
 
-impl Beside {
+impl Temporary {
     fn new(folder: &Path) -> Self {
         static COUNT: AtomicU32 = AtomicU32::new(0);
         let (pid, count) = (std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed));
@@ -160,7 +161,7 @@ impl Beside {
     }
 }
 
-impl Drop for Beside {
+impl Drop for Temporary {
     fn drop(&mut self) {
         // Renamed, it is not there.
         let _ = std::fs::remove_file(&self.0);
@@ -199,21 +200,37 @@ fn make_folder(folder: &Path) -> io::Result<()> {
 enum Command {
     Connected(ConnId, Peer, mpsc::Sender<Outgoing>, CancellationToken),
     Request(ConnId, Request, Vec<OwnedFd>),
+    /// What somebody else than the registry answers.
+    Answer(ConnId, Reply),
     Closed(ConnId),
+}
+
+/// What the registry is served beside.
+pub(crate) struct Beside {
+    /// Frames that the plane did not deliver.
+    pub(crate) dead_letters: mpsc::Receiver<Frame>,
+    /// The gateway's answers.
+    pub(crate) opened: mpsc::UnboundedReceiver<Opened>,
+    /// Flame's workers, where they are served.
+    pub(crate) flame: Option<Desk>,
 }
 
 /// Serves until `shutdown`, then lets clients leave and gives the registry back.
 pub(crate) async fn serve(
     listener: Listener,
     mut registry: Registry,
-    mut dead_letters: mpsc::Receiver<Frame>,
-    mut opened: mpsc::UnboundedReceiver<Opened>,
+    Beside {
+        mut dead_letters,
+        mut opened,
+        flame,
+    }: Beside,
     max_connections: usize,
     shutdown: CancellationToken,
 ) -> Registry {
     let (commands, mut inbox) = mpsc::channel(1024);
     let tasks = TaskTracker::new();
     let accepting = shutdown.child_token();
+    let answers = commands.downgrade();
     tasks.spawn(accept(
         listener,
         commands,
@@ -232,7 +249,20 @@ pub(crate) async fn serve(
                     registry.connected(id, peer);
                     queues.insert(id, (queue, kick));
                 }
+                Some(Command::Request(id, Request::Flame { after }, _)) => {
+                    if let (Some(uid), Some(answers)) = (registry.may_ask(id), answers.upgrade()) {
+                        let flame = flame.clone();
+                        tasks.spawn(async move {
+                            let page = match flame {
+                                Some(flame) => flame.page(uid, after).await,
+                                None => None,
+                            };
+                            let _ = answers.send(Command::Answer(id, Reply::Flame { page })).await;
+                        });
+                    }
+                }
                 Some(Command::Request(id, request, fds)) => registry.request(id, request, fds),
+                Some(Command::Answer(id, reply)) => registry.reply(id, reply, None),
                 Some(Command::Closed(id)) => {
                     queues.remove(&id);
                     registry.closed(id);

@@ -35,6 +35,7 @@ fn options(socket: PathBuf, plane: Request) -> Options {
         huge_pages: HugePages::Never,
         max_workers: 8,
         gateway: GatewayOptions::default(),
+        flame: None,
     }
 }
 

@@ -66,6 +66,7 @@ impl Stage {
                 grace,
                 ..GatewayOptions::default()
             },
+            flame: None,
         };
         let daemon = Daemon::start(options, CancellationToken::new()).expect("a daemon");
         let mut client = Client::connect(daemon.socket()).await.expect("connected");

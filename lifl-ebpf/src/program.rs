@@ -16,11 +16,10 @@
 //! wrongly: `sk_msg_memcopy_from_iter` in `net/core/skmsg.c` does not notice that the message became shorter, and
 //! completes the frame with whatever lay in memory. So such a piece is cut off.
 
-use core::arch::asm;
 use core::mem::offset_of;
 use core::ptr;
 
-use aya_ebpf::bindings::{BPF_F_INGRESS, sk_action, sk_msg_md};
+use aya_ebpf::bindings::{BPF_F_INGRESS, sk_action};
 use aya_ebpf::helpers::{bpf_ktime_get_ns, bpf_msg_apply_bytes, bpf_msg_cork_bytes, bpf_msg_pull_data};
 use aya_ebpf::macros::{map, sk_msg};
 use aya_ebpf::maps::{HashMap, SockHash};
@@ -29,6 +28,7 @@ use aya_log_ebpf::warn;
 use lifl_common::frame::{Frame, FrameKind, Refusal};
 use lifl_common::id::WorkerId;
 use lifl_common::kernel::{self, Connection, Counters, DEFAULT_MAX_WORKERS, Member, Sender};
+use lifl_ebpf::{add, connection};
 
 /// The worker's sockets; one more for the dead letters, under 0.
 #[map]
@@ -158,21 +158,6 @@ unsafe fn mark(data: usize, refusal: Refusal, stamp: WorkerId) {
     }
 }
 
-/// The sending socket's connection.
-#[inline(always)]
-fn connection(msg: *const sk_msg_md) -> Connection {
-    // SAFETY: `msg` is the kernel's context. Each field is read as it stands, since the verifier knows only whole
-    // fields of a context: volatile keeps two from being merged into one load.
-    unsafe {
-        Connection {
-            local_ip4: ptr::read_volatile(&raw const (*msg).local_ip4),
-            remote_ip4: ptr::read_volatile(&raw const (*msg).remote_ip4),
-            local_port: ptr::read_volatile(&raw const (*msg).local_port),
-            remote_port: ptr::read_volatile(&raw const (*msg).remote_port),
-        }
-    }
-}
-
 /// To the receive queue of that worker's socket; `SK_DROP` when it has none.
 #[inline(always)]
 fn redirect(ctx: &SkMsgContext, to: WorkerId) -> u32 {
@@ -205,16 +190,6 @@ fn count_refused(worker: WorkerId) {
         add(&raw mut (*counters).refused, 1);
         ptr::write_volatile(&raw mut (*counters).last_ns, bpf_ktime_get_ns());
     }
-}
-
-/// Adds where other CPUs may be adding too.
-///
-/// # Safety
-/// `counter` is aligned and stays a map value of this program for the call.
-#[inline(always)]
-unsafe fn add(counter: *mut u64, n: u64) {
-    // SAFETY: one atomic add to an address that the caller vouches for. `core` has no `fetch_add` for this target.
-    unsafe { asm!("lock *(u64 *)({0} + 0) += {1}", in(reg) counter, in(reg) n, options(nostack)) };
 }
 
 /// What the kernel reads to allow helpers that are for GPL-compatible programs.

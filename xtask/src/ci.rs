@@ -32,7 +32,7 @@ pub(crate) fn run() -> Result<()> {
     ]);
     doc.env("RUSTDOCFLAGS", "-D warnings");
     step("docs", doc)?;
-    println!("=== the carried eBPF object");
+    println!("=== the carried eBPF objects");
     ebpf::build(&ebpf::Options::check())?;
     let mut test = cargo(["test", "--release"]);
     // What the README tells everybody to run. A test that this machine cannot run must fail here, and not pass unseen.

@@ -1,7 +1,7 @@
-//! Compiles `lifl-ebpf` to the object that the daemon carries.
+//! Compiles `lifl-ebpf` to the objects that the daemon carries.
 //!
-//! A plain build takes the object as it lies in the repository, so that it needs neither a nightly compiler nor
-//! LLVM. `--check` proves that it is what the source compiles to: the same compiler gives the same bytes, wherever
+//! A plain build takes the objects as they lie in the repository, so that it needs neither a nightly compiler nor
+//! LLVM. `--check` proves that they are what the source compiles to: the same compiler gives the same bytes, wherever
 //! the checkout, the registry and the target folder are.
 
 use std::env;
@@ -15,14 +15,18 @@ use clap::{Args, ValueEnum};
 
 const TARGET: &str = "bpfel-unknown-none";
 const PROFILE: &str = "bpf";
-const OBJECT: &str = "lifl-ebpf/lifl.bpf.o";
-/// What made the object, beside it.
-const TOOLCHAIN: &str = "lifl-ebpf/lifl.bpf.o.toolchain";
+/// Each program of the crate, and its object.
+const OBJECTS: [(&str, &str); 2] = [
+    ("lifl-ebpf", "lifl-ebpf/lifl.bpf.o"),
+    ("lifl-flame", "lifl-ebpf/flame.bpf.o"),
+];
+/// What made the objects, beside them.
+const TOOLCHAIN: &str = "lifl-ebpf/bpf.toolchain";
 
 /// How to build.
 #[derive(Args)]
 pub(crate) struct Options {
-    /// Build elsewhere, and fail unless the result is the carried object.
+    /// Build elsewhere, and fail unless the results are the carried objects.
     #[arg(long)]
     check: bool,
     /// Which compiler to use.
@@ -67,34 +71,41 @@ pub(crate) fn build(options: &Options) -> Result<()> {
     let made_with = toolchain.describe()?;
     println!("building with {}", made_with.trim().replace('\n', ", "));
     let target = workspace().join("target/ebpf");
-    let object = toolchain.compile(&target)?;
-    if options.check {
-        return compare(&object, &made_with);
+    toolchain.compile(&target)?;
+    for (program, carried) in OBJECTS {
+        let built = target.join(TARGET).join(PROFILE).join(program);
+        let object = fs::read(&built).with_context(|| format!("cannot read {}", built.display()))?;
+        if options.check {
+            compare(carried, &object, &made_with)?;
+        } else {
+            write(carried, &object)?;
+            println!("{carried}: {} bytes", object.len());
+        }
     }
-    write(OBJECT, &object)?;
-    write(TOOLCHAIN, made_with.as_bytes())?;
-    println!("{OBJECT}: {} bytes", object.len());
+    if !options.check {
+        write(TOOLCHAIN, made_with.as_bytes())?;
+    }
     Ok(())
 }
 
-fn compare(object: &[u8], made_with: &str) -> Result<()> {
-    let carried = fs::read(workspace().join(OBJECT)).with_context(|| format!("cannot read {OBJECT}"))?;
+fn compare(path: &str, object: &[u8], made_with: &str) -> Result<()> {
+    let carried = fs::read(workspace().join(path)).with_context(|| format!("cannot read {path}"))?;
     if carried == object {
-        println!("{OBJECT} is what the source compiles to ({} bytes)", object.len());
+        println!("{path} is what the source compiles to ({} bytes)", object.len());
         return Ok(());
     }
     let carried_with = fs::read_to_string(workspace().join(TOOLCHAIN)).unwrap_or_default();
     let indent = |lines: &str| lines.trim().replace('\n', "\n    ");
     if carried_with != made_with {
         bail!(
-            "{OBJECT} differs from what the source compiles to here, but it was made with another toolchain:\n    \
+            "{path} differs from what the source compiles to here, but it was made with another toolchain:\n    \
              {}\n  and this is\n    {}\n  which may be all of the difference; use the same, or rebuild it: \
              cargo xtask build-ebpf",
             indent(&carried_with),
             indent(made_with)
         );
     }
-    bail!("{OBJECT} is not what the source compiles to; rebuild and commit it: cargo xtask build-ebpf")
+    bail!("{path} is not what the source compiles to; rebuild and commit it: cargo xtask build-ebpf")
 }
 
 fn write(path: &str, bytes: &[u8]) -> Result<()> {
@@ -162,7 +173,7 @@ impl Toolchain {
         self.sysroot().is_ok_and(|sysroot| sysroot.join(library).exists())
     }
 
-    /// Versions, a line each: what may make the object differ.
+    /// Versions, a line each: what may make an object differ.
     fn describe(&self) -> Result<String> {
         let mut rustc = Command::new(&self.rustc);
         clean(&mut rustc);
@@ -184,8 +195,8 @@ impl Toolchain {
         ))
     }
 
-    /// The object's bytes.
-    fn compile(&self, target: &Path) -> Result<Vec<u8>> {
+    /// Compiles all programs.
+    fn compile(&self, target: &Path) -> Result<()> {
         let mut cargo = Command::new(&self.cargo);
         clean(&mut cargo);
         cargo
@@ -208,11 +219,10 @@ impl Toolchain {
             .status()
             .with_context(|| format!("cannot start {}", self.cargo.display()))?;
         ensure!(status.success(), "lifl-ebpf does not compile ({status})");
-        let built = target.join(TARGET).join(PROFILE).join("lifl-ebpf");
-        fs::read(&built).with_context(|| format!("cannot read {}", built.display()))
+        Ok(())
     }
 
-    /// Compiler flags that keep this machine's paths out of the object.
+    /// Compiler flags that keep this machine's paths out of the objects.
     fn flags(&self) -> Result<OsString> {
         let home = env::var_os("CARGO_HOME").map(PathBuf::from);
         let home = home

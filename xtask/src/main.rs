@@ -16,7 +16,7 @@ struct Arguments {
 
 #[derive(Subcommand)]
 enum Task {
-    /// Compile the SK_MSG program to the object that the daemon carries, lifl-ebpf/lifl.bpf.o.
+    /// Compile the SK_MSG programs to the objects that the daemon carries, lifl-ebpf/*.bpf.o.
     BuildEbpf(ebpf::Options),
     /// Run what CI runs.
     Ci,

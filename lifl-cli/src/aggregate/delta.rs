@@ -8,21 +8,19 @@
 
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
-use lifl_common::update::{DType, Schema};
+use lifl_common::update::{DType, Region, Schema};
 
 use super::element::{BLOCK, bf16_nearest, bf16_wide, f16_wide};
 use super::threads::Threads;
 use super::{FoldError, Operand, check, elements, elements_mut};
 
-/// Runs the body for each region, with `E` for its type; integers by their width, for the sign does not matter.
-macro_rules! for_regions {
-    ($schema:expr, |$range:ident, $type:ident| $body:expr) => {
-        for region in $schema.regions() {
-            let $range = &region.range;
-            for_regions!(@arms region.dtype, $type, $body,
-                F64: f64, F32: f32, F16: f16, BF16: bf16,
-                I64 | U64: u64, I32 | U32: u32, I16 | U16: u16, I8 | U8: u8);
-        }
+/// Runs the body for a region, with `E` for its type; integers by their width, for the sign does not matter.
+macro_rules! for_region {
+    ($region:expr, |$range:ident, $type:ident| $body:expr) => {
+        let $range = &$region.range;
+        for_region!(@arms $region.dtype, $type, $body,
+            F64: f64, F32: f32, F16: f16, BF16: bf16,
+            I64 | U64: u64, I32 | U32: u32, I16 | U16: u16, I8 | U8: u8);
     };
     (@arms $dtype:expr, $type:ident, $body:expr, $($($name:ident)|+: $of:ty),+) => {
         match $dtype {
@@ -45,16 +43,18 @@ pub fn subtract(
 ) -> Result<(), FoldError> {
     check(schema, Operand::Input(0), model)?;
     check(schema, Operand::Out, weights)?;
-    for_regions!(schema, |range, E| {
-        threads.all(
-            (elements_mut::<E>(weights, range), elements::<E>(model, range)),
-            #[inline(always)]
-            |_, (weights, model)| {
-                E::minus(weights, model);
-                true
-            },
-        );
-    });
+    for region in schema.regions() {
+        for_region!(region, |range, E| {
+            threads.all(
+                (elements_mut::<E>(weights, range), elements::<E>(model, range)),
+                #[inline(always)]
+                |_, (weights, model)| {
+                    E::minus(weights, model);
+                    true
+                },
+            );
+        });
+    }
     Ok(())
 }
 
@@ -65,7 +65,15 @@ pub fn subtract(
 pub fn add(threads: &Threads, schema: &Schema, model: &[u8], delta: &mut [u8]) -> Result<(), FoldError> {
     check(schema, Operand::Input(0), model)?;
     check(schema, Operand::Out, delta)?;
-    for_regions!(schema, |range, E| {
+    for region in schema.regions() {
+        add_region(threads, &region, model, delta);
+    }
+    Ok(())
+}
+
+/// [`add`] for one region of data that has been checked.
+pub(super) fn add_region(threads: &Threads, region: &Region, model: &[u8], delta: &mut [u8]) {
+    for_region!(region, |range, E| {
         threads.all(
             (elements_mut::<E>(delta, range), elements::<E>(model, range)),
             #[inline(always)]
@@ -75,7 +83,6 @@ pub fn add(threads: &Threads, schema: &Schema, model: &[u8], delta: &mut [u8]) -
             },
         );
     });
-    Ok(())
 }
 
 /// An element type whose values have differences.

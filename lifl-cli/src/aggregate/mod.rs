@@ -18,12 +18,13 @@
 //! Which module does what: `accumulator` the states and the weights, `region` which arithmetic a run of elements
 //! needs, `place` where a mean is kept between folds,
 //! `element` the arithmetic of one element type, `wide` that of 64-bit integers, `threads` cuts the work, `delta`
-//! subtracts and adds.
+//! subtracts and adds, `adaptive` the server optimizers that the top applies to the mean.
 //!
 //! Each element is computed from its own inputs in the order given, by multiplications and additions that are not
 //! fused: the same bits come out for any number of threads, and on any machine.
 
 mod accumulator;
+mod adaptive;
 mod delta;
 mod element;
 mod place;
@@ -40,6 +41,7 @@ use lifl_common::update::Schema;
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 
 pub use accumulator::{Accumulator, scratch_bytes};
+pub use adaptive::{ServerOptimizer, optimizer_bytes};
 pub use delta::{add, subtract};
 pub use threads::Threads;
 
@@ -98,6 +100,12 @@ pub enum FoldError {
     /// The accumulator was spoilt by an earlier [`NotFinite`](Self::NotFinite) and not reset since.
     #[error("the aggregate was spoilt by an input that is not finite, and was not reset")]
     Spoilt,
+    /// A server optimizer's step is too large for the model's type.
+    #[error("the optimizer's new model holds NaN or infinity: a lower eta than {eta} may help")]
+    Diverged {
+        /// Its step size.
+        eta: f64,
+    },
     /// There is nothing to finish.
     #[error("nothing was folded")]
     Empty,

@@ -75,7 +75,7 @@ pub(crate) fn plan(args: &JobArgs) -> Outcome {
                     .map(|parent| &job.workers[parent].name);
                 json!({
                     "name": worker.name, "role": worker.role, "parent": parent, "transport": worker.transport,
-                    "takes_part": pairs.contains_key(&index),
+                    "takes_part": pairs.contains_key(&index), "agg_goal": worker.agg_goal, "select": worker.select,
                 })
             })
             .collect();
@@ -165,8 +165,15 @@ fn print_tree(job: &JobSpec, pairs: &HashMap<usize, Pair>, index: usize, indent:
         Transport::Shm => String::new(),
         transport => format!("  {transport}"),
     };
-    outln!("{indent}{branch}{}{transport}", worker.name);
     let children = pairs.get(&index).map_or(&[][..], |pair| &pair.children);
+    let mut rounds = String::new();
+    if let Some(k) = worker.select.filter(|&k| (k as usize) < children.len()) {
+        rounds += &format!("  {k} of {} at random", children.len());
+    }
+    if let Some(goal) = worker.agg_goal.filter(|&goal| (goal as usize) < children.len()) {
+        rounds += &format!("  done with {goal}");
+    }
+    outln!("{indent}{branch}{}{transport}{rounds}", worker.name);
     let below = match branch {
         "" => indent.to_owned(),
         "├─ " => format!("{indent}│  "),

@@ -5,7 +5,7 @@ use std::path::Path;
 use anyhow::anyhow;
 use comfy_table::presets::NOTHING;
 use comfy_table::{CellAlignment, Table};
-use lifl_common::control::Status;
+use lifl_common::control::{FlamePage, Status};
 use nix::time::{ClockId, clock_gettime};
 use serde_json::json;
 use tokio::runtime::Builder;
@@ -31,13 +31,17 @@ pub(crate) fn status(args: &StatusArgs) -> Outcome {
         }
         for (socket, mut client) in daemons {
             let status = client.status(None).await.because(Cause::Machine)?;
+            let flame = client.flame().await.because(Cause::Machine)?;
             if args.report.json {
                 outln!(
                     "{}",
-                    json!({ "event": "status", "socket": socket, "status": status })
+                    json!({ "event": "status", "socket": socket, "status": status, "flame": flame })
                 );
             } else {
                 print(&socket, &status);
+                if let Some(flame) = flame {
+                    print_flame(&flame);
+                }
             }
         }
         Ok(())
@@ -114,6 +118,44 @@ fn print(socket: &Path, status: &Status) {
         ]);
     }
     for numbers in [3, 4, 5, 6, 7, 8, 9] {
+        if let Some(column) = table.column_mut(numbers) {
+            column.set_cell_alignment(CellAlignment::Right);
+        }
+    }
+    outln!("{table}");
+}
+
+fn print_flame(page: &FlamePage) {
+    outln!(
+        "  Flame at {}, plane {}: {} workers on {} connections, {} references held",
+        page.skmsg,
+        page.plane,
+        page.workers.len(),
+        page.connections,
+        page.held
+    );
+    if page.workers.is_empty() {
+        return;
+    }
+    let mut table = Table::new();
+    table.load_preset(NOTHING);
+    table.set_header([
+        "", "taskid", "uid", "pid", "process", "sent", "held", "refused", "last",
+    ]);
+    for worker in &page.workers {
+        table.add_row([
+            String::new(),
+            worker.taskid.clone(),
+            worker.uid.to_string(),
+            worker.pid.to_string(),
+            worker.name.clone(),
+            worker.sent.to_string(),
+            worker.held.to_string(),
+            worker.refused.to_string(),
+            since(worker.last_ns),
+        ]);
+    }
+    for numbers in [2, 3, 5, 6, 7, 8] {
         if let Some(column) = table.column_mut(numbers) {
             column.set_cell_alignment(CellAlignment::Right);
         }

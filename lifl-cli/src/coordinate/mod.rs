@@ -88,25 +88,28 @@ pub async fn run(
 
 /// Makes sure that the data is there before anything starts.
 async fn prepare_data(job: &JobSpec, reporter: &Reporter, shutdown: &CancellationToken) -> Outcome {
-    let Some(data) = job.data.clone() else {
-        return Ok(());
-    };
-    if data.dataset.starts_with("http") {
-        reporter.say(&format!("dataset {}", data.dataset));
+    let mut datasets = job.datasets();
+    // Models are judged on its test samples, whether anybody trains on it or not.
+    if let Some(data) = &job.data
+        && !datasets.iter().any(|(known, _)| known == data)
+    {
+        datasets.push((data.clone(), 1));
     }
-    let trainers = job.trainers().count() as u32;
-    let prepared = tokio::task::spawn_blocking(move || data::prepare(&data, trainers));
-    tokio::select! {
-        prepared = prepared => {
-            let prepared = prepared.context("the data could not be looked at").because(Cause::Job)?;
-            prepared.map_err(|error| {
-                let no_network = matches!(error, DataError::Download { .. });
-                Failure::new(if no_network { Cause::Machine } else { Cause::Config }, error)
-            })?;
-            Ok(())
+    for (data, trainers) in datasets {
+        if data.dataset.starts_with("http") {
+            reporter.say(&format!("dataset {}", data.dataset));
         }
-        () = shutdown.cancelled() => Err(interrupted()),
+        let prepared = tokio::task::spawn_blocking(move || data::prepare(&data, trainers));
+        let prepared = tokio::select! {
+            prepared = prepared => prepared.context("the data could not be looked at").because(Cause::Job)?,
+            () = shutdown.cancelled() => return Err(interrupted()),
+        };
+        prepared.map_err(|error| {
+            let no_network = matches!(error, DataError::Download { .. });
+            Failure::new(if no_network { Cause::Machine } else { Cause::Config }, error)
+        })?;
     }
+    Ok(())
 }
 
 async fn with_node(

@@ -119,6 +119,8 @@ impl Node {
                 huge_pages: options.huge_pages,
                 max_workers: options.workers.max(DEFAULT_MAX_WORKERS),
                 gateway: GatewayOptions::default(),
+                // Flame's ports are for a daemon that stays.
+                flame: None,
             },
             CancellationToken::new(),
         );

@@ -1,8 +1,11 @@
-//! Who is whose child in a round: round robin within each group, as Flame's coordinator pairs.
+//! Who is whose child in a round: round robin within each group, as Flame's coordinator pairs, and of these as many as
+//! the parent selects.
 
 use std::collections::HashMap;
 
 use lifl_common::config::{Group, Kind, WorkerSpec};
+
+use crate::random::{Stream, stream};
 
 /// One worker's part in a round, by index into the job's workers.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -78,6 +81,31 @@ pub fn pair(workers: &[WorkerSpec], present: impl Fn(usize) -> bool) -> HashMap<
     pairs
 }
 
+/// Leaves of each aggregator's children as many as it [selects](WorkerSpec::select), drawn anew for each round, and takes
+/// out the others with all below them. Equal seeds select equally among equal children.
+pub fn select(workers: &[WorkerSpec], pairs: &mut HashMap<usize, Pair>, seed: u64, round: u32) {
+    // From the top down, which is their order, so that nothing is drawn for who is out.
+    for (index, worker) in workers.iter().enumerate() {
+        let Some(k) = worker.select.map(|k| k as usize) else {
+            continue;
+        };
+        let Some(pair) = pairs.get_mut(&index).filter(|pair| pair.children.len() > k) else {
+            continue;
+        };
+        let mut random = stream(seed, Stream::Select, index as u32, round.into());
+        let mut chosen = rand::seq::index::sample(&mut random, pair.children.len(), k).into_vec();
+        // Folding order stays.
+        chosen.sort_unstable();
+        let children = std::mem::take(&mut pair.children);
+        pair.children = chosen.iter().map(|&at| children[at]).collect();
+        for (at, child) in children.into_iter().enumerate() {
+            if chosen.binary_search(&at).is_err() {
+                drop_subtree(pairs, child);
+            }
+        }
+    }
+}
+
 /// Takes out a worker without a parent, and everything below it.
 fn drop_subtree(pairs: &mut HashMap<usize, Pair>, index: usize) {
     if let Some(pair) = pairs.remove(&index) {
@@ -114,6 +142,9 @@ mod tests {
             down,
             transport: Transport::Shm,
             share: None,
+            agg_goal: None,
+            select: None,
+            dataset: None,
         }
     }
 
@@ -174,7 +205,67 @@ mod tests {
         );
     }
 
+    /// The tree in which each aggregator selects so many.
+    fn selective(k: u32) -> Vec<WorkerSpec> {
+        let mut workers = three_levels();
+        for worker in &mut workers {
+            worker.select = (worker.kind != Kind::Trainer).then_some(k);
+        }
+        workers
+    }
+
+    #[test]
+    fn each_aggregator_selects_so_many_children() {
+        let workers = selective(1);
+        let mut taken = std::collections::HashSet::new();
+        for round in 1..=20 {
+            let mut pairs = pair(&workers, |_| true);
+            select(&workers, &mut pairs, 3, round);
+            // One on each level: the others, and all below them, take no part.
+            assert_eq!(pairs.len(), 4, "round {round}: {pairs:?}");
+            taken.extend(pairs.keys().copied().filter(|&index| index >= 7));
+            let mut again = pair(&workers, |_| true);
+            select(&workers, &mut again, 3, round);
+            assert_eq!(pairs, again, "equal seeds select equally");
+        }
+        assert!(
+            taken.len() > 4,
+            "each round draws anew, but only {taken:?} took part"
+        );
+    }
+
+    #[test]
+    fn more_than_there_are_is_all() {
+        let workers = selective(2);
+        let all = pair(&workers, |_| true);
+        let mut pairs = all.clone();
+        select(&workers, &mut pairs, 3, 1);
+        assert_eq!(pairs, all);
+    }
+
     proptest! {
+        #[test]
+        fn what_is_selected_is_still_a_tree(
+            present in proptest::collection::vec(any::<bool>(), 15), k in 1_u32..4, seed: u64, round: u32,
+        ) {
+            let workers = selective(k);
+            let all = pair(&workers, |index| present[index]);
+            let mut pairs = all.clone();
+            select(&workers, &mut pairs, seed, round);
+            for (&index, pair) in &pairs {
+                prop_assert_eq!(pair.children.len(), all[&index].children.len().min(k as usize));
+                prop_assert!(pair.children.is_sorted());
+                for child in &pair.children {
+                    prop_assert!(all[&index].children.contains(child));
+                    prop_assert_eq!(pairs[child].parent, Some(index));
+                }
+                if let Some(parent) = pair.parent {
+                    prop_assert!(pairs[&parent].children.contains(&index));
+                }
+            }
+            prop_assert_eq!(pairs.is_empty(), all.is_empty());
+        }
+
         /// Whoever is there: parent and child agree, everybody who takes part has a way to the top and, unless it is a
         /// trainer, a child; no present trainer is left out while each level has somebody.
         #[test]

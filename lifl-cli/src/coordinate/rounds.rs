@@ -16,7 +16,7 @@ use lifl_common::update::{Metadata, Tensors, image};
 use tokio::task::JoinHandle;
 
 use super::node::Node;
-use super::pairing::pair;
+use super::pairing::{pair, select};
 use super::peak::Peak;
 use super::report::{Event, Reporter};
 use super::workers::Workers;
@@ -256,7 +256,8 @@ impl<'r, 'j> Rounds<'r, 'j> {
                 && (proxies.contains_key(&index) || !memory::is_remote(worker));
             there && !self.gone.contains(&index)
         };
-        let pairs = pair(workers, present);
+        let mut pairs = pair(workers, present);
+        select(workers, &mut pairs, self.run.job.seed, round);
         if pairs.is_empty() {
             let error = anyhow!("round {round}: no trainer that is left has a way to the top");
             return Err(Failure::new(Cause::Job, error));

@@ -6,14 +6,17 @@ use lifl_common::config::JobSpec;
 use super::{Evaluator, Learner, build};
 use crate::data;
 
-/// The learner of the trainer with that share of the job's data.
+/// The learner of the trainer of that number, with its part of its data.
 ///
 /// # Errors
 /// If the data or the model cannot be had.
 pub fn for_trainer(job: &JobSpec, share: u32) -> anyhow::Result<Box<dyn Learner>> {
-    let trainers = job.trainers().count() as u32;
-    let samples = match &job.data {
-        Some(source) => Some(data::open(source, job.seed)?.train_share(share, trainers)?),
+    let mut trainers = job.trainers();
+    let trainer = trainers.find(|trainer| trainer.share == Some(share));
+    let trainer = trainer.with_context(|| format!("no trainer has number {share}"))?;
+    let (part, parts) = job.part_of(trainer);
+    let samples = match job.data_of(trainer) {
+        Some(source) => Some(data::open(&source, job.seed)?.train_share(part, parts)?),
         None => None,
     };
     build(&job.model, &job.training, samples, share, job.seed).context("the model cannot be trained")

@@ -53,6 +53,7 @@ impl SgdLearner {
 
     /// Learns for a round; gives the mean loss over all samples seen.
     fn run(&self, round: u32, vars: &[Var]) -> Result<f64> {
+        let anchors = self.anchors(&tensors(vars))?;
         let mut shuffle = stream(self.seed, Stream::Shuffle, self.share, round.into());
         let mut dropout = stream(self.seed, Stream::Dropout, self.share, round.into());
         let mut order: Vec<usize> = (0..self.samples.len()).collect();
@@ -69,26 +70,44 @@ impl SgdLearner {
                 let (images, labels) = lift::batch(&self.samples, batch)?;
                 let logits = self.network.forward(&weights, &images, mask.as_ref())?;
                 let loss = cross_entropy(&logits, &labels)?;
-                self.step(vars, &loss)?;
+                self.step(vars, anchors.as_deref(), &loss)?;
                 loss_sum += f64::from(loss.to_scalar::<f32>()?) * batch.len() as f64;
             }
         }
         Ok(loss_sum / (self.samples.len() as f64 * f64::from(self.training.epochs)))
     }
 
+    /// `rate·μ` times the round's model, which FedProx holds the weights to; `None` without it.
+    fn anchors(&self, model: &[Tensor]) -> Result<Option<Vec<Tensor>>> {
+        let pull = self.training.learning_rate * self.training.proximal_mu;
+        if pull == 0.0 {
+            return Ok(None);
+        }
+        // Copies: a variable's own tensor sees what is set.
+        model
+            .iter()
+            .map(|model| model.affine(pull, 0.0))
+            .collect::<Result<_>>()
+            .map(Some)
+    }
+
     /// `w ← (1 - rate·decay)·w - rate·gradient`: plain SGD with the penalty's gradient in it (as PyTorch has it, on
-    /// biases too).
-    fn step(&self, weights: &[Var], loss: &Tensor) -> Result<()> {
+    /// biases too). With FedProx, less `rate·μ·(w - model)`, the gradient of `μ/2·‖w - model‖²` (Li et al. 2020,
+    /// equation 2).
+    fn step(&self, weights: &[Var], anchors: Option<&[Tensor]>, loss: &Tensor) -> Result<()> {
         let rate = self.training.learning_rate;
-        let keep = 1.0 - rate * self.training.weight_decay;
+        let keep = 1.0 - rate * (self.training.weight_decay + self.training.proximal_mu);
         let gradients = loss.backward()?;
-        for weight in weights {
+        for (i, weight) in weights.iter().enumerate() {
             if let Some(gradient) = gradients.get(weight) {
-                let kept = if keep == 1.0 {
+                let mut kept = if keep == 1.0 {
                     weight.as_tensor().clone()
                 } else {
                     weight.affine(keep, 0.0)?
                 };
+                if let Some(anchors) = anchors {
+                    kept = (kept + &anchors[i])?;
+                }
                 weight.set(&(kept - gradient.affine(rate, 0.0)?)?)?;
             }
         }
@@ -150,5 +169,47 @@ impl Learner for SgdLearner {
             loss: Some(loss),
             bytes_copied,
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use lifl_common::config::ModelSpec;
+
+    use super::*;
+
+    #[test]
+    fn fedprox_pulls_towards_the_rounds_model() {
+        let training = TrainingSpec {
+            epochs: 1,
+            batch_size: 1,
+            learning_rate: 0.5,
+            weight_decay: 0.25,
+            proximal_mu: 0.5,
+        };
+        let network = Network::of(&ModelSpec::Softmax).expect("a network");
+        let schema = network.schema().expect("a schema");
+        let learner =
+            SgdLearner::new(network, schema, training, Samples::default(), 0, 1).expect("a learner");
+        let tensor = |values: [f64; 2]| Tensor::new(&values, &Device::Cpu).expect("a tensor");
+        let weights = [Var::from_tensor(&tensor([1.0, -2.0])).expect("a variable")];
+        let anchors = learner.anchors(&tensors(&weights)).expect("anchors");
+        // A loss whose gradient is constant, so that every step can be told beforehand.
+        let gradient = [3.0, 1.0];
+        let mut expected = [1.0, -2.0];
+        for _ in 0..3 {
+            let loss = (weights[0].as_tensor() * tensor(gradient)).and_then(|products| products.sum_all());
+            learner
+                .step(&weights, anchors.as_deref(), &loss.expect("a loss"))
+                .expect("a step");
+            for ((w, g), model) in expected.iter_mut().zip(gradient).zip([1.0, -2.0]) {
+                *w -= 0.5 * (g + 0.25 * *w + 0.5 * (*w - model));
+            }
+            let found: Vec<f64> = weights[0].to_vec1().expect("numbers");
+            assert!(
+                found.iter().zip(expected).all(|(a, b)| (a - b).abs() < 1e-12),
+                "{found:?}, {expected:?}"
+            );
+        }
     }
 }

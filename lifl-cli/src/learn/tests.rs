@@ -18,6 +18,7 @@ fn training(learning_rate: f64) -> TrainingSpec {
         batch_size: 32,
         learning_rate,
         weight_decay: 0.0,
+        proximal_mu: 0.0,
     }
 }
 

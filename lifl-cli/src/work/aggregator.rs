@@ -5,7 +5,7 @@
 //!   idle ────────────────────────────────────────────────────────────────▶ collecting
 //!    ▲                                                                         │ each child: Update, Nothing, or lost
 //!    │          no child gave anything: Nothing up                             ▼
-//!    │◀──────────────────────────────────────────────────────────────── all answered
+//!    │◀───────────────────────────────────────────────── all answered, or aggGoal updates came
 //!    │          else: the aggregate is lent to the parent                      │
 //!    └──────────────────────────── sent up ◀───────────────────────────────────┘
 //! ```
@@ -35,13 +35,18 @@ use self::collect::Collecting;
 use self::up::Up;
 use super::link::{Incoming, Link};
 use super::{Place, join, ready, uplink};
-use crate::aggregate::{Accumulator, Threads};
+use crate::aggregate::{Accumulator, ServerOptimizer, Threads};
+use crate::memory;
 
 /// What an aggregator needs to know of its job.
 struct Shared {
     job: JobSpec,
     name: String,
     kind: Kind,
+    /// Updates after which a round is done; `None` for all of its children's.
+    goal: Option<u32>,
+    /// How many old models a child may hold and still be lent a new one; `None` where nobody holds any.
+    most_held: Option<u32>,
     schema: Arc<Schema>,
     threads: Threads,
 }
@@ -85,17 +90,22 @@ struct Aggregator {
     round: Round,
     /// The round's mean in the making; one for all rounds, since its private memory is dear to touch first.
     accumulator: Accumulator,
+    /// What makes the mean the model, at the top.
+    optimizer: Option<ServerOptimizer>,
 }
 
 /// Plays the role until the job ends.
 pub(super) async fn play(place: Place, job: JobSpec, spec: WorkerSpec, schema: Schema) -> anyhow::Result<()> {
-    let link = join(&place, &spec, &schema).await?;
+    let link = join(&place, &job, &spec, &schema).await?;
     let up = Up::new(uplink(&place, &spec)?);
     let threads = Threads::new(std::thread::available_parallelism().map_or(1, usize::from))?;
+    let most_held = memory::most_held(&job, &spec);
     let shared = Shared {
         job,
         name: spec.name,
         kind: spec.kind,
+        goal: spec.agg_goal,
+        most_held,
         schema: Arc::new(schema),
         threads,
     };
@@ -103,6 +113,7 @@ pub(super) async fn play(place: Place, job: JobSpec, spec: WorkerSpec, schema: S
         job, schema, threads, ..
     } = &shared;
     let accumulator = Accumulator::new(schema.clone(), job.updates, job.timing, threads.clone());
+    let optimizer = (spec.kind == Kind::Top).then(|| ServerOptimizer::new(schema, job.optimizer));
     let mut aggregator = Aggregator {
         link,
         up,
@@ -112,6 +123,7 @@ pub(super) async fn play(place: Place, job: JobSpec, spec: WorkerSpec, schema: S
         current: None,
         round: Round::default(),
         accumulator,
+        optimizer,
     };
     if spec.kind == Kind::Top {
         aggregator.first_model()?;
@@ -264,11 +276,16 @@ impl Aggregator {
             return Ok(());
         };
         let refused = collecting.fold(&self.shared, &mut self.accumulator)?;
-        let complete = collecting.children.answered();
+        let complete = collecting.complete();
         for (frame, refusal) in refused {
             self.refuse(&frame, refusal).await?;
         }
         if complete && let Some(collecting) = self.round.collecting.take() {
+            // What came in the same moment as the last update that was needed; whatever comes from now on meets
+            // no round that it belongs to.
+            for late in collecting.children.unfolded() {
+                self.refuse(&late.frame, Refusal::NotExpected).await?;
+            }
             self.finish(collecting).await?;
         }
         Ok(())
@@ -291,7 +308,9 @@ impl Aggregator {
         let Some(slot) = self.link.arena.begin() else {
             return Ok(());
         };
-        let children = std::mem::take(&mut self.round.children);
+        let mut children = std::mem::take(&mut self.round.children);
+        let busy = self.busy(&model);
+        children.retain(|child| !busy.contains(child));
         let number = self.round.number;
         tracing::info!(round = number, children = children.len(), "round begun");
         let mut frames = Vec::with_capacity(children.len());
@@ -307,15 +326,24 @@ impl Aggregator {
             };
             frames.push(self.link.frame(child, FrameKind::Model, lent));
         }
-        self.models
-            .entry(model.key)
-            .or_insert((model, Vec::new()))
-            .1
-            .extend(&children);
+        if children.is_empty() {
+            // Nobody will give it back.
+            self.release_model(model, number).await?;
+        } else {
+            let (_, holders) = self.models.entry(model.key).or_insert((model, Vec::new()));
+            holders.extend(&children);
+        }
         self.round.model = None;
         self.round.begun = false;
         self.accumulator.reset();
-        self.round.collecting = Some(Collecting::new(number, self.round.parent, children, slot, model));
+        self.round.collecting = Some(Collecting::new(
+            number,
+            self.round.parent,
+            children,
+            self.shared.goal,
+            slot,
+            model,
+        ));
         self.link.send_all(&frames).await
     }
 
@@ -356,12 +384,14 @@ impl Aggregator {
         self.link.send(update.from, FrameKind::Refuse, given_back).await
     }
 
-    /// All children have answered: the aggregate goes up.
+    /// All children have answered, or as many as are needed: the aggregate goes up.
     async fn finish(&mut self, collecting: Collecting) -> anyhow::Result<()> {
         let number = collecting.round;
         let parent = collecting.parent;
         let own_object = |key| self.link.arena.object(key);
-        let Some(done) = collecting.finish(&self.shared, &mut self.accumulator, own_object)? else {
+        let optimizer = self.optimizer.as_mut();
+        let Some(done) = collecting.finish(&self.shared, &mut self.accumulator, optimizer, own_object)?
+        else {
             return self.nothing(number, parent).await;
         };
         let collect::Done {

@@ -75,8 +75,8 @@ fn read_job(run: &Path) -> anyhow::Result<JobSpec> {
 }
 
 /// Registers with the daemon and makes the arena.
-async fn join(place: &Place, spec: &WorkerSpec, schema: &Schema) -> anyhow::Result<Link> {
-    let layout = Layout::for_objects(memory::slots(spec), memory::object_bytes(schema));
+async fn join(place: &Place, job: &JobSpec, spec: &WorkerSpec, schema: &Schema) -> anyhow::Result<Link> {
+    let layout = Layout::for_objects(memory::slots(job, spec), memory::object_bytes(schema));
     let layout = layout.context("the model is larger than this machine's address space")?;
     let link = Link::join(&place.socket, place.job, spec, layout).await?;
     if let Some(note) = link.arena_note() {

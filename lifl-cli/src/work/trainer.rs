@@ -59,13 +59,13 @@ struct Trainer {
 
 /// Plays the role until the job ends.
 pub(super) async fn play(place: Place, job: JobSpec, spec: WorkerSpec, schema: Schema) -> anyhow::Result<()> {
-    let share = spec.share.context("a trainer without a share of the data")?;
+    let share = spec.share.context("a trainer without a number")?;
     let learner = tokio::task::spawn_blocking({
         let job = job.clone();
         move || learn::for_trainer(&job, share)
     });
     let learner = learner.await.context("the learner could not be made")??;
-    let link = join(&place, &spec, &schema).await?;
+    let link = join(&place, &job, &spec, &schema).await?;
     let shared = Shared {
         name: spec.name,
         updates: job.updates,

@@ -10,7 +10,9 @@ use std::path::{Path, PathBuf};
 use super::FrameSocket;
 use crate::arena::{ArenaError, Layout, OwnedArena, PeerArena};
 use crate::control::packet::{PacketError, PacketSocket};
-use crate::control::{ErrorCode, Event, Message, PROTOCOL, RemoteWorker, Reply, Request, Status, Welcome};
+use crate::control::{
+    ErrorCode, Event, FlamePage, Message, PROTOCOL, RemoteWorker, Reply, Request, Status, Welcome,
+};
 use crate::id::{ArenaId, JobId, WorkerId};
 use crate::session::JobToken;
 
@@ -296,6 +298,29 @@ impl Client {
             }
             if !more {
                 return whole.ok_or(ClientError::Closed);
+            }
+        }
+    }
+
+    /// Flame's workers that this user may see; `None` if the daemon does not serve them.
+    ///
+    /// # Errors
+    /// If the connection fails.
+    pub async fn flame(&mut self) -> Result<Option<FlamePage>, ClientError> {
+        let mut whole: Option<FlamePage> = None;
+        loop {
+            let last = whole.as_ref().and_then(|page| page.workers.last());
+            let after = last.map(|worker| (worker.uid, worker.id));
+            let request = Request::Flame { after };
+            let page = expect_reply!(self, request, &[], (Reply::Flame { page }, _) => page);
+            let Some(page) = page else { return Ok(whole) };
+            let more = page.more && !page.workers.is_empty();
+            match &mut whole {
+                None => whole = Some(page),
+                Some(whole) => whole.workers.extend(page.workers),
+            }
+            if !more {
+                return Ok(whole);
             }
         }
     }

@@ -4,4 +4,4 @@ mod connection;
 mod socket;
 
 pub use connection::{Client, ClientError, CreatedArena, Registration};
-pub use socket::FrameSocket;
+pub use socket::{FrameSocket, loopback_pair};

@@ -158,8 +158,12 @@ fn write_end(sent: usize, bytes: usize) -> usize {
     }
 }
 
-/// A TCP connection with itself: (connected end, accepted end), the first non-blocking.
-fn loopback_pair() -> io::Result<(OwnedFd, OwnedFd)> {
+/// A TCP connection of this process with itself, on the loopback: (connected end, accepted end), the first
+/// non-blocking.
+///
+/// # Errors
+/// If a system call fails; the process may be out of descriptors, or the machine without a loopback address.
+pub fn loopback_pair() -> io::Result<(OwnedFd, OwnedFd)> {
     let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?;
     let near = TcpStream::connect(listener.local_addr()?)?;
     let far = loop {

@@ -72,6 +72,13 @@ fn of(transport: Transport, documents: &[&Document], findings: &mut Findings) ->
     if transport == Transport::P2p {
         return Some(format!("localhost:{P2P_PORT}"));
     }
+    if documents.iter().any(|document| document.assigned.is_some()) {
+        findings.note(format!(
+            "the broker of {transport} is taken to be at localhost:{MQTT_PORT}: Flame's control plane knows it, and \
+             these files need not say (job.json may, as brokers)"
+        ));
+        return Some(format!("localhost:{MQTT_PORT}"));
+    }
     findings
         .add(
             ProblemKind::Missing,
@@ -85,11 +92,11 @@ fn of(transport: Transport, documents: &[&Document], findings: &mut Findings) ->
 }
 
 /// The channels of a file that carry models.
-fn channels<'d>(document: &'d Document) -> impl Iterator<Item = (&'d Channel, Place)> {
+fn channels(document: &Document) -> impl Iterator<Item = (&Channel, Place)> {
     let channels = document.raw.channels.iter().flatten().enumerate();
     channels
         .filter(|(_, channel)| !channel.coordinates())
-        .map(|(i, channel)| (channel, document.place.key("channels").index(i)))
+        .map(|(i, channel)| (channel, document.at("channels").index(i)))
 }
 
 fn host(channel: &Channel) -> Option<&str> {
@@ -97,14 +104,14 @@ fn host(channel: &Channel) -> Option<&str> {
 }
 
 /// The entries of a file's `brokers` for a transport.
-fn in_list<'d>(document: &'d Document, transport: Transport) -> Vec<Given<'d>> {
+fn in_list(document: &Document, transport: Transport) -> Vec<Given<'_>> {
     let brokers = document.raw.brokers.iter().flatten().enumerate();
     brokers
         .filter(|(_, broker)| broker.sort.as_deref().and_then(support::transport) == Some(transport))
         .filter_map(|(i, broker)| {
             Some(Given {
                 host: broker.host.as_deref()?,
-                place: document.place.key("brokers").index(i).key("host"),
+                place: document.at("brokers").index(i).key("host"),
             })
         })
         .collect()
@@ -212,7 +219,7 @@ fn note_unused(documents: &[&Document], findings: &mut Findings) {
         channels
             .filter(|(_, channel)| host(channel).is_some())
             .any(|(i, channel)| {
-                let place = document.place.key("channels").index(i);
+                let place = document.at("channels").index(i);
                 channel.coordinates() || draft::transport(channel, &place, document).0 == Transport::Shm
             })
     });

@@ -1,7 +1,10 @@
 //! One file, as far as it can be read.
 
+use std::collections::BTreeMap;
+
 use serde_json::Value;
 
+use super::datasets::Assigned;
 use super::files::Parsed;
 use super::problem::{Findings, Place, ProblemKind, shorten};
 use super::raw::FlameFile;
@@ -21,9 +24,23 @@ pub(super) struct Document {
     pub(super) place: Place,
     pub(super) kind: FileKind,
     pub(super) raw: FlameFile,
+    /// Where fields stand that stand in other files.
+    pub(super) places: BTreeMap<&'static str, Place>,
+    /// Which workers get data, where a file says so.
+    pub(super) assigned: Option<Vec<Assigned>>,
+    /// Whether no file says so and that has been told.
+    pub(super) data_told: bool,
 }
 
 impl Document {
+    /// Where a field of the outermost object stands.
+    pub(super) fn at(&self, key: &str) -> Place {
+        self.places
+            .get(key)
+            .cloned()
+            .unwrap_or_else(|| self.place.key(key))
+    }
+
     /// Reports what is wrong with the file, and keeps the rest. `None` only if the schema lets something through
     /// that serde does not.
     pub(super) fn new(parsed: Parsed, schema: &Value, findings: &mut Findings) -> Option<Self> {
@@ -36,7 +53,7 @@ impl Document {
             FileKind::Job
         };
         let neither = kind == FileKind::Job && !has("roles") && value.is_object();
-        walk::walk(schema, &mut value, &place, findings);
+        walk::walk(schema, schema, &mut value, &place, findings);
         if neither {
             findings
                 .add(ProblemKind::Missing, &place.key("roles"), "missing")
@@ -44,7 +61,14 @@ impl Document {
         }
         match serde_path_to_error::deserialize(value) {
             Ok(raw) => {
-                let document = Self { place, kind, raw };
+                let document = Self {
+                    place,
+                    kind,
+                    raw,
+                    places: BTreeMap::new(),
+                    assigned: None,
+                    data_told: false,
+                };
                 draft::check_kind(&document, findings);
                 Some(document)
             }

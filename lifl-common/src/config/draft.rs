@@ -2,9 +2,12 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use super::datasets;
 use super::document::{Document, FileKind};
+use super::parts;
 use super::problem::{Findings, Place, ProblemKind, shorten};
-use super::raw::{Channel, Job};
+use super::raw::{Channel, FlameFile, Job};
+use super::sorts;
 use super::spec::Transport;
 use super::support;
 
@@ -13,8 +16,8 @@ pub(super) const DEFAULT_GROUP: &str = "default";
 
 /// A job, read but not understood.
 pub(super) struct Draft {
-    /// Its file, or the first of them.
-    pub(super) place: Place,
+    /// Where its channels stand, in its file or the first of them.
+    pub(super) channels_place: Place,
     /// Its names.
     pub(super) job: Option<Job>,
     /// Its roles, in file order.
@@ -43,6 +46,26 @@ pub(super) struct WorkerDraft {
     pub(super) place: Place,
     /// How many workers.
     pub(super) count: u32,
+    /// The dataset that its own file, or its own entry in a file, gives it.
+    pub(super) dataset: Option<String>,
+    /// Its round's goal and selection, if it is an aggregator.
+    pub(super) rounds: Rounds,
+}
+
+/// How a worker's rounds go, if it is an aggregator.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Rounds {
+    pub(super) agg_goal: Option<u32>,
+    pub(super) select: Option<u32>,
+}
+
+impl Rounds {
+    fn new(raw: &FlameFile) -> Self {
+        Self {
+            agg_goal: raw.hyperparameters.as_ref().and_then(|given| given.agg_goal),
+            select: sorts::select(raw.selector.as_ref()),
+        }
+    }
 }
 
 /// A channel.
@@ -75,7 +98,7 @@ pub(super) fn transport(channel: &Channel, place: &Place, document: &Document) -
     let given = |name: &Option<String>| name.clone().filter(|name| !name.is_empty());
     let (name, place) = match (given(&channel.backend), given(&document.raw.backend)) {
         (Some(own), _) => (own, place.key("backend")),
-        (None, Some(files)) => (files, document.place.key("backend")),
+        (None, Some(files)) => (files, document.at("backend")),
         (None, None) => return (Transport::default(), place.clone()),
     };
     (support::transport(&name).unwrap_or_default(), place)
@@ -83,11 +106,12 @@ pub(super) fn transport(channel: &Channel, place: &Place, document: &Document) -
 
 /// The draft of a job file.
 pub(super) fn from_job_file(document: &Document, findings: &mut Findings) -> Draft {
-    let (raw, place) = (&document.raw, &document.place);
+    let raw = &document.raw;
+    let rounds = Rounds::new(raw);
     let mut names = BTreeSet::new();
     let mut roles = Vec::new();
     for (i, role) in raw.roles.iter().flatten().enumerate() {
-        let at = place.key("roles").index(i);
+        let at = document.at("roles").index(i);
         check_name("role", &role.name, &at.key("name"), findings);
         if !names.insert(role.name.as_str()) {
             let found = format!("a second role {}", shorten(&role.name));
@@ -98,14 +122,25 @@ pub(super) fn from_job_file(document: &Document, findings: &mut Findings) -> Dra
         }
         let count = role.replica.unwrap_or(1);
         let association = at.key("groupAssociation");
-        let workers = match &role.group_association {
-            None => vec![WorkerDraft {
+        let workers = match (parts::assigned(document, &role.name), &role.group_association) {
+            (Some(assigned), _) if !assigned.is_empty() => {
+                if role.replica.is_some_and(|replica| replica != 1) {
+                    findings.note(format!(
+                        "replica of role {} is not used: each of its datasets has one worker",
+                        shorten(&role.name)
+                    ));
+                }
+                datasets::workers(role, &association, &assigned, rounds, findings)
+            }
+            (_, None) => vec![WorkerDraft {
                 task_id: None,
                 groups: None,
                 place: association,
                 count,
+                dataset: None,
+                rounds,
             }],
-            Some(entries) => entries
+            (_, Some(entries)) => entries
                 .iter()
                 .enumerate()
                 .map(|(i, groups)| WorkerDraft {
@@ -113,6 +148,8 @@ pub(super) fn from_job_file(document: &Document, findings: &mut Findings) -> Dra
                     groups: Some(groups.clone()),
                     place: association.index(i),
                     count,
+                    dataset: None,
+                    rounds,
                 })
                 .collect(),
         };
@@ -125,7 +162,7 @@ pub(super) fn from_job_file(document: &Document, findings: &mut Findings) -> Dra
     let mut names = BTreeSet::new();
     let mut channels = Vec::new();
     for (i, channel) in raw.channels.iter().flatten().enumerate() {
-        let at = place.key("channels").index(i);
+        let at = document.at("channels").index(i);
         check_name("channel", &channel.name, &at.key("name"), findings);
         if names.insert(channel.name.as_str()) {
             channels.push(ChannelDraft::new(channel.clone(), at, document));
@@ -139,7 +176,7 @@ pub(super) fn from_job_file(document: &Document, findings: &mut Findings) -> Dra
     check_job(document, findings);
     let whole = raw.roles.is_some() && raw.channels.is_some();
     Draft {
-        place: place.clone(),
+        channels_place: document.at("channels"),
         job: raw.job.clone(),
         roles,
         channels,
@@ -155,7 +192,7 @@ pub(super) fn from_worker_files(
     findings: &mut Findings,
 ) -> Draft {
     let mut draft = Draft {
-        place: first.place.clone(),
+        channels_place: first.at("channels"),
         job: None,
         roles: Vec::new(),
         channels: Vec::new(),
@@ -222,6 +259,8 @@ pub(super) fn from_worker_files(
             groups: raw.group_association.clone(),
             place: place.key("groupAssociation"),
             count: 1,
+            dataset: raw.dataset.clone().filter(|dataset| !dataset.is_empty()),
+            rounds: Rounds::new(raw),
         });
     }
     draft
@@ -261,7 +300,7 @@ pub(super) fn check_kind(document: &Document, findings: &mut Findings) {
 
 fn check_job(document: &Document, findings: &mut Findings) {
     if let Some(job) = &document.raw.job {
-        let place = document.place.key("job");
+        let place = document.at("job");
         check_name("job", &job.id, &place.key("id"), findings);
         if let Some(name) = &job.name {
             check_name("job", name, &place.key("name"), findings);

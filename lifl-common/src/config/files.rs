@@ -75,7 +75,8 @@ fn search(folder: &Path, files: &mut Vec<PathBuf>) -> Result<(), (PathBuf, io::E
     Ok(())
 }
 
-fn read_one(path: &Path, findings: &mut Findings) -> Option<Parsed> {
+/// Reads one file; what is wrong with it is reported.
+pub(super) fn read_one(path: &Path, findings: &mut Findings) -> Option<Parsed> {
     let file = Arc::from(path);
     let place = Place::file(&file);
     let text = match read_bounded(path) {

@@ -7,21 +7,28 @@
 //! ```
 //!
 //! [`load`] takes a *job file* (Flame's schema, job and model in one: it has `roles`), or the *worker files* of one
-//! job (it has `role` and `taskid`), or folders of them. What Flame has no field for stands under `lifl`. Paths in a
+//! job (each has `role` and `taskid`), or the files that *Flame's control plane* is given (`schema.json`, `job.json`,
+//! `modelSpec.json`, `dataSpec.json`, `dataset*.json`), or folders of them. What Flame has no field for stands under `lifl`. Paths in a
 //! file (`dataset`, `baseModel.name`) are kept as they are, so relative ones are relative to the current directory.
 //!
 //! Every step reports all that it finds wrong and goes on with the rest, as far as what follows could not be a mere
 //! consequence.
 
 mod brokers;
+mod data;
+mod datasets;
 mod document;
 mod draft;
 mod files;
 mod json;
 mod links;
+mod part_files;
+mod parts;
 mod problem;
 mod raw;
+mod raw_parts;
 mod settings;
+mod sorts;
 mod spec;
 mod support;
 mod tree;
@@ -41,8 +48,8 @@ use tree::Tree;
 
 pub use problem::{ConfigError, Problem, ProblemKind};
 pub use spec::{
-    Brokers, DataSource, Group, JobSpec, Kind, ModelSpec, Partition, Timing, TrainingSpec, Transport,
-    UpdateKind, WorkerSpec,
+    Adaptive, Brokers, DataSource, Group, JobSpec, Kind, ModelSpec, Optimizer, Partition, Timing,
+    TrainingSpec, Transport, UpdateKind, WorkerSpec,
 };
 
 /// Bytes of the largest file that is read.
@@ -93,9 +100,17 @@ pub fn load(paths: &[PathBuf], overrides: &Overrides) -> Result<Loaded, ConfigEr
     }
 }
 
-/// The JSON Schema of job and worker files, generated from the types that they are read into.
+/// The JSON Schema of job and worker files, generated from the types that they are read into. Those of the files that
+/// Flame's control plane is given are among its definitions: `DesignSchema`, `DesignJob`, `DesignModel`, `RoleData` (of
+/// which a `dataSpec.json` is a list) and `Dataset`.
 pub fn schema() -> serde_json::Value {
-    schemars::schema_for!(raw::FlameFile).to_value()
+    let mut generator = schemars::generate::SchemaSettings::default().into_generator();
+    generator.subschema_for::<raw_parts::DesignSchema>();
+    generator.subschema_for::<raw_parts::DesignJob>();
+    generator.subschema_for::<raw_parts::DesignModel>();
+    generator.subschema_for::<raw_parts::RoleData>();
+    generator.subschema_for::<raw_parts::Dataset>();
+    generator.root_schema_for::<raw::FlameFile>().to_value()
 }
 
 /// The job, if nothing is wrong with it.
@@ -103,10 +118,14 @@ fn understand(paths: &[PathBuf], overrides: &Overrides, findings: &mut Findings)
     let parsed = files::read(paths, findings);
     let all_read = !findings.any();
     let schema = schema();
-    let documents: Vec<Document> = parsed
-        .into_iter()
-        .filter_map(|file| Document::new(file, &schema, findings))
-        .collect();
+    let documents: Vec<Document> = if part_files::recognise(&parsed) {
+        parts::assemble(parsed, &schema, findings).into_iter().collect()
+    } else {
+        let documents = parsed.into_iter();
+        documents
+            .filter_map(|file| Document::new(file, &schema, findings))
+            .collect()
+    };
     if findings.full() {
         return None;
     }
@@ -143,12 +162,13 @@ fn understand(paths: &[PathBuf], overrides: &Overrides, findings: &mut Findings)
     let groups_known = documents.iter().all(|document| {
         ["roles", "channels", "groupAssociation"]
             .iter()
-            .all(|key| !findings.any_at(&document.place.key(key)))
+            .all(|key| !findings.any_at(&document.at(key)))
     });
-    let workers = match &tree {
+    let mut workers = match &tree {
         Some(tree) if groups_known => tree.workers(&draft, findings),
         _ => Vec::new(),
     };
+    check_data_roles(first, tree.as_ref(), findings);
     let sources = sources(&documents, first, tree.as_ref());
     let trainers = workers
         .iter()
@@ -158,6 +178,11 @@ fn understand(paths: &[PathBuf], overrides: &Overrides, findings: &mut Findings)
     let brokers = brokers::understand(&documents, findings);
     note_data_consumers(first, tree.as_ref(), findings);
     let job = draft.job.filter(|_| !workers.is_empty())?;
+    for worker in &mut workers {
+        let jobs = settings.data.as_ref().map(|data| &data.dataset);
+        let replaced = overrides.data.is_some() || jobs.is_none();
+        worker.dataset = worker.dataset.take().filter(|own| !replaced && Some(own) != jobs);
+    }
     Some(JobSpec {
         name: job.name.unwrap_or_else(|| job.id.clone()),
         id: job.id,
@@ -170,6 +195,7 @@ fn understand(paths: &[PathBuf], overrides: &Overrides, findings: &mut Findings)
         model: settings.model,
         base_model: settings.base_model,
         training: settings.training,
+        optimizer: settings.optimizer,
         data: settings.data,
         max_run_time_s: settings.max_run_time_s,
     })
@@ -195,7 +221,40 @@ fn sources<'d>(documents: &[&'d Document], first: &'d Document, tree: Option<&Tr
     Sources {
         all: documents.to_vec(),
         lead,
+        top,
         trainers,
+    }
+}
+
+/// Where a file says who has which dataset, the trainers must be those who have them.
+fn check_data_roles(document: &Document, tree: Option<&Tree<'_>>, findings: &mut Findings) {
+    let (Some(assigned), Some(tree)) = (&document.assigned, tree) else {
+        return;
+    };
+    let trainer = tree.trainer().name.as_str();
+    let mut told: Vec<&str> = Vec::new();
+    for other in assigned.iter().filter(|assigned| assigned.role != trainer) {
+        if !told.contains(&other.role.as_str()) {
+            told.push(&other.role);
+            let found = format!(
+                "datasets for role {:?}, which does not train",
+                problem::shorten(&other.role)
+            );
+            findings
+                .add(ProblemKind::Unknown, &other.place, found)
+                .one_of(&other.role, [trainer]);
+        }
+    }
+    let place = document.at("dataset");
+    let any = assigned.iter().any(|assigned| assigned.role == trainer);
+    if !any && !document.data_told && !findings.any_at(&place) {
+        findings
+            .add(
+                ProblemKind::Missing,
+                &place,
+                format!("no datasets for role {trainer}, which trains"),
+            )
+            .expected("datasetGroups of that role");
     }
 }
 

@@ -27,8 +27,7 @@ pub(super) struct FlameFile {
     /// Worker files: the worker's id.
     pub(super) taskid: Option<String>,
     /// Worker files: not used.
-    #[expect(dead_code, reason = "Flame's name for the worker's process")]
-    task: Option<String>,
+    pub(super) task: Option<Value>,
     /// Worker files: its role.
     pub(super) role: Option<String>,
     /// Worker files: its group on each of its channels.
@@ -46,9 +45,10 @@ pub(super) struct FlameFile {
     pub(super) base_model: Option<BaseModel>,
     /// An http(s) URL, a file or folder (relative to the current directory), or `builtin:digits`.
     pub(super) dataset: Option<String>,
-    /// The server optimizer: `fedavg`.
+    /// How the model is made: `fedavg`; `fedadagrad`, `fedadam` or `fedyogi` with `beta_1` (0.9), `beta_2` (0.99), `eta`
+    /// (0.01) and `tau` (0.001), at the top; `fedprox` with `mu`, in the trainers.
     pub(super) optimizer: Option<Sorted>,
-    /// Who takes part in a round: `default`, which is all.
+    /// Who takes part in a round: `default`, which is all; `random`, with `k`, that many of an aggregator's children.
     pub(super) selector: Option<Sorted>,
     /// Which of its samples a trainer uses: `default`, which is all.
     pub(super) datasampler: Option<Sorted>,
@@ -221,8 +221,9 @@ pub(super) struct Hyperparameters {
     /// L2 penalty; 0 when not given.
     #[schemars(extend("minimum" = 0))]
     pub(super) weight_decay: Option<f64>,
-    /// Not supported.
-    pub(super) agg_goal: Option<Value>,
+    /// Updates after which an aggregator's round is done; all of its children's when not given.
+    #[schemars(range(min = 1))]
+    pub(super) agg_goal: Option<u32>,
     /// Not supported.
     pub(super) concurrency: Option<Value>,
 }

@@ -6,7 +6,10 @@
 //! | fields | whose |
 //! | --- | --- |
 //! | `rounds`, `maxRunTime` | the coordinator's, else the top's |
-//! | other `hyperparameters`, `dataset` | the trainers', which must agree |
+//! | other `hyperparameters` | the trainers', which must agree |
+//! | `dataset` | each trainer's own; models are judged on the top's, unless the trainers agree on one |
+//! | `optimizer` | the top's, but `fedprox` the trainers' |
+//! | `aggGoal`, `selector` | each aggregator's own |
 //! | `baseModel.name`, `lifl` | of any file; files that have it must agree |
 //!
 //! Where a file whose word does not count says something else, that is noted.
@@ -14,10 +17,11 @@
 use std::path::PathBuf;
 
 use super::document::Document;
-use super::problem::{Findings, Place, ProblemKind, shorten};
+use super::problem::{Findings, Place, ProblemKind};
 use super::raw::{self, FlameFile, Hyperparameters, Lifl, Model, ModelName, ModelSize};
-use super::spec::{DataSource, ModelSpec, Partition, Timing, TrainingSpec, UpdateKind};
-use super::{DIGITS, Overrides};
+use super::sorts;
+use super::spec::{DataSource, ModelSpec, Optimizer, Partition, Timing, TrainingSpec, UpdateKind};
+use super::{Overrides, data};
 use crate::update::DType;
 
 /// A job without its names and its tree.
@@ -29,6 +33,7 @@ pub(super) struct Settings {
     pub(super) model: ModelSpec,
     pub(super) base_model: Option<PathBuf>,
     pub(super) training: TrainingSpec,
+    pub(super) optimizer: Optimizer,
     pub(super) data: Option<DataSource>,
     pub(super) max_run_time_s: u64,
 }
@@ -39,6 +44,8 @@ pub(super) struct Sources<'d> {
     pub(super) all: Vec<&'d Document>,
     /// The coordinator's, else the top's.
     pub(super) lead: &'d Document,
+    /// The top's.
+    pub(super) top: &'d Document,
     /// The trainers'.
     pub(super) trainers: Vec<&'d Document>,
 }
@@ -76,7 +83,7 @@ impl Settings {
                 .name
                 .as_ref()
                 .filter(|name| !name.is_empty())?;
-            Some((name, document.place.key("baseModel").key("name")))
+            Some((name, document.at("baseModel").key("name")))
         });
         Self {
             rounds: rounds(sources, overrides, findings),
@@ -87,7 +94,8 @@ impl Settings {
             updates: updates.map_or(UpdateKind::Weights, |(&updates, _)| updates.into()),
             base_model: agree(base_models, findings).map(|(name, _)| PathBuf::from(name)),
             training: training(sources, findings),
-            data: data(sources, overrides, &model, trainers, findings),
+            optimizer: optimizer(sources, findings),
+            data: data::understand(sources, overrides, &model, trainers, findings),
             model,
             max_run_time_s: leads(sources, "maxRunTime", |raw| raw.max_run_time, findings).unwrap_or(300),
         }
@@ -151,7 +159,7 @@ fn training(sources: &Sources<'_>, findings: &mut Findings) -> TrainingSpec {
     let mut field = |name: &str, get: fn(&Hyperparameters) -> Option<f64>| {
         let given = |document: &Document| {
             let value = get(document.raw.hyperparameters.as_ref()?)?;
-            Some((value, document.place.key("hyperparameters").key(name)))
+            Some((value, document.at("hyperparameters").key(name)))
         };
         trainers_agree(sources, name, given, findings).map(|(value, _)| value)
     };
@@ -165,136 +173,47 @@ fn training(sources: &Sources<'_>, findings: &mut Findings) -> TrainingSpec {
         batch_size: batch_size.map_or(16, |size| size as u32),
         learning_rate: learning_rate.unwrap_or(0.01),
         weight_decay: weight_decay.unwrap_or(0.0),
+        proximal_mu: proximal_mu(sources, findings),
     }
 }
 
-fn data(
-    sources: &Sources<'_>,
-    overrides: &Overrides,
-    model: &ModelSpec,
-    trainers: usize,
-    findings: &mut Findings,
-) -> Option<DataSource> {
-    let lifl = Extra {
-        documents: &sources.all,
-    };
-    let sha256 = lifl.agreed("sha256", |lifl| lifl.sha256.as_ref(), findings);
-    let train_samples = lifl.agreed("trainSamples", |lifl| lifl.train_samples.as_ref(), findings);
-    let test_samples = lifl.agreed("testSamples", |lifl| lifl.test_samples.as_ref(), findings);
-    let partition = lifl.agreed("partition", |lifl| lifl.partition.as_ref(), findings);
-    if let Some((hash, place)) = &sha256
-        && (hash.len() != 64 || !hash.bytes().all(|digit| digit.is_ascii_hexdigit()))
-    {
-        findings
-            .add(ProblemKind::Invalid, place, format!("{:?}", shorten(hash)))
-            .expected("64 hex digits");
+/// The top's optimizer. FedProx is no optimizer of the top's.
+fn optimizer(sources: &Sources<'_>, findings: &mut Findings) -> Optimizer {
+    let of = |document: &Document| sorts::optimizer(document.raw.optimizer.as_ref());
+    let optimizer = of(sources.top);
+    let mut others = sources.all.iter();
+    if others.any(|document| document.raw.optimizer.is_some() && of(document) != optimizer) {
+        findings.note(format!(
+            "how the top makes the model is what optimizer in {} says; what other files say of it is not used",
+            sources.top.place.file_name()
+        ));
     }
-
-    let in_files = trainers_agree(
-        sources,
-        "dataset",
-        |document| {
-            let dataset = document
-                .raw
-                .dataset
-                .as_ref()
-                .filter(|dataset| !dataset.is_empty())?;
-            Some((dataset, document.place.key("dataset")))
-        },
-        findings,
-    );
-    let dataset = match &overrides.data {
-        Some(dataset) => Some((dataset, Place::overriding("data"))),
-        None => in_files.clone(),
-    };
-    if matches!(model, ModelSpec::Synthetic { .. }) {
-        let options = [
-            sha256.is_some(),
-            train_samples.is_some(),
-            test_samples.is_some(),
-            partition.is_some(),
-        ];
-        if dataset.is_some() || options.contains(&true) {
-            findings
-                .note("the dataset and what is said about it are not used: a synthetic model needs no data");
-        }
-        return None;
-    }
-    let Some((dataset, place)) = dataset else {
-        let place = sources.trainers.first()?.place.key("dataset");
-        let model_unsure = sources
-            .all
-            .iter()
-            .any(|document| findings.any_at(&document.place.key("lifl").key("model")));
-        if !model_unsure && !findings.any_at(&place) {
-            let found = "missing: every model but a synthetic one needs data";
-            let expected = format!("an http(s) URL, a file or folder, or {DIGITS}");
-            findings
-                .add(ProblemKind::Missing, &place, found)
-                .expected(expected);
-        }
-        return None;
-    };
-    check_dataset(dataset, &place, findings);
-    let replaced = in_files.as_ref().is_none_or(|(in_files, _)| *in_files != dataset);
-    if sha256.is_some() && replaced {
-        findings.note("lifl.sha256 is not used: it is not of the dataset given on the command line");
-    } else if let Some((_, place)) = &sha256
-        && dataset == DIGITS
-    {
-        let found = format!("a hash, and {DIGITS}, which is no file");
-        findings
-            .add(ProblemKind::Conflict, place, found)
-            .expected("no sha256, or another dataset");
-    }
-    if let Some((samples, place)) = &train_samples
-        && **samples < trainers as u64
-    {
-        let found = format!("{samples} samples for {trainers} trainers");
-        findings
-            .add(ProblemKind::Invalid, place, found)
-            .expected("at least one sample each");
-    }
-    Some(DataSource {
-        dataset: dataset.clone(),
-        sha256: sha256
-            .filter(|_| !replaced)
-            .map(|(hash, _)| hash.to_ascii_lowercase()),
-        train_samples: train_samples.map(|(&samples, _)| samples),
-        test_samples: test_samples.map(|(&samples, _)| samples),
-        partition: partition.map_or(Partition::Iid, |(&partition, _)| partition.into()),
-    })
+    optimizer
 }
 
-fn check_dataset(dataset: &str, place: &Place, findings: &mut Findings) {
-    let found = |what: &str| format!("{what} {:?}", shorten(dataset));
-    if dataset.starts_with("builtin:") {
-        if dataset != DIGITS {
-            findings
-                .add(ProblemKind::Unknown, place, found("unknown dataset"))
-                .one_of(dataset, [DIGITS]);
-        }
-    } else if let Some((scheme, _)) = dataset.split_once("://") {
-        if !matches!(scheme, "http" | "https") {
-            findings
-                .add(ProblemKind::Unsupported, place, found("dataset at"))
-                .expected(format!("an http(s) URL, a file or folder, or {DIGITS}"));
-        }
-    } else if dataset.is_empty() || dataset.contains('\0') {
-        findings
-            .add(ProblemKind::Invalid, place, found("dataset"))
-            .expected(format!("an http(s) URL, a file or folder, or {DIGITS}"));
+/// FedProx's μ is the trainers'.
+fn proximal_mu(sources: &Sources<'_>, findings: &mut Findings) -> f64 {
+    let given = |document: &Document| {
+        let optimizer = document.raw.optimizer.as_ref()?;
+        Some((sorts::proximal_mu(Some(optimizer)), document.at("optimizer")))
+    };
+    let of_trainers = sources.trainers.iter().filter_map(|document| given(document));
+    let mu = agree(of_trainers, findings).map_or(0.0, |(mu, _)| mu);
+    let mut others = sources.all.iter().filter_map(|document| given(document));
+    if others.any(|(other, _)| other > 0.0 && other != mu) {
+        findings.note("fedprox is what the trainers' files say; what other files say of it is not used");
     }
+    mu
 }
 
 /// The `lifl` sections of the files.
-struct Extra<'d> {
-    documents: &'d [&'d Document],
+pub(super) struct Extra<'d> {
+    pub(super) documents: &'d [&'d Document],
 }
 
 impl<'d> Extra<'d> {
     /// A field on which all sections that have it must agree.
-    fn agreed<T: PartialEq>(
+    pub(super) fn agreed<T: PartialEq>(
         &self,
         name: &str,
         get: fn(&'d Lifl) -> Option<&'d T>,
@@ -302,7 +221,7 @@ impl<'d> Extra<'d> {
     ) -> Option<(&'d T, Place)> {
         let given = self.documents.iter().filter_map(|document| {
             let value = get(document.raw.lifl.as_ref()?)?;
-            Some((value, document.place.key("lifl").key(name)))
+            Some((value, document.at("lifl").key(name)))
         });
         agree(given, findings)
     }

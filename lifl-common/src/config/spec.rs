@@ -3,6 +3,7 @@
 //! Only this module's [`load`](super::load) makes one from a person's files; a run's folder holds it as `job.json`, from
 //! which the workers of that run read it back.
 
+use std::collections::BTreeMap;
 use std::fmt;
 use std::path::PathBuf;
 
@@ -35,7 +36,10 @@ pub struct JobSpec {
     pub base_model: Option<PathBuf>,
     /// What trainers do.
     pub training: TrainingSpec,
-    /// Where samples come from; `None` for a model without data.
+    /// How the top makes the new model of the round's mean.
+    pub optimizer: Optimizer,
+    /// Where samples come from; `None` for a model without data. Models are judged on its test samples, and trainers
+    /// without [data of their own](WorkerSpec::dataset) train on it.
     pub data: Option<DataSource>,
     /// Flame's `maxRunTime` in seconds.
     pub max_run_time_s: u64,
@@ -58,6 +62,45 @@ impl JobSpec {
     /// The top and the other aggregators, level by level.
     pub fn aggregators(&self) -> impl Iterator<Item = &WorkerSpec> {
         self.workers.iter().filter(|worker| worker.kind != Kind::Trainer)
+    }
+
+    /// The datasets that trainers have, each with the number of trainers that share it; the job's own among them only
+    /// if somebody trains on it.
+    pub fn datasets(&self) -> Vec<(DataSource, u32)> {
+        let Some(data) = &self.data else { return Vec::new() };
+        let mut datasets: BTreeMap<&str, u32> = BTreeMap::new();
+        for trainer in self.trainers() {
+            let dataset = trainer.dataset.as_ref().unwrap_or(&data.dataset);
+            *datasets.entry(dataset).or_default() += 1;
+        }
+        let source = |(dataset, trainers): (&str, u32)| {
+            let dataset = dataset.to_owned();
+            (
+                DataSource {
+                    dataset,
+                    ..data.clone()
+                },
+                trainers,
+            )
+        };
+        datasets.into_iter().map(source).collect()
+    }
+
+    /// The data of a trainer; `None` for a model without data.
+    pub fn data_of(&self, trainer: &WorkerSpec) -> Option<DataSource> {
+        let mut data = self.data.clone()?;
+        if let Some(own) = &trainer.dataset {
+            data.dataset.clone_from(own);
+        }
+        Some(data)
+    }
+
+    /// Which part of its data is a trainer's: its number among those that share the dataset, from 0, and how many they
+    /// are.
+    pub fn part_of(&self, trainer: &WorkerSpec) -> (u32, u32) {
+        let sharing = || self.trainers().filter(|other| other.dataset == trainer.dataset);
+        let before = sharing().filter(|other| other.share < trainer.share).count();
+        (before as u32, sharing().count() as u32)
     }
 
     /// The trainers, by their share.
@@ -167,8 +210,14 @@ pub struct WorkerSpec {
     /// How its updates go to its parent and models come from it: the transport of the channel of `up`; for the top,
     /// which has none, [`Transport::Shm`].
     pub transport: Transport,
-    /// For a trainer: which of the data's shares is its own, from 0.
+    /// For an aggregator: after how many updates its round is done; all of its children's when not given.
+    pub agg_goal: Option<u32>,
+    /// For an aggregator: how many of its children, drawn anew for each round, take part; all when not given.
+    pub select: Option<u32>,
+    /// For a trainer: its number among the trainers, from 0.
     pub share: Option<u32>,
+    /// For a trainer with data of its own: the dataset, where it is another than the [job's](JobSpec::data).
+    pub dataset: Option<String>,
 }
 
 /// Which model is trained, by its built-in trainer.
@@ -204,6 +253,50 @@ pub struct TrainingSpec {
     pub learning_rate: f64,
     /// L2 penalty; 0 for none.
     pub weight_decay: f64,
+    /// FedProx's μ (Li, Sahu, Zaheer, Sanjabi, Talwalkar and Smith, "Federated Optimization in Heterogeneous Networks",
+    /// MLSys 2020, equation 2): how strongly a trainer is held to the round's model; 0 for FedAvg.
+    pub proximal_mu: f64,
+}
+
+/// How the top makes the new model of the round's mean (Flame's `optimizer`; FedProx is the
+/// [trainers'](TrainingSpec::proximal_mu)).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase", tag = "sort")]
+pub enum Optimizer {
+    /// The mean is the model.
+    #[default]
+    FedAvg,
+    /// Adaptive, with the sum of squared differences.
+    FedAdagrad(Adaptive),
+    /// Adaptive, with their exponential mean.
+    FedAdam(Adaptive),
+    /// Adaptive, with a mean that grows as fast as it falls.
+    FedYogi(Adaptive),
+}
+
+/// The rates of an adaptive server optimizer (Reddi et al., "Adaptive Federated Optimization", ICLR 2021, Algorithm 2).
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Adaptive {
+    /// How much of the mean difference is kept from round to round, from 0 to below 1.
+    pub beta_1: f64,
+    /// How much of the squared difference is, from 0 to below 1; FedAdagrad keeps all.
+    pub beta_2: f64,
+    /// The step size, above 0.
+    pub eta: f64,
+    /// What keeps the step finite where nothing changes, above 0.
+    pub tau: f64,
+}
+
+impl Default for Adaptive {
+    /// Flame's.
+    fn default() -> Self {
+        Self {
+            beta_1: 0.9,
+            beta_2: 0.99,
+            eta: 1e-2,
+            tau: 1e-3,
+        }
+    }
 }
 
 /// Where samples come from and who gets which.

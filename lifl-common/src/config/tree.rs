@@ -152,7 +152,10 @@ impl<'d> Tree<'d> {
                         up: name(node.up, up),
                         down: name(node.down, down),
                         transport: node.up.map(|link| link.transport).unwrap_or_default(),
+                        agg_goal: draft.rounds.agg_goal.filter(|_| kind != Kind::Trainer),
+                        select: draft.rounds.select.filter(|_| kind != Kind::Trainer),
                         share: (kind == Kind::Trainer).then_some(count - 1),
+                        dataset: draft.dataset.clone().filter(|_| kind == Kind::Trainer),
                     });
                 }
             }
@@ -284,7 +287,7 @@ fn chain<'d>(nodes: Vec<Node<'d>>, draft: &Draft, findings: &mut Findings) -> Op
         findings
             .add(
                 ProblemKind::Missing,
-                &draft.place.key("channels"),
+                &draft.channels_place,
                 "no top and no trainers",
             )
             .expected(

@@ -207,7 +207,7 @@ fn transports(document: &Document) -> Transports<'_> {
     channels
         .filter(|(_, channel)| !channel.coordinates())
         .map(|(i, channel)| {
-            let place = document.place.key("channels").index(i);
+            let place = document.at("channels").index(i);
             (
                 channel.name.as_str(),
                 draft::transport(channel, &place, document).0,

@@ -13,12 +13,12 @@ use serde_json::{Map, Value};
 
 use super::problem::{Findings, Place, ProblemKind, Report, list, push_index, push_key, shorten};
 
-/// Reports all that is wrong with `value` and takes it out. Afterwards it is an object that fits the schema, but for
-/// required members that are missing.
-pub(super) fn walk(schema: &Value, value: &mut Value, file: &Place, findings: &mut Findings) {
+/// Reports all that is wrong with `value` and takes it out. Afterwards it is an object that fits `schema`, a part of
+/// `root`, but for required members that are missing.
+pub(super) fn walk(root: &Value, schema: &Value, value: &mut Value, at: &Place, findings: &mut Findings) {
     let mut walk = Walk {
-        root: schema,
-        at: file.clone(),
+        root,
+        at: at.clone(),
         findings,
     };
     match value {
@@ -31,6 +31,13 @@ pub(super) fn walk(schema: &Value, value: &mut Value, file: &Place, findings: &m
             *other = Value::Object(Map::new());
         }
     }
+}
+
+/// The definition of that name in a schema.
+pub(super) fn definition<'w>(root: &'w Value, name: &str) -> &'w Value {
+    root.get("$defs")
+        .and_then(|definitions| definitions.get(name))
+        .unwrap_or(root)
 }
 
 struct Walk<'w> {
@@ -99,6 +106,10 @@ impl<'w> Walk<'w> {
         let required = |key: &str| strings(schema.get("required")).any(|name| name == key);
         let mut fits = true;
         members.retain(|key, member| {
+            // A remark, as Flame's own files have them.
+            if key.starts_with("//") {
+                return false;
+            }
             let member_schema = known.and_then(|known| known.get(key));
             let kept = match member_schema.or_else(|| schema.get("additionalProperties")) {
                 Some(Value::Bool(false)) => {
@@ -106,8 +117,8 @@ impl<'w> Walk<'w> {
                     self.within(
                         |path| push_key(path, key),
                         |walk| {
-                            walk.report(ProblemKind::Unknown, "unknown field")
-                                .one_of(key, known);
+                            let found = format!("unknown field, of value {}", describe_all(member));
+                            walk.report(ProblemKind::Unknown, found).one_of(key, known);
                         },
                     );
                     return false;
@@ -428,5 +439,15 @@ fn describe(value: &Value) -> String {
         Value::String(text) => format!("{:?}", shorten(text)),
         Value::Array(_) => "a list".to_owned(),
         Value::Object(_) => "an object".to_owned(),
+    }
+}
+
+/// A found value as it is written, if it is short.
+fn describe_all(value: &Value) -> String {
+    match value {
+        Value::Array(list) if list.len() > 8 => "a list".to_owned(),
+        Value::Object(members) if members.len() > 8 => "an object".to_owned(),
+        Value::Array(_) | Value::Object(_) => shorten(&value.to_string()),
+        other => describe(other),
     }
 }

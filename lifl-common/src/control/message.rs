@@ -80,6 +80,11 @@ pub enum Request {
         /// Workers after that one, in order of their ids.
         after: Option<WorkerId>,
     },
+    /// Which of Flame's workers are registered, a page at a time. Answered by [`Reply::Flame`].
+    Flame {
+        /// Workers after the one with that user and id, in that order.
+        after: Option<(u32, u32)>,
+    },
     /// Ends this connection's job; the job's workers get [`Event::JobEnded`]. Answered by [`Reply::Done`].
     EndJob {
         /// Why, for the workers' logs.
@@ -131,6 +136,11 @@ pub enum Reply {
     },
     /// To [`Request::Status`].
     Status(Status),
+    /// To [`Request::Flame`].
+    Flame {
+        /// `None` if the daemon does not serve Flame's workers.
+        page: Option<FlamePage>,
+    },
     /// Done, nothing to tell.
     Done {},
     /// Not done.
@@ -300,6 +310,46 @@ pub struct WorkerStatus {
     pub counters: Counters,
     /// Its arenas.
     pub arenas: Vec<ArenaStatus>,
+}
+
+/// A page of Flame's workers. Of other users' nothing is shown, but to root.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FlamePage {
+    /// Who hands their references over: the kernel or the daemon.
+    pub plane: PlaneKind,
+    /// Where they connect.
+    pub skmsg: String,
+    /// Connections, registered or not.
+    pub connections: u32,
+    /// References that wait for workers that are not registered yet.
+    pub held: u32,
+    /// The workers, by user and id.
+    pub workers: Vec<FlameWorkerStatus>,
+    /// Whether there are workers after the last of these.
+    pub more: bool,
+}
+
+/// One of Flame's workers.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FlameWorkerStatus {
+    /// Whose it is.
+    pub uid: u32,
+    /// Its id on the wire.
+    pub id: u32,
+    /// The id as its taskid ends, for people.
+    pub taskid: String,
+    /// Its process.
+    pub pid: u32,
+    /// That process's name.
+    pub name: String,
+    /// References that it sent and that were handed over.
+    pub sent: u64,
+    /// References to workers that were not registered yet.
+    pub held: u64,
+    /// References that were refused.
+    pub refused: u64,
+    /// `CLOCK_MONOTONIC` nanoseconds of its last reference, 0 for none.
+    pub last_ns: u64,
 }
 
 /// An arena.

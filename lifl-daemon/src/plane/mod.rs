@@ -30,6 +30,7 @@ use tokio::sync::mpsc;
 
 pub use relay::Relay;
 pub use socket::SocketError;
+pub(crate) use socket::connection;
 pub use sockmap::Sockmap;
 
 /// Dead letters that wait for the daemon before the plane stops reading more.

@@ -146,7 +146,7 @@ fn check_stream(fd: impl AsFd, family: i32, needed: &'static str) -> Result<(), 
 }
 
 /// The connection as `struct sk_msg_md` shows it to the program.
-fn connection(local: SocketAddrV4, remote: SocketAddrV4) -> Connection {
+pub(crate) fn connection(local: SocketAddrV4, remote: SocketAddrV4) -> Connection {
     Connection {
         local_ip4: u32::from(*local.ip()).to_be(),
         remote_ip4: u32::from(*remote.ip()).to_be(),

@@ -5,14 +5,10 @@
 
 use std::collections::HashMap;
 use std::fmt;
-use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 
-use aya::maps::{MapData, MapError};
-use aya::programs::sk_msg::SkMsgLinkId;
-use aya::programs::{ProgramError, SkMsg};
-use aya::{Ebpf, EbpfError, EbpfLoader};
-use aya_log::EbpfLogger;
+use aya::maps::MapData;
+use aya::programs::ProgramError;
 use lifl_common::client::FrameSocket;
 use lifl_common::frame::Frame;
 use lifl_common::id::{JobId, WorkerId};
@@ -20,15 +16,14 @@ use lifl_common::kernel::{
     Connection, Counters, MAP_COUNTERS, MAP_MEMBERS, MAP_SENDERS, MAP_SOCKETS, Member, PROGRAM, Sender,
 };
 use lifl_common::plane::PlaneKind;
-use tokio::io::Interest;
-use tokio::io::unix::AsyncFd;
 use tokio::sync::mpsc;
-use tokio_util::sync::CancellationToken;
-use tracing::{debug, error};
+use tokio_util::sync::{CancellationToken, DropGuard};
+use tracing::error;
 use zerocopy::transmute;
 
 use super::socket::{check_tcp, own_netns};
 use super::{DEAD_LETTERS, Options, PlaneError, support};
+use crate::ebpf::{LoadError, Program, chain, is_missing};
 
 /// What `cargo xtask build-ebpf` made of `lifl-ebpf`.
 static OBJECT: &[u8] = aya::include_bytes_aligned!("../../../lifl-ebpf/lifl.bpf.o");
@@ -41,8 +36,7 @@ type CountersBytes = [u8; size_of::<Counters>()];
 
 /// The loaded program with its maps. Dropping it detaches the program.
 pub struct Sockmap {
-    ebpf: Ebpf,
-    link: Option<SkMsgLinkId>,
+    program: Program,
     sockets: aya::maps::SockHash<MapData, u32>,
     senders: aya::maps::HashMap<MapData, ConnectionBytes, SenderBytes>,
     members: aya::maps::HashMap<MapData, u32, MemberBytes>,
@@ -51,7 +45,8 @@ pub struct Sockmap {
     holders: HashMap<Connection, WorkerId>,
     capacity: u32,
     netns: u64,
-    stop: CancellationToken,
+    /// Ends the tasks that read its dead letters and its log.
+    _stop: DropGuard,
 }
 
 impl Sockmap {
@@ -84,39 +79,30 @@ impl Sockmap {
     fn load_and_attach(options: Options, netns: u64) -> Result<(Self, mpsc::Receiver<Frame>), LoadError> {
         let capacity = options.max_workers;
         // The dead-letter socket takes one entry more.
-        let mut ebpf = EbpfLoader::new()
-            .btf(None)
-            .map_max_entries(MAP_SOCKETS, capacity.saturating_add(1))
-            .map_max_entries(MAP_SENDERS, capacity)
-            .map_max_entries(MAP_MEMBERS, capacity)
-            .map_max_entries(MAP_COUNTERS, capacity)
-            .load(OBJECT)?;
-        let mut sockets: aya::maps::SockHash<_, u32> = take(&mut ebpf, MAP_SOCKETS)?.try_into()?;
-        let senders = take(&mut ebpf, MAP_SENDERS)?.try_into()?;
-        let members = take(&mut ebpf, MAP_MEMBERS)?.try_into()?;
-        let counters = take(&mut ebpf, MAP_COUNTERS)?.try_into()?;
-
-        let program = program(&mut ebpf)?;
-        program.load()?;
-        let link = program.attach(sockets.fd())?;
+        let entries = [
+            (MAP_SOCKETS, capacity.saturating_add(1)),
+            (MAP_SENDERS, capacity),
+            (MAP_MEMBERS, capacity),
+            (MAP_COUNTERS, capacity),
+        ];
+        let mut program = Program::load(OBJECT, PROGRAM, &entries)?;
+        let mut sockets: aya::maps::SockHash<_, u32> = program.map(MAP_SOCKETS)?;
+        let senders = program.map(MAP_SENDERS)?;
+        let members = program.map(MAP_MEMBERS)?;
+        let counters = program.map(MAP_COUNTERS)?;
+        program.attach(sockets.fd())?;
 
         let (dead_letter_socket, near) = FrameSocket::pair_for(PlaneKind::Sockmap)?;
         sockets.insert(WorkerId::NONE.0, near.as_raw_fd(), 0)?;
-        let logger = EbpfLogger::init_with_logger(&mut ebpf, ToTracing)?;
-        // SAFETY: the logger owns its ring buffer's map, whose descriptor stays open and the same until it is dropped.
-        let logger = unsafe { AsyncFd::register_with_interest(logger, Interest::READABLE) };
-        let logger = logger.map_err(io::Error::from)?;
-
         let stop = CancellationToken::new();
         let (dead_letters, receiver) = mpsc::channel(DEAD_LETTERS);
-        tokio::spawn(stop.clone().run_until_cancelled_owned(read_log(logger)));
+        program.read_log(&stop)?;
         tokio::spawn(
             stop.clone()
                 .run_until_cancelled_owned(read_dead_letters(dead_letter_socket, dead_letters)),
         );
         let sockmap = Self {
-            ebpf,
-            link: Some(link),
+            program,
             sockets,
             senders,
             members,
@@ -125,7 +111,7 @@ impl Sockmap {
             holders: HashMap::new(),
             capacity,
             netns,
-            stop,
+            _stop: stop.drop_guard(),
         };
         Ok((sockmap, receiver))
     }
@@ -135,12 +121,7 @@ impl Sockmap {
     /// # Errors
     /// If the kernel does not tell.
     pub fn program_id(&self) -> Result<u32, ProgramError> {
-        let program: &SkMsg = self
-            .ebpf
-            .program(PROGRAM)
-            .ok_or(ProgramError::NotLoaded)?
-            .try_into()?;
-        Ok(program.info()?.id())
+        self.program.id()
     }
 
     pub(super) fn register(
@@ -253,19 +234,8 @@ impl Sockmap {
     ///
     /// # Errors
     /// If the program cannot be detached.
-    pub fn shutdown(mut self) -> Result<(), PlaneError> {
-        let Some(link) = self.link.take() else {
-            return Ok(());
-        };
-        program(&mut self.ebpf)
-            .and_then(|program| program.detach(link))
-            .map_err(PlaneError::Detach)
-    }
-}
-
-impl Drop for Sockmap {
-    fn drop(&mut self) {
-        self.stop.cancel();
+    pub fn shutdown(self) -> Result<(), PlaneError> {
+        self.program.detach().map_err(PlaneError::Detach)
     }
 }
 
@@ -275,29 +245,6 @@ impl fmt::Debug for Sockmap {
             .field("workers", &self.workers)
             .field("capacity", &self.capacity)
             .finish_non_exhaustive()
-    }
-}
-
-fn program(ebpf: &mut Ebpf) -> Result<&mut SkMsg, ProgramError> {
-    ebpf.program_mut(PROGRAM)
-        .ok_or(ProgramError::NotLoaded)?
-        .try_into()
-}
-
-fn take(ebpf: &mut Ebpf, name: &str) -> Result<aya::maps::Map, MapError> {
-    ebpf.take_map(name).ok_or_else(|| MapError::InvalidName {
-        name: name.to_owned(),
-    })
-}
-
-/// An entry that is not there is what removing it was for.
-fn is_missing(error: &MapError) -> bool {
-    match error {
-        MapError::KeyNotFound | MapError::ElementNotFound => true,
-        MapError::SyscallError(error) => {
-            matches!(error.io_error.raw_os_error(), Some(libc::ENOENT | libc::EINVAL))
-        }
-        _ => false,
     }
 }
 
@@ -313,96 +260,9 @@ async fn read_dead_letters(mut socket: FrameSocket, dead_letters: mpsc::Sender<F
     }
 }
 
-/// Passes on what the program logs.
-async fn read_log(mut logger: AsyncFd<EbpfLogger<ToTracing>>) {
-    loop {
-        match logger.readable_mut().await {
-            Ok(mut ready) => {
-                ready.get_inner_mut().flush();
-                ready.clear_ready();
-            }
-            Err(error) => break error!(%error, "the program's log cannot be read"),
-        }
-    }
-}
-
-/// The program's log records, as this process's.
-struct ToTracing;
-
-impl log::Log for ToTracing {
-    fn enabled(&self, _: &log::Metadata<'_>) -> bool {
-        true
-    }
-
-    fn log(&self, record: &log::Record<'_>) {
-        let message = record.args();
-        match record.level() {
-            log::Level::Error => tracing::error!(target: PROGRAM, "{message}"),
-            log::Level::Warn => tracing::warn!(target: PROGRAM, "{message}"),
-            log::Level::Info => tracing::info!(target: PROGRAM, "{message}"),
-            log::Level::Debug => tracing::debug!(target: PROGRAM, "{message}"),
-            log::Level::Trace => tracing::trace!(target: PROGRAM, "{message}"),
-        }
-    }
-
-    fn flush(&self) {}
-}
-
-/// What loading can fail with, before it is put into words.
-#[derive(Debug, thiserror::Error)]
-enum LoadError {
-    #[error("the program cannot be loaded")]
-    Ebpf(#[from] EbpfError),
-    #[error("the program's maps cannot be used")]
-    Map(#[from] MapError),
-    #[error("the program is refused")]
-    Program(#[from] ProgramError),
-    #[error("the program's log cannot be read")]
-    Log(#[from] aya_log::Error),
-    #[error("the dead-letter socket cannot be made")]
-    Io(#[from] io::Error),
-}
-
 fn unavailable(error: &LoadError) -> PlaneError {
-    debug!(error = chain(error), "the SK_MSG program cannot be loaded");
-    let missing = support::missing_capabilities(support::effective_capabilities());
-    let relay = "or use the relay plane (--plane relay)";
-    let (reason, remedy) = if !is_refused(error) {
-        (chain(error), format!("report this kernel and message, {relay}"))
-    } else if missing.is_empty() {
-        (
-            "the kernel refuses eBPF programs to this process (a container or kernel lockdown does that)"
-                .to_owned(),
-            format!("run the daemon on the host, {relay}"),
-        )
-    } else {
-        (
-            format!("this process lacks {}", missing.join(" and ")),
-            format!("start the daemon as root (sudo lifl-daemon), {relay}"),
-        )
-    };
+    let (reason, remedy) = error.explain("or use the relay plane (--plane relay)");
     PlaneError::Unavailable { reason, remedy }
-}
-
-/// Whether `EPERM` is at the bottom of it. (`EACCES` is the verifier's.)
-fn is_refused(error: &LoadError) -> bool {
-    causes(error).any(|cause| {
-        let io = cause.downcast_ref::<io::Error>();
-        io.is_some_and(|io| io.raw_os_error() == Some(libc::EPERM))
-    })
-}
-
-fn causes<'a>(
-    error: &'a (dyn std::error::Error + 'static),
-) -> impl Iterator<Item = &'a (dyn std::error::Error + 'static)> {
-    std::iter::successors(Some(error), |error| error.source())
-}
-
-/// An error with its causes, in one line.
-fn chain(error: &(dyn std::error::Error + 'static)) -> String {
-    let mut messages: Vec<String> = causes(error).map(ToString::to_string).collect();
-    messages.dedup();
-    messages.join(": ").replace('\n', " ")
 }
 
 #[cfg(test)]

@@ -30,6 +30,8 @@ use crate::pool::Pool;
 /// The longest name of a job, a role or a worker.
 const MAX_NAME_BYTES: usize = 128;
 
+const HELLO_FIRST: &str = "the first request must be hello";
+
 /// Arenas that one worker may have.
 const MAX_ARENAS: usize = 4;
 
@@ -207,11 +209,34 @@ impl Registry {
                 (Reply::Error { code, message }, None)
             }
         };
+        self.reply(id, reply, fd);
+    }
+
+    /// Answers a connection's request.
+    pub(crate) fn reply(&mut self, id: ConnId, reply: Reply, fd: Option<OwnedFd>) {
         self.outbox.push(Outgoing {
             to: id,
             message: Message::Reply(reply),
             fd,
         });
+    }
+
+    /// Whose a connection is, if it has said hello; if it has not, it is told to.
+    pub(crate) fn may_ask(&mut self, id: ConnId) -> Option<u32> {
+        let conn = self.conns.get(&id)?;
+        if conn.hello {
+            return Some(conn.peer.uid);
+        }
+        let message = HELLO_FIRST.to_owned();
+        self.reply(
+            id,
+            Reply::Error {
+                code: ErrorCode::BadRequest,
+                message,
+            },
+            None,
+        );
+        None
     }
 
     /// A frame that the plane did not deliver: its sender learns why.
@@ -280,10 +305,11 @@ impl Registry {
             return Ok((Reply::Welcome(self.welcome()), None));
         }
         if !conn.hello {
-            return deny(ErrorCode::BadRequest, "the first request must be hello");
+            return deny(ErrorCode::BadRequest, HELLO_FIRST);
         }
         match request {
             Request::Hello { .. } => unreachable!("answered above"),
+            Request::Flame { .. } => unreachable!("answered by whoever serves Flame's workers"),
             Request::CreateJob { name } => self.create_job(id, name),
             Request::Register { job, role, name } => self.register(id, job, role, name, fds),
             Request::CreateArena { layout } => self.create_arena(id, layout),

@@ -17,6 +17,8 @@ use lifl_common::update::Metadata;
 /// An update that a child has lent, checked but for its numbers.
 #[derive(Clone, Debug)]
 pub(super) struct Given {
+    /// Its place among the round's updates in the order of their arrival; set when it is [taken](Children::give).
+    pub(super) arrival: u64,
     /// The frame that brought it.
     pub(super) frame: Frame,
     /// Where it lies.
@@ -44,6 +46,8 @@ pub(super) enum Answer {
 #[derive(Debug)]
 pub(super) struct Children {
     answers: Vec<(WorkerId, Answer)>,
+    /// Updates that have come.
+    arrivals: u64,
 }
 
 impl Children {
@@ -53,6 +57,7 @@ impl Children {
                 .into_iter()
                 .map(|child| (child, Answer::Waiting))
                 .collect(),
+            arrivals: 0,
         }
     }
 
@@ -71,7 +76,9 @@ impl Children {
             .any(|(_, answer)| matches!(answer, Answer::Waiting))
     }
 
-    pub(super) fn give(&mut self, worker: WorkerId, given: Given) {
+    pub(super) fn give(&mut self, worker: WorkerId, mut given: Given) {
+        given.arrival = self.arrivals;
+        self.arrivals += 1;
         self.waiting(worker, Answer::Given(given));
     }
 
@@ -108,10 +115,27 @@ impl Children {
         given.collect()
     }
 
-    /// All that has come is in the aggregate now.
-    pub(super) fn mark_folded(&mut self) {
+    /// Of what has come and is not in the aggregate yet, so many that came first, in folding order.
+    pub(super) fn first_unfolded(&self, most: usize) -> Vec<Given> {
+        let mut given = self.unfolded();
+        if given.len() > most {
+            let mut arrivals: Vec<u64> = given.iter().map(|given| given.arrival).collect();
+            arrivals.sort_unstable();
+            let first = &arrivals[..most];
+            given.retain(|given| first.binary_search(&given.arrival).is_ok());
+        }
+        given
+    }
+
+    /// These, which [came first](Self::first_unfolded), are in the aggregate now.
+    pub(super) fn mark_folded(&mut self, these: &[Given]) {
+        let Some(last) = these.iter().map(|given| given.arrival).max() else {
+            return;
+        };
         for (_, answer) in &mut self.answers {
-            if let Answer::Given(given) = answer {
+            if let Answer::Given(given) = answer
+                && given.arrival <= last
+            {
                 *answer = Answer::Folded(given.clone());
             }
         }

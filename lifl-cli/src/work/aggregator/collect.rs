@@ -1,14 +1,15 @@
 //! One round's aggregate in the making: which updates come in, and the folding.
 
+use anyhow::Context;
 use lifl_common::arena::WritableSlot;
-use lifl_common::config::{Kind, Timing, UpdateKind};
+use lifl_common::config::Timing;
 use lifl_common::frame::{Frame, Refusal};
 use lifl_common::id::{Key, WorkerId};
 use lifl_common::update::{Metadata, Schema, image};
 
 use super::children::{Children, Given};
 use super::{Lent, Shared};
-use crate::aggregate::{Accumulator, FoldError, Input, add};
+use crate::aggregate::{Accumulator, FoldError, Input, ServerOptimizer};
 use crate::work::link::Link;
 
 /// An aggregate in the making.
@@ -16,6 +17,8 @@ pub(super) struct Collecting {
     pub(super) round: u32,
     pub(super) parent: WorkerId,
     pub(super) children: Children,
+    /// Updates after which nobody else is waited for.
+    goal: usize,
     slot: WritableSlot,
     model: Lent,
 }
@@ -53,6 +56,7 @@ pub(super) async fn inspect(link: &mut Link, schema: &Schema, frame: &Frame) -> 
         return Err(Refusal::BadSamples);
     }
     Ok(Given {
+        arrival: 0,
         frame: *frame,
         arena,
         offset,
@@ -65,33 +69,40 @@ impl Collecting {
         round: u32,
         parent: WorkerId,
         children: Vec<WorkerId>,
+        goal: Option<u32>,
         slot: WritableSlot,
         model: Lent,
     ) -> Self {
         Self {
             round,
             parent,
+            // A goal that all children together do not reach waits for all.
+            goal: goal.map_or(usize::MAX, |goal| goal as usize),
             children: Children::new(children),
             slot,
             model,
         }
     }
 
-    /// Folds what is there: under eager timing at once, under lazy timing when nobody is waited for any more. Gives
-    /// the updates that turned out not to be finite, which are out.
+    /// Whether what has been folded is the round's aggregate: nobody is waited for any more.
+    pub(super) fn complete(&self) -> bool {
+        self.children.answered() || self.children.folded().count() >= self.goal
+    }
+
+    /// Folds what is there, but no more than the goal: under eager timing at once, under lazy timing when nobody is
+    /// waited for any more. Gives the updates that turned out not to be finite, which are out.
     pub(super) fn fold(
         &mut self,
         shared: &Shared,
         accumulator: &mut Accumulator,
     ) -> anyhow::Result<Vec<(Frame, Refusal)>> {
         let mut refused = Vec::new();
-        if shared.job.timing == Timing::Lazy && !self.children.answered() {
-            return Ok(refused);
-        }
         let offset = image::data_offset(&shared.schema);
         loop {
-            let given = self.children.unfolded();
-            if given.is_empty() {
+            let wanted = self.goal.saturating_sub(self.children.folded().count());
+            let given = self.children.first_unfolded(wanted);
+            let lazy = shared.job.timing == Timing::Lazy;
+            if given.is_empty() || (lazy && given.len() < wanted && !self.children.answered()) {
                 return Ok(refused);
             }
             let inputs = given
@@ -101,7 +112,7 @@ impl Collecting {
             let out = &mut self.slot.bytes_mut()[offset..][..shared.schema.data_bytes()];
             match accumulator.fold(out, &inputs) {
                 Ok(()) => {
-                    self.children.mark_folded();
+                    self.children.mark_folded(&given);
                     return Ok(refused);
                 }
                 Err(FoldError::NotFinite { inputs }) if !inputs.is_empty() => {
@@ -123,11 +134,12 @@ impl Collecting {
         }
     }
 
-    /// Writes the header, and at the top makes the model of a delta. `None` when no child gave anything.
+    /// Makes the aggregate, at the top the model, and writes the header. `None` when no child gave anything.
     pub(super) fn finish<'a>(
         mut self,
         shared: &Shared,
         accumulator: &mut Accumulator,
+        optimizer: Option<&mut ServerOptimizer>,
         own_object: impl FnOnce(Key) -> Option<&'a [u8]>,
     ) -> anyhow::Result<Option<Done>> {
         if accumulator.samples() == 0 {
@@ -137,23 +149,17 @@ impl Collecting {
             schema,
             job,
             name,
-            kind,
             threads,
+            ..
         } = shared;
         let offset = image::data_offset(schema);
         let data = offset..offset + schema.data_bytes();
         let samples = accumulator.finish(&mut self.slot.bytes_mut()[data.clone()])?;
-        // The top's model is in its own arena.
-        if job.updates == UpdateKind::Deltas
-            && *kind == Kind::Top
-            && let Some(model) = own_object(self.model.key)
-        {
-            add(
-                threads,
-                schema,
-                &model[data.clone()],
-                &mut self.slot.bytes_mut()[data],
-            )?;
+        // Only the top has an optimizer, and its model is in its own arena.
+        if let Some(optimizer) = optimizer {
+            let model = own_object(self.model.key).context("the top has not the round's model any more")?;
+            let mean = &mut self.slot.bytes_mut()[data.clone()];
+            optimizer.step(threads, schema, job.updates, &model[data], mean)?;
         }
         let mut metadata = Metadata {
             maker: name.clone(),

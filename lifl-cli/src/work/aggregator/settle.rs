@@ -1,6 +1,8 @@
 //! What an aggregator gives back and gets back: models it handed down, updates it folded, aggregates it sent up; and
 //! what becomes of them when somebody dies.
 
+use std::collections::{HashMap, HashSet};
+
 use lifl_common::frame::{Frame, FrameKind, Refusal};
 use lifl_common::id::{Key, WorkerId};
 
@@ -42,6 +44,28 @@ impl Aggregator {
             self.model_done(lent, frame.round).await?;
         }
         Ok(())
+    }
+
+    /// Who still holds so many models of rounds that are over that it is not lent another: it sits this round out, so
+    /// that one that is late, or hangs, cannot take all of the top's slots. Nobody, where rounds wait for all.
+    pub(super) fn busy(&self, model: &Lent) -> HashSet<WorkerId> {
+        let Some(most) = self.shared.most_held else {
+            return HashSet::new();
+        };
+        let mut held: HashMap<WorkerId, u32> = HashMap::new();
+        let old = self.models.iter().filter(|(key, _)| **key != model.key);
+        for holder in old.flat_map(|(_, (_, holders))| holders) {
+            *held.entry(*holder).or_default() += 1;
+        }
+        let busy: HashSet<WorkerId> = held
+            .into_iter()
+            .filter(|&(_, count)| count > most)
+            .map(|(holder, _)| holder)
+            .collect();
+        if !busy.is_empty() {
+            tracing::info!(workers = busy.len(), "still at work on rounds that are over");
+        }
+        busy
     }
 
     /// No child reads the model any more.

@@ -10,13 +10,13 @@ fn everything_wrong_is_said_at_once() {
         &[
             (
                 "/hyperparameters",
-                json!({ "rounds": 0, "batchsize": 8, "learningRate": -1, "aggGoal": 3 }),
+                json!({ "rounds": 0, "batchsize": 8, "learningRate": -1, "aggGoal": 0 }),
             ),
             ("/roles/2/replica", json!(0)),
             ("/channels/1/backend", json!("p2")),
             (
                 "/optimizer",
-                json!({ "sort": "fedadam", "kwargs": { "beta_1": 0.9 } }),
+                json!({ "sort": "fedbuff", "kwargs": { "beta_1": 0.9 } }),
             ),
             ("/lifl", json!({ "timing": "lazzy", "seed": "one" })),
             ("/dataset", json!("s3://bucket/mnist")),
@@ -26,14 +26,15 @@ fn everything_wrong_is_said_at_once() {
     assert_problems(
         wrong,
         &[
-            "hyperparameters.batchsize: unknown field; did you mean batchSize?",
+            "hyperparameters.aggGoal: 0; expected a whole number from 1 to 4294967295",
+            "hyperparameters.batchsize: unknown field, of value 8; did you mean batchSize?",
             "hyperparameters.learningRate: -1; expected a number above 0",
             "hyperparameters.rounds: 0; expected a whole number from 1 to 4294967295",
             "lifl.seed: \"one\"; expected a whole number not below 0",
             "lifl.timing: unknown name \"lazzy\"; did you mean lazy?",
             "roles[2].replica: 0; expected a whole number from 1 to 4294967295",
-            "optimizer.sort: optimizer fedadam is not supported yet; supported: fedavg",
-            "hyperparameters.aggGoal: aggGoal is not supported yet; supported: all updates of a round",
+            "optimizer.sort: optimizer fedbuff is not supported yet; supported: fedavg, fedadagrad, fedadam, fedyogi or \
+             fedprox",
             "channels[1].backend: channel updates: unknown backend \"p2\"; did you mean p2p?",
             "job.id: job name \"a/b\"; expected 1 to 64 bytes without '/', '\\' and control characters, not \
              starting with '.'",
@@ -50,7 +51,7 @@ fn a_problem_can_be_read_by_a_program() {
     let problem = serde_json::to_value(&error.problems[0]).expect("JSON");
     assert_eq!(problem["kind"], "unknown");
     assert_eq!(problem["path"], "hyperparameters.epoch");
-    assert_eq!(problem["found"], "unknown field");
+    assert_eq!(problem["found"], "unknown field, of value 3");
     assert_eq!(problem["hint"], "did you mean epochs?");
     assert!(
         problem["file"]
@@ -114,9 +115,9 @@ fn each_form_of_a_model_and_a_partition_is_checked_as_what_was_meant() {
     assert_problems(
         lifl(json!({ "model": { "mlp": { "hiden": 2 } }, "partition": { "sort": "iid", "alpha": 1 } })),
         &[
-            "lifl.model.mlp.hiden: unknown field; did you mean hidden?",
+            "lifl.model.mlp.hiden: unknown field, of value 2; did you mean hidden?",
             "lifl.model.mlp.hidden: missing; expected a whole number from 1 to 4294967295",
-            "lifl.partition.alpha: unknown field; expected sort",
+            "lifl.partition.alpha: unknown field, of value 1; expected sort",
         ],
     );
     assert_problems(
@@ -154,12 +155,13 @@ fn what_flame_has_and_this_has_not_is_refused_by_name() {
     assert_problems(
         unsupported.clone(),
         &[
-            "optimizer.kwargs.eta: argument eta of optimizer fedavg is not supported; supported: no arguments",
-            "selector.sort: selector oort is not supported yet; supported: default",
+            "optimizer.kwargs.eta: argument eta, of value 1, of optimizer fedavg is not supported; supported: no \
+             arguments",
+            "selector.sort: selector oort is not supported yet; supported: default or random",
             "datasampler.sort: datasampler fedbalancer is not supported yet; supported: default",
             "privacy.sort: privacy dp is not supported yet; supported: default",
             "registry.sort: registry mlflow is not supported yet; supported: dummy",
-            "hyperparameters.concurrency: concurrency is not supported yet; supported: synchronous rounds",
+            "hyperparameters.concurrency: concurrency 10 is not supported yet; supported: synchronous rounds",
         ],
     );
     let error = load_all(&[unsupported], &Overrides::default()).expect_err("problems");
@@ -180,6 +182,44 @@ fn what_flame_has_and_this_has_not_is_refused_by_name() {
         &[
             "selector.sort: unknown selector \"defualt\"; did you mean default?",
             "backend: unknown backend \"smh\"; did you mean shm?",
+        ],
+    );
+}
+
+#[test]
+fn arguments_are_known_and_in_range() {
+    assert_problems(
+        with(
+            job(),
+            &[
+                (
+                    "/optimizer",
+                    json!({ "sort": "fedyogi", "kwargs": { "beta1": 0.9, "beta_2": 1, "eta": 0, "tau": "small" } }),
+                ),
+                ("/selector", json!({ "sort": "random", "kwargs": { "k": 0 } })),
+            ],
+        ),
+        &[
+            "optimizer.kwargs.beta1: argument beta1, of value 0.9, of optimizer fedyogi is not supported; did you mean \
+             beta_1?",
+            "optimizer.kwargs.beta_2: 1; expected a number from 0 to below 1",
+            "optimizer.kwargs.eta: 0; expected a number above 0",
+            "optimizer.kwargs.tau: \"small\"; expected a number above 0",
+            "selector.kwargs.k: 0; expected a whole number from 1 to 4294967295",
+        ],
+    );
+    assert_problems(
+        with(
+            job(),
+            &[
+                ("/optimizer", json!({ "sort": "fedprox" })),
+                ("/selector", json!({ "sort": "random" })),
+            ],
+        ),
+        &[
+            "optimizer.kwargs.mu: missing: optimizer fedprox has no default for it; expected a number not below 0",
+            "selector.kwargs.k: missing: selector random has no default for it; expected a whole number from 1 to \
+             4294967295",
         ],
     );
 }

@@ -6,7 +6,8 @@ use proptest::prelude::*;
 use serde_json::json;
 
 use super::super::{
-    Group, JobSpec, Kind, ModelSpec, Overrides, Partition, Timing, TrainingSpec, UpdateKind, load, schema,
+    Adaptive, Group, JobSpec, Kind, ModelSpec, Optimizer, Overrides, Partition, Timing, TrainingSpec,
+    UpdateKind, load, schema,
 };
 use super::*;
 use crate::update::DType;
@@ -77,7 +78,14 @@ fn what_is_not_given_is_flames_default() {
         batch_size: 16,
         learning_rate: 0.01,
         weight_decay: 0.0,
+        proximal_mu: 0.0,
     };
+    assert_eq!(job.optimizer, Optimizer::FedAvg);
+    assert!(
+        job.workers
+            .iter()
+            .all(|worker| (worker.agg_goal, worker.select) == (None, None))
+    );
     assert_eq!((job.training, job.base_model), (training, None));
     assert_eq!(job.data.map(|data| data.partition), Some(Partition::Iid));
 }
@@ -113,6 +121,7 @@ fn every_setting_arrives() {
         batch_size: 32,
         learning_rate: 0.5,
         weight_decay: 1e-4,
+        proximal_mu: 0.0,
     };
     assert_eq!(job.training, training);
     let data = job.data.expect("data");
@@ -120,6 +129,56 @@ fn every_setting_arrives() {
     assert_eq!(data.sha256, Some("ab".repeat(32)));
     assert_eq!((data.train_samples, data.test_samples), (Some(1000), Some(100)));
     assert_eq!(data.partition, Partition::Shards { per_trainer: 2 });
+}
+
+#[test]
+fn optimizers_have_flames_defaults() {
+    let optimizer = |optimizer: Value| spec(&with(job(), &[("/optimizer", optimizer)]));
+    let flames = Adaptive {
+        beta_1: 0.9,
+        beta_2: 0.99,
+        eta: 0.01,
+        tau: 0.001,
+    };
+    let adam = optimizer(json!({ "sort": "fedadam" })).optimizer;
+    assert_eq!(adam, Optimizer::FedAdam(flames));
+    let yogi = optimizer(json!({ "sort": "fedyogi", "kwargs": { "eta": 1, "beta_1": 0 } })).optimizer;
+    let rates = Adaptive {
+        eta: 1.0,
+        beta_1: 0.0,
+        ..flames
+    };
+    assert_eq!(yogi, Optimizer::FedYogi(rates));
+    assert_eq!(
+        optimizer(json!({ "sort": "fedadagrad", "kwargs": {} })).optimizer,
+        Optimizer::FedAdagrad(flames)
+    );
+    assert_eq!(optimizer(json!({})).optimizer, Optimizer::FedAvg);
+    // FedProx is the trainers'.
+    let prox = optimizer(json!({ "sort": "fedprox", "kwargs": { "mu": 0.25 } }));
+    assert_eq!(
+        (prox.optimizer, prox.training.proximal_mu),
+        (Optimizer::FedAvg, 0.25)
+    );
+}
+
+#[test]
+fn aggregators_have_their_goals_and_selections() {
+    let job = spec(&with(
+        job(),
+        &[
+            ("/hyperparameters/aggGoal", json!(3)),
+            ("/selector", json!({ "sort": "random", "kwargs": { "k": 2 } })),
+        ],
+    ));
+    for worker in &job.workers {
+        let expected = if worker.kind == Kind::Trainer {
+            (None, None)
+        } else {
+            (Some(3), Some(2))
+        };
+        assert_eq!((worker.agg_goal, worker.select), expected, "{}", worker.name);
+    }
 }
 
 #[test]
@@ -323,6 +382,8 @@ fn the_schema_is_of_the_types_that_are_read() {
     );
     assert_eq!(schema.pointer("/$defs/Tag/enum/1"), Some(&json!("aggregate")));
     assert_eq!(schema.get("required"), Some(&json!(["job", "channels"])));
+    assert_eq!(schema.pointer("/$defs/Dataset/required"), Some(&json!(["url"])));
+    assert!(schema.pointer("/$defs/DesignJob/properties/designId").is_some());
 }
 
 proptest! {

@@ -1,5 +1,6 @@
 //! What a person who writes job files cares about.
 
+mod control_plane;
 mod errors;
 mod jobs;
 mod no_panic;

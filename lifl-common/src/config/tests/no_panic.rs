@@ -129,6 +129,11 @@ fn any_mutation() -> impl Strategy<Value = Mutation> {
 
 /// Either a job that keeps its promises, or problems that can be shown.
 fn check(files: &[Value]) {
+    let prefer = Overrides {
+        prefer: Some(super::super::Transport::P2p),
+        ..Overrides::default()
+    };
+    let _ = load_all(files, &prefer);
     match load_all(files, &Overrides::default()) {
         Ok(loaded) => {
             let job = loaded.job;
@@ -180,6 +185,28 @@ proptest! {
             "groupAssociation": { "updates": "default" }, "dataset": "builtin:digits",
         });
         let mut files = [worker("top", "1"), worker("trainer", "2"), worker("trainer", "3")];
+        for (file, at, mutation) in mutations {
+            let mut n = at.index(count(&files[file]));
+            mutate(&mut files[file], &mut n, &mutation);
+        }
+        check(&files);
+    }
+
+    #[test]
+    fn mutated_control_plane_files_never_panic(
+        mutations in prop::collection::vec((0..6_usize, any::<prop::sample::Index>(), any_mutation()), 1..5),
+    ) {
+        let dataset = json!({ "url": "builtin:digits", "realm": "default", "dataFormat": "npz" });
+        let mut files = [
+            json!({ "roles": [{ "name": "top" }, { "name": "trainer" }],
+                    "channels": [channel("updates", "top", "trainer", &["default"])] }),
+            json!({ "name": "j", "designId": "d", "backend": "shm" }),
+            json!({ "hyperparameters": { "rounds": 1, "aggGoal": 1 }, "optimizer": { "sort": "fedadam" },
+                    "selector": { "sort": "random", "kwargs": { "k": 1 } } }),
+            json!([{ "role": "trainer", "datasetGroups": { "default": ["a", "b"] } }]),
+            dataset.clone(),
+            dataset,
+        ];
         for (file, at, mutation) in mutations {
             let mut n = at.index(count(&files[file]));
             mutate(&mut files[file], &mut n, &mutation);

@@ -1,6 +1,6 @@
 //! Worker files as one job.
 
-use super::super::{Group, ModelSpec};
+use super::super::{Group, ModelSpec, Optimizer};
 use super::*;
 
 /// The file of one worker.
@@ -146,7 +146,6 @@ fn a_worker_is_named_by_role_and_taskid() {
 fn files_must_agree() {
     let mut files = files();
     files[1]["channels"][0]["groupBy"]["value"] = json!(["default", "b"]);
-    files[1]["dataset"] = json!("other.npz");
     files[1]["lifl"] = json!({ "timing": "eager" });
     files[2]["lifl"] = json!({ "timing": "lazy" });
     assert_problems(
@@ -160,10 +159,99 @@ fn files_must_agree() {
     files[1]["channels"][0] = updates();
     assert_problems(
         &files,
-        &[
-            "2.json: lifl.timing: not what 1.json says; expected the same in all these files",
-            "1.json: dataset: not what 0.json says; expected the same in all these files",
-        ],
+        &["2.json: lifl.timing: not what 1.json says; expected the same in all these files"],
+    );
+}
+
+#[test]
+fn each_worker_has_its_own_goal_and_the_top_the_optimizer() {
+    let mut files = files();
+    files[2]["hyperparameters"]["aggGoal"] = json!(1);
+    files[2]["selector"] = json!({ "sort": "random", "kwargs": { "k": 2 } });
+    files[2]["optimizer"] = json!({ "sort": "fedyogi" });
+    files[3]["optimizer"] = json!({ "sort": "fedadam" });
+    for trainer in &mut files[..2] {
+        trainer["optimizer"] = json!({ "sort": "fedprox", "kwargs": { "mu": 0.5 } });
+        trainer["selector"] = json!({ "sort": "random", "kwargs": { "k": 1 } });
+    }
+    let loaded = load_all(&files, &Overrides::default()).unwrap_or_else(|error| panic!("{error}"));
+    let job = loaded.job;
+    let goals: Vec<_> = job
+        .workers
+        .iter()
+        .map(|worker| (worker.agg_goal, worker.select))
+        .collect();
+    assert_eq!(
+        goals,
+        [(None, None), (Some(1), Some(2)), (None, None), (None, None)]
+    );
+    assert!(
+        matches!(job.optimizer, Optimizer::FedAdam(_)),
+        "{:?}",
+        job.optimizer
+    );
+    assert_eq!(job.training.proximal_mu, 0.5);
+    assert!(
+        loaded.notes.iter().any(|note| note.contains("optimizer")),
+        "{:?}",
+        loaded.notes
+    );
+    files[1]["optimizer"]["kwargs"]["mu"] = json!(0.25);
+    assert_problems(
+        &files,
+        &["1.json: optimizer: not what 0.json says; expected the same in all these files"],
+    );
+}
+
+#[test]
+fn trainers_may_have_datasets_of_their_own() {
+    let mut files = files();
+    files[1]["dataset"] = json!("other.npz");
+    files[3]["dataset"] = json!("test.npz");
+    let loaded = load_all(&files, &Overrides::default()).unwrap_or_else(|error| panic!("{error}"));
+    let job = loaded.job;
+    let trainers: Vec<_> = job
+        .trainers()
+        .map(|trainer| {
+            (
+                job.data_of(trainer).map(|data| data.dataset),
+                job.part_of(trainer),
+            )
+        })
+        .collect();
+    assert_eq!(
+        trainers,
+        [
+            (Some("builtin:digits".to_owned()), (0, 1)),
+            (Some("other.npz".to_owned()), (0, 1)),
+        ]
+    );
+    // The top judges.
+    assert_eq!(
+        job.data.as_ref().map(|data| data.dataset.as_str()),
+        Some("test.npz")
+    );
+    assert!(
+        loaded
+            .notes
+            .iter()
+            .any(|note| note.contains("judged on the test samples of test.npz"))
+    );
+
+    let over = Overrides {
+        data: Some("builtin:digits".to_owned()),
+        ..Overrides::default()
+    };
+    let job = load_all(&files, &over)
+        .unwrap_or_else(|error| panic!("{error}"))
+        .job;
+    assert!(job.workers.iter().all(|worker| worker.dataset.is_none()));
+    assert_eq!(job.datasets().len(), 1);
+
+    files[0]["lifl"] = json!({ "sha256": "a".repeat(64) });
+    assert_problems(
+        &files,
+        &["0.json: lifl.sha256: one hash for 3 datasets; expected no sha256, or one dataset"],
     );
 }
 

@@ -1,0 +1,230 @@
+//! What both SK_MSG programs need of the kernel and of aya: to be loaded and attached, to have their log read, and, where
+//! they cannot be had, a reason and a remedy.
+
+use std::fmt;
+use std::io;
+
+use aya::maps::sock::SockMapFd;
+use aya::maps::{Map, MapError};
+use aya::programs::sk_msg::SkMsgLinkId;
+use aya::programs::{ProgramError, SkMsg};
+use aya::{Ebpf, EbpfError, EbpfLoader};
+use aya_log::EbpfLogger;
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
+use tokio_util::sync::CancellationToken;
+use tracing::{debug, error};
+
+use crate::plane::support;
+
+/// A loaded program with those of its maps that nobody has taken. Dropping it detaches the program.
+pub(crate) struct Program {
+    ebpf: Ebpf,
+    name: &'static str,
+    link: Option<SkMsgLinkId>,
+}
+
+impl Program {
+    /// Loads an object, its maps with that many entries.
+    pub(crate) fn load(
+        object: &[u8],
+        name: &'static str,
+        entries: &[(&'static str, u32)],
+    ) -> Result<Self, LoadError> {
+        // The program makes no log record that nobody would see.
+        let level = log_level();
+        let mut loader = EbpfLoader::new();
+        loader.btf(None).override_global(aya_log::LEVEL, &level, false);
+        for &(map, entries) in entries {
+            loader.map_max_entries(map, entries);
+        }
+        Ok(Self {
+            ebpf: loader.load(object)?,
+            name,
+            link: None,
+        })
+    }
+
+    /// Takes one of its maps.
+    pub(crate) fn map<M: TryFrom<Map, Error = MapError>>(&mut self, name: &str) -> Result<M, LoadError> {
+        let map = self.ebpf.take_map(name).ok_or_else(|| MapError::InvalidName {
+            name: name.to_owned(),
+        })?;
+        Ok(map.try_into()?)
+    }
+
+    /// Has the kernel run it on every send of a socket in that map.
+    pub(crate) fn attach(&mut self, sockets: &SockMapFd) -> Result<(), LoadError> {
+        let program = self.program()?;
+        program.load()?;
+        self.link = Some(program.attach(sockets)?);
+        Ok(())
+    }
+
+    /// Passes on what it logs, until `stop`.
+    pub(crate) fn read_log(&mut self, stop: &CancellationToken) -> Result<(), LoadError> {
+        let logger = EbpfLogger::init_with_logger(&mut self.ebpf, ToTracing)?;
+        // SAFETY: the logger owns its ring buffer's map, whose descriptor stays open and the same until it is dropped.
+        let logger = unsafe { AsyncFd::register_with_interest(logger, Interest::READABLE) };
+        let logger = logger.map_err(io::Error::from)?;
+        tokio::spawn(stop.clone().run_until_cancelled_owned(read_log(logger)));
+        Ok(())
+    }
+
+    /// The kernel's number of it.
+    pub(crate) fn id(&self) -> Result<u32, ProgramError> {
+        let program: &SkMsg = self
+            .ebpf
+            .program(self.name)
+            .ok_or(ProgramError::NotLoaded)?
+            .try_into()?;
+        Ok(program.info()?.id())
+    }
+
+    /// Takes it off the map's sockets.
+    pub(crate) fn detach(mut self) -> Result<(), ProgramError> {
+        let Some(link) = self.link.take() else {
+            return Ok(());
+        };
+        self.program()?.detach(link)
+    }
+
+    fn program(&mut self) -> Result<&mut SkMsg, ProgramError> {
+        self.ebpf
+            .program_mut(self.name)
+            .ok_or(ProgramError::NotLoaded)?
+            .try_into()
+    }
+}
+
+impl fmt::Debug for Program {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Program")
+            .field("name", &self.name)
+            .finish_non_exhaustive()
+    }
+}
+
+/// The most talkative level that this process's log shows of the programs, as aya numbers them.
+fn log_level() -> u8 {
+    if tracing::enabled!(target: "ebpf", tracing::Level::DEBUG) {
+        log::Level::Debug as u8
+    } else {
+        log::Level::Info as u8
+    }
+}
+
+/// Whether removing an entry failed because it was not there, which is what removing it was for.
+pub(crate) fn is_missing(error: &MapError) -> bool {
+    match error {
+        MapError::KeyNotFound | MapError::ElementNotFound => true,
+        MapError::SyscallError(error) => {
+            matches!(error.io_error.raw_os_error(), Some(libc::ENOENT | libc::EINVAL))
+        }
+        _ => false,
+    }
+}
+
+async fn read_log(mut logger: AsyncFd<EbpfLogger<ToTracing>>) {
+    loop {
+        match logger.readable_mut().await {
+            Ok(mut ready) => {
+                ready.get_inner_mut().flush();
+                ready.clear_ready();
+            }
+            Err(error) => break error!(%error, "the program's log cannot be read"),
+        }
+    }
+}
+
+/// The programs' log records, as this process's.
+struct ToTracing;
+
+impl log::Log for ToTracing {
+    fn enabled(&self, _: &log::Metadata<'_>) -> bool {
+        true
+    }
+
+    fn log(&self, record: &log::Record<'_>) {
+        let message = record.args();
+        match record.level() {
+            log::Level::Error => tracing::error!(target: "ebpf", "{message}"),
+            log::Level::Warn => tracing::warn!(target: "ebpf", "{message}"),
+            log::Level::Info => tracing::info!(target: "ebpf", "{message}"),
+            log::Level::Debug => tracing::debug!(target: "ebpf", "{message}"),
+            log::Level::Trace => tracing::trace!(target: "ebpf", "{message}"),
+        }
+    }
+
+    fn flush(&self) {}
+}
+
+/// What loading can fail with, before it is put into words.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum LoadError {
+    #[error("the program cannot be loaded")]
+    Ebpf(#[from] EbpfError),
+    #[error("the program's maps cannot be used")]
+    Map(#[from] MapError),
+    #[error("the program is refused")]
+    Program(#[from] ProgramError),
+    #[error("the program's log cannot be read")]
+    Log(#[from] aya_log::Error),
+    #[error("the daemon's own socket in the map cannot be made")]
+    Io(#[from] io::Error),
+}
+
+impl LoadError {
+    /// Why the program cannot be had, in one line, and what to do; `instead` is what works without it.
+    pub(crate) fn explain(&self, instead: &str) -> (String, String) {
+        debug!(error = chain(self), "an SK_MSG program cannot be loaded");
+        let missing = support::missing_capabilities(support::effective_capabilities());
+        if !self.is_refused() {
+            (chain(self), format!("report this kernel and message, {instead}"))
+        } else if missing.is_empty() {
+            (
+                "the kernel refuses eBPF programs to this process (a container or kernel lockdown does that)"
+                    .to_owned(),
+                format!("run the daemon on the host, {instead}"),
+            )
+        } else {
+            (
+                format!("this process lacks {}", missing.join(" and ")),
+                format!("start the daemon as root (sudo lifl-daemon), {instead}"),
+            )
+        }
+    }
+
+    /// Whether `EPERM` is at the bottom of it. (`EACCES` is the verifier's.)
+    fn is_refused(&self) -> bool {
+        causes(self).any(|cause| {
+            let io = cause.downcast_ref::<io::Error>();
+            io.is_some_and(|io| io.raw_os_error() == Some(libc::EPERM))
+        })
+    }
+}
+
+fn causes<'a>(
+    error: &'a (dyn std::error::Error + 'static),
+) -> impl Iterator<Item = &'a (dyn std::error::Error + 'static)> {
+    std::iter::successors(Some(error), |error| error.source())
+}
+
+/// An error with its causes, in one line.
+pub(crate) fn chain(error: &(dyn std::error::Error + 'static)) -> String {
+    let mut messages: Vec<String> = causes(error).map(ToString::to_string).collect();
+    messages.dedup();
+    shorten(&messages.join(": ").replace('\n', " "))
+}
+
+/// A verifier's words can be megabytes; what it objects to stands at their end.
+fn shorten(text: &str) -> String {
+    const KEPT: usize = 400;
+    let count = text.chars().count();
+    if count <= 2 * KEPT {
+        return text.to_owned();
+    }
+    let head: String = text.chars().take(KEPT).collect();
+    let tail: String = text.chars().skip(count - KEPT).collect();
+    format!("{head} … {tail}")
+}

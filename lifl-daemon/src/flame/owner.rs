@@ -1,0 +1,274 @@
+//! Who is at the other end of a loopback connection, and which of a process's descriptors is what: asked of the kernel,
+//! never of the caller.
+
+use std::fs;
+use std::io;
+use std::net::SocketAddrV4;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::sync::LazyLock;
+
+use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockProtocol, SockType, recv, send, socket};
+use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
+
+use crate::plane::support;
+
+/// A socket, as the kernel describes it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Owner {
+    /// Whose it is; `None` if the kernel has forgotten, which it may once the socket is closed.
+    pub(super) uid: Option<u32>,
+    /// Its number in the file system of sockets, 0 if no process has it open.
+    pub(super) inode: u32,
+}
+
+/// A process, as `/proc` describes it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Process {
+    pub(super) pid: u32,
+    /// Whose it is: its effective user.
+    pub(super) uid: u32,
+    /// Its name, for people.
+    pub(super) name: String,
+    /// When it started, in clock ticks since boot: with the pid, it tells a process from its successor.
+    pub(super) started: u64,
+}
+
+/// What a descriptor of a process is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Descriptor {
+    Socket { inode: u32 },
+    Other,
+    Missing,
+}
+
+/// `struct nlmsghdr` and `struct inet_diag_req_v2` (`include/uapi/linux/{netlink,inet_diag}.h`).
+#[derive(FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(C)]
+struct DiagRequest {
+    length: u32,
+    kind: u16,
+    flags: u16,
+    sequence: u32,
+    port: u32,
+    family: u8,
+    protocol: u8,
+    extensions: u8,
+    pad: u8,
+    states: u32,
+    id: DiagSocket,
+}
+
+/// `struct inet_diag_sockid`: ports and addresses in network byte order.
+#[derive(FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(C)]
+struct DiagSocket {
+    local_port: [u8; 2],
+    remote_port: [u8; 2],
+    local: [u8; 16],
+    remote: [u8; 16],
+    interface: u32,
+    cookie: [u32; 2],
+}
+
+/// `struct nlmsghdr` and `struct inet_diag_msg`.
+#[derive(FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(C)]
+struct DiagReply {
+    length: u32,
+    kind: u16,
+    flags: u16,
+    sequence: u32,
+    port: u32,
+    family: u8,
+    state: u8,
+    timer: u8,
+    retransmits: u8,
+    id: DiagSocket,
+    expires: u32,
+    receive_queue: u32,
+    send_queue: u32,
+    uid: u32,
+    inode: u32,
+}
+
+const _: () = assert!(size_of::<DiagRequest>() == 16 + 56);
+const _: () = assert!(size_of::<DiagReply>() == 16 + 72);
+
+/// `SOCK_DIAG_BY_FAMILY` in `include/uapi/linux/sock_diag.h`.
+const SOCK_DIAG_BY_FAMILY: u16 = 20;
+
+/// `TCP_FIN_WAIT2` and `TCP_TIME_WAIT` in `include/net/tcp_states.h`: of a closed socket in these states the kernel keeps
+/// little more than the addresses.
+const FORGOTTEN: [u8; 2] = [5, 6];
+
+/// The first kernel that was seen to show whose a closed socket was for as long as it keeps all of it, which is until the
+/// far end has acknowledged. Older ones may show user 0 instead.
+const KEEPS_USERS: (u32, u32) = (6, 18);
+
+/// The kernel's table of sockets. Kept open, so that a process without a descriptor to spare can still look there.
+#[derive(Debug)]
+pub(super) struct SocketTable(OwnedFd);
+
+impl SocketTable {
+    pub(super) fn open() -> io::Result<Self> {
+        let netlink = socket(
+            AddressFamily::Netlink,
+            SockType::Datagram,
+            SockFlag::SOCK_CLOEXEC,
+            SockProtocol::NetlinkSockDiag,
+        )?;
+        Ok(Self(netlink))
+    }
+
+    /// The socket at that end of a TCP connection of this machine; `None` if there is none any more.
+    pub(super) fn at(&self, local: SocketAddrV4, remote: SocketAddrV4) -> io::Result<Option<Owner>> {
+        let request = request(local, remote);
+        // The kernel answers before `send` returns.
+        send(self.0.as_raw_fd(), request.as_bytes(), MsgFlags::empty())?;
+        let mut answer = [0; 512];
+        let length = recv(self.0.as_raw_fd(), &mut answer, MsgFlags::MSG_DONTWAIT)?;
+        Ok(owner(&request, &answer[..length]))
+    }
+}
+
+fn request(local: SocketAddrV4, remote: SocketAddrV4) -> DiagRequest {
+    let address = |ip: &std::net::Ipv4Addr| {
+        let mut bytes = [0; 16];
+        bytes[..4].copy_from_slice(&ip.octets());
+        bytes
+    };
+    DiagRequest {
+        length: size_of::<DiagRequest>() as u32,
+        kind: SOCK_DIAG_BY_FAMILY,
+        flags: libc::NLM_F_REQUEST as u16,
+        sequence: 1,
+        port: 0,
+        family: libc::AF_INET as u8,
+        protocol: libc::IPPROTO_TCP as u8,
+        extensions: 0,
+        pad: 0,
+        states: u32::MAX,
+        id: DiagSocket {
+            local_port: local.port().to_be_bytes(),
+            remote_port: remote.port().to_be_bytes(),
+            local: address(local.ip()),
+            remote: address(remote.ip()),
+            interface: 0,
+            cookie: [u32::MAX; 2],
+        },
+    }
+}
+
+fn owner(request: &DiagRequest, answer: &[u8]) -> Option<Owner> {
+    let (reply, _) = DiagReply::read_from_prefix(answer).ok()?;
+    // Where there is no such connection, the kernel shows who listens at the address, or NLMSG_ERROR.
+    if reply.kind != SOCK_DIAG_BY_FAMILY || reply.id.remote_port != request.id.remote_port {
+        return None;
+    }
+    let open = reply.inode != 0;
+    let known = open || keeps_users() && !FORGOTTEN.contains(&reply.state);
+    Some(Owner {
+        uid: known.then_some(reply.uid),
+        inode: reply.inode,
+    })
+}
+
+fn keeps_users() -> bool {
+    static KEEPS: LazyLock<bool> =
+        LazyLock::new(|| support::kernel().is_some_and(|(_, version)| version >= KEEPS_USERS));
+    *KEEPS
+}
+
+/// The process of that number, if there is one.
+pub(super) fn process(pid: u32) -> Option<Process> {
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
+    let field = |name| status.lines().find_map(|line| line.strip_prefix(name));
+    let uid = field("Uid:")?.split_ascii_whitespace().nth(1)?.parse().ok()?;
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    // The name in brackets may contain anything; after it comes the third field, and the 22nd is the start.
+    let after_name = &stat[stat.rfind(')')? + 1..];
+    let started = after_name.split_ascii_whitespace().nth(22 - 3)?.parse().ok()?;
+    Some(Process {
+        pid,
+        uid,
+        name: field("Name:")?
+            .trim()
+            .chars()
+            .filter(|c| !c.is_control())
+            .collect(),
+        started,
+    })
+}
+
+/// What a process has under that number.
+pub(super) fn descriptor(pid: u32, fd: u32) -> Descriptor {
+    let Ok(link) = fs::read_link(format!("/proc/{pid}/fd/{fd}")) else {
+        return Descriptor::Missing;
+    };
+    let inode = link
+        .to_str()
+        .and_then(|link| link.strip_prefix("socket:[")?.strip_suffix(']')?.parse().ok());
+    inode.map_or(Descriptor::Other, |inode| Descriptor::Socket { inode })
+}
+
+/// A duplicate of another process's descriptor.
+///
+/// # Errors
+/// `EPERM` without the right to trace that process, `ESRCH` and `EBADF` if either is gone.
+pub(super) fn duplicate(pid: u32, fd: u32) -> io::Result<OwnedFd> {
+    // SAFETY: takes two numbers and makes a descriptor or fails.
+    let pidfd = unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) };
+    let pidfd = owned(pidfd)?;
+    // SAFETY: as above; the pidfd is open.
+    let copy = unsafe { libc::syscall(libc::SYS_pidfd_getfd, pidfd.as_raw_fd(), fd, 0) };
+    owned(copy)
+}
+
+fn owned(result: libc::c_long) -> io::Result<OwnedFd> {
+    match i32::try_from(result) {
+        // SAFETY: the kernel has just made this descriptor for this call; nobody else knows it.
+        Ok(fd) if fd >= 0 => Ok(unsafe { OwnedFd::from_raw_fd(fd) }),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
+
+    use super::*;
+
+    fn v4(address: SocketAddr) -> SocketAddrV4 {
+        match address {
+            SocketAddr::V4(address) => address,
+            SocketAddr::V6(_) => panic!("{address}"),
+        }
+    }
+
+    #[test]
+    fn the_other_end_is_found_by_its_addresses_and_has_the_inode_of_its_descriptor() {
+        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).expect("a listener");
+        let near = TcpStream::connect(listener.local_addr().expect("bound")).expect("connected");
+        let (local, remote) = (
+            v4(near.local_addr().expect("bound")),
+            v4(near.peer_addr().expect("connected")),
+        );
+        let table = SocketTable::open().expect("a socket");
+        let owner = table.at(local, remote).expect("asked").expect("found");
+        let uid = nix::unistd::geteuid().as_raw();
+        assert_eq!(owner.uid, Some(uid));
+        let (pid, fd) = (std::process::id(), near.as_raw_fd() as u32);
+        assert_eq!(descriptor(pid, fd), Descriptor::Socket { inode: owner.inode });
+        assert_eq!(descriptor(pid, 9999), Descriptor::Missing);
+        let elsewhere = SocketAddrV4::new(*local.ip(), local.port() ^ 1);
+        assert_eq!(table.at(elsewhere, remote).expect("asked"), None);
+    }
+
+    #[test]
+    fn a_process_is_known_by_user_name_and_start() {
+        let own = process(std::process::id()).expect("this process");
+        assert_eq!(own.uid, nix::unistd::geteuid().as_raw());
+        assert!(own.started > 0 && !own.name.is_empty(), "{own:?}");
+        assert_eq!(process(u32::MAX), None);
+    }
+}

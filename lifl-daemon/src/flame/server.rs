@@ -1,0 +1,431 @@
+//! The two ports: tasks that carry what comes there to the [`Switch`] and back.
+//!
+//! ```text
+//!  10105 ──accept──▶ one task a worker ──references──▶ ┌────────┐ ◀── what the kernel's part holds
+//!                          ▲                           │ switch │
+//!                          └──────── messages ──────── │        │
+//!  10106 ──accept──▶ one task a registration ──claim──▶└────────┘
+//! ```
+
+use std::collections::HashMap;
+use std::net::{SocketAddr, SocketAddrV4};
+use std::os::fd::AsRawFd;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use lifl_common::control::FlamePage;
+use lifl_common::flame::Address;
+use nix::errno::Errno;
+use nix::sys::socket::{MsgFlags, recv};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::{mpsc, oneshot};
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+use super::owner::{self, Owner, SocketTable};
+use super::rules::{Claim, Refusal};
+use super::switch::{Conn, ConnId, Switch};
+use super::wire::{Message, Registration, Splitter};
+
+/// How long a registration may take to come.
+const REGISTRATION: Duration = Duration::from_secs(5);
+
+/// How long after 10 bytes two more may come.
+const LONG_FORM: Duration = Duration::from_millis(100);
+
+/// Registrations of one user that may be under way at a time. (All those of unknown callers count as one user's.)
+const REGISTRATIONS_OF_USER: u32 = 512;
+
+/// Messages that wait for one worker to read them.
+const OUTBOX: usize = 4096;
+
+/// How long a stream must be silent for a reference without an end to be whole.
+const SILENCE: Duration = Duration::from_millis(20);
+
+/// How long to wait for a descriptor.
+const RETRY: Duration = Duration::from_millis(10);
+
+/// How often what waits is looked through.
+const SWEEP: Duration = Duration::from_millis(500);
+
+/// What the tasks tell the switch.
+pub(super) enum Event {
+    Connected(ConnId, Conn),
+    Reference(ConnId, Message),
+    Closed(ConnId),
+    Claim(Claim),
+    Status {
+        uid: u32,
+        after: Option<(u32, u32)>,
+        reply: oneshot::Sender<FlamePage>,
+    },
+}
+
+/// The listening sockets.
+#[derive(Debug)]
+pub(super) struct Ports {
+    pub(super) skmsg: Port,
+    pub(super) rpc: Port,
+}
+
+/// A listening socket, and what it takes to see who calls.
+#[derive(Debug)]
+pub(super) struct Port {
+    listener: TcpListener,
+    sockets: SocketTable,
+}
+
+/// Serves until `shutdown`, then closes all connections and gives the switch back.
+pub(super) async fn serve(
+    ports: Ports,
+    mut switch: Switch,
+    mut undelivered: mpsc::Receiver<(Address, Message)>,
+    (events, mut inbox): (mpsc::Sender<Event>, mpsc::Receiver<Event>),
+    workers_of_user: u32,
+    shutdown: CancellationToken,
+) -> Switch {
+    let tasks = TaskTracker::new();
+    let accepting = shutdown.child_token();
+    tasks.spawn(accepting.clone().run_until_cancelled_owned(accept_workers(
+        ports.skmsg,
+        events.clone(),
+        workers_of_user,
+        tasks.clone(),
+        accepting.clone(),
+    )));
+    tasks.spawn(accepting.clone().run_until_cancelled_owned(accept_registrations(
+        ports.rpc,
+        events,
+        tasks.clone(),
+        accepting,
+    )));
+    let mut sweep = tokio::time::interval(SWEEP);
+    sweep.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    loop {
+        tokio::select! {
+            () = shutdown.cancelled() => break,
+            event = inbox.recv() => match event {
+                Some(Event::Connected(id, conn)) => switch.connected(id, conn),
+                Some(Event::Reference(from, message)) => switch.reference(from, message),
+                Some(Event::Closed(id)) => switch.closed(id),
+                Some(Event::Claim(claim)) => switch.claim(claim),
+                // Whoever asked may have left.
+                Some(Event::Status { uid, after, reply }) => _ = reply.send(switch.status(uid, after)),
+                None => break,
+            },
+            Some((sender, message)) = undelivered.recv() => switch.undelivered(sender, message),
+            _ = sweep.tick() => switch.expire(Instant::now()),
+        }
+    }
+    inbox.close();
+    tasks.close();
+    tasks.wait().await;
+    switch
+}
+
+/// How many of a thing each user has, and that nobody has too many.
+#[derive(Clone, Debug)]
+struct Quota {
+    each: u32,
+    taken: Arc<Mutex<HashMap<Option<u32>, u32>>>,
+}
+
+/// One of them; dropping it gives it back.
+struct Share {
+    quota: Quota,
+    user: Option<u32>,
+}
+
+impl Quota {
+    fn new(each: u32) -> Self {
+        Self {
+            each,
+            taken: Arc::default(),
+        }
+    }
+
+    fn take(&self, user: Option<u32>) -> Option<Share> {
+        let mut all = self.taken.lock().unwrap_or_else(PoisonError::into_inner);
+        let taken = all.entry(user).or_default();
+        if *taken >= self.each {
+            return None;
+        }
+        *taken += 1;
+        Some(Share {
+            quota: self.clone(),
+            user,
+        })
+    }
+}
+
+impl Drop for Share {
+    fn drop(&mut self) {
+        let mut all = self.quota.taken.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(taken) = all.get_mut(&self.user) {
+            *taken -= 1;
+            if *taken == 0 {
+                all.remove(&self.user);
+            }
+        }
+    }
+}
+
+impl Port {
+    pub(super) fn new(listener: TcpListener) -> std::io::Result<Self> {
+        Ok(Self {
+            listener,
+            sockets: SocketTable::open()?,
+        })
+    }
+
+    pub(super) fn local(&self) -> std::io::Result<SocketAddr> {
+        self.listener.local_addr()
+    }
+
+    /// The next connection, with its far end as the kernel knows it.
+    async fn accept(&self) -> (TcpStream, SocketAddrV4, Option<Owner>) {
+        loop {
+            let accepted = self.listener.accept().await.and_then(|(stream, peer)| {
+                let (SocketAddr::V4(peer), SocketAddr::V4(local)) = (peer, stream.local_addr()?) else {
+                    return Ok(None);
+                };
+                Ok(Some((stream, peer, self.sockets.at(peer, local)?)))
+            });
+            match accepted {
+                Ok(Some(accepted)) => return accepted,
+                Ok(None) => {}
+                Err(error) => {
+                    // Out of descriptors, most likely: who is connected must go on, so wait for one to leave.
+                    tracing::error!("accept for Flame failed: {error}");
+                    tokio::time::sleep(RETRY).await;
+                }
+            }
+        }
+    }
+}
+
+async fn accept_workers(
+    port: Port,
+    events: mpsc::Sender<Event>,
+    each: u32,
+    tasks: TaskTracker,
+    shutdown: CancellationToken,
+) {
+    let quota = Quota::new(each);
+    for number in 0.. {
+        let (stream, peer, owner) = port.accept().await;
+        let Some((uid, inode)) = owner
+            .and_then(|owner| Some((owner.uid?, owner.inode)))
+            .filter(|&(_, inode)| inode != 0)
+        else {
+            tracing::debug!(%peer, "closed before it was accepted");
+            continue;
+        };
+        let Some(share) = quota.take(Some(uid)) else {
+            tracing::warn!(uid, %peer, each, "a Flame worker too many of this user: refused (--flame-workers raises the number)");
+            continue;
+        };
+        let id = ConnId(number);
+        let (outbox, queued) = mpsc::channel(OUTBOX);
+        let kick = shutdown.child_token();
+        let conn = Conn::new((uid, inode), peer, outbox, kick.clone());
+        if events.send(Event::Connected(id, conn)).await.is_err() {
+            return;
+        }
+        let events = events.clone();
+        tasks.spawn(async move {
+            tokio::select! {
+                () = kick.cancelled() => {}
+                () = converse(stream, id, (uid, peer), &events, queued) => {}
+            }
+            let _ = events.send(Event::Closed(id)).await;
+            drop(share);
+        });
+    }
+}
+
+/// Carries a worker's references to the switch, and messages to the worker, until either side ends.
+async fn converse(
+    stream: TcpStream,
+    id: ConnId,
+    (uid, peer): (u32, SocketAddrV4),
+    events: &mpsc::Sender<Event>,
+    mut queued: mpsc::Receiver<Message>,
+) {
+    // Messages of 1,024 bytes must not wait for each other.
+    let _ = stream.set_nodelay(true);
+    let (mut from, mut to) = stream.into_split();
+    let reading = async {
+        let mut splitter = Splitter::default();
+        let mut bytes = [0; 16 << 10];
+        loop {
+            let read = if splitter.is_waiting() {
+                match tokio::time::timeout(SILENCE, from.read(&mut bytes)).await {
+                    Ok(read) => read,
+                    Err(_silent) => {
+                        if let Some(message) = splitter.flush()
+                            && events.send(Event::Reference(id, message)).await.is_err()
+                        {
+                            return;
+                        }
+                        from.read(&mut bytes).await
+                    }
+                }
+            } else {
+                from.read(&mut bytes).await
+            };
+            let length = match read {
+                Ok(0) | Err(_) => return,
+                Ok(length) => length,
+            };
+            match splitter.push(&bytes[..length]) {
+                Ok(messages) => {
+                    for message in messages {
+                        if events.send(Event::Reference(id, message)).await.is_err() {
+                            return;
+                        }
+                    }
+                }
+                Err(error) => return tracing::warn!(uid, %peer, "Flame connection closed: {error}"),
+            }
+        }
+    };
+    let writing = async {
+        while let Some(message) = queued.recv().await {
+            if to.write_all(message.bytes()).await.is_err() {
+                // The reader sees the end of it, too.
+                break;
+            }
+        }
+        std::future::pending::<()>().await;
+    };
+    tokio::select! {
+        () = reading => {}
+        () = writing => {}
+    }
+}
+
+async fn accept_registrations(
+    port: Port,
+    events: mpsc::Sender<Event>,
+    tasks: TaskTracker,
+    shutdown: CancellationToken,
+) {
+    let quota = Quota::new(REGISTRATIONS_OF_USER);
+    loop {
+        let (stream, peer, owner) = port.accept().await;
+        let caller = owner.and_then(|owner| owner.uid);
+        let Some(share) = quota.take(caller) else {
+            tracing::warn!(caller, %peer, "too many Flame registrations of this user at a time: refused");
+            continue;
+        };
+        let caller = Caller { uid: caller, peer };
+        let mut bytes = Received::default();
+        // As a rule all is there already: the sooner it is looked at, the surer its process has what it names.
+        if bytes.take_ready(&stream) {
+            drop(stream);
+            if let Some(claim) = caller.claim(&bytes)
+                && events.send(Event::Claim(claim)).await.is_err()
+            {
+                return;
+            }
+            continue;
+        }
+        let events = events.clone();
+        let registering = async move {
+            bytes.wait(stream).await;
+            if let Some(claim) = caller.claim(&bytes) {
+                let _ = events.send(Event::Claim(claim)).await;
+            }
+            drop(share);
+        };
+        tasks.spawn(shutdown.clone().run_until_cancelled_owned(registering));
+    }
+}
+
+/// Who registers.
+#[derive(Clone, Copy)]
+struct Caller {
+    uid: Option<u32>,
+    peer: SocketAddrV4,
+}
+
+impl Caller {
+    fn claim(self, received: &Received) -> Option<Claim> {
+        let bytes = received.filled();
+        let Some(registration) = Registration::parse(bytes) else {
+            let refusal = Refusal::NotARegistration { bytes: bytes.len() };
+            tracing::warn!(caller = self.uid, peer = %self.peer, "Flame registration refused: {refusal}");
+            return None;
+        };
+        Some(Claim {
+            registration,
+            caller: self.uid,
+            descriptor: owner::descriptor(registration.pid, registration.fd),
+        })
+    }
+}
+
+/// A registration as it comes in, in however many segments.
+#[derive(Default)]
+struct Received {
+    bytes: [u8; Registration::LONG_BYTES],
+    length: usize,
+}
+
+impl Received {
+    fn filled(&self) -> &[u8] {
+        &self.bytes[..self.length]
+    }
+
+    /// Takes what has come; says whether that is all.
+    fn take_ready(&mut self, stream: &TcpStream) -> bool {
+        while self.length < self.bytes.len() {
+            match recv(
+                stream.as_raw_fd(),
+                &mut self.bytes[self.length..],
+                MsgFlags::MSG_DONTWAIT,
+            ) {
+                Ok(0) => return true,
+                Ok(length) => self.length += length,
+                Err(errno) => return errno != Errno::EAGAIN,
+            }
+        }
+        true
+    }
+
+    /// Takes what comes in time, and closes the connection.
+    async fn wait(&mut self, mut stream: TcpStream) {
+        let deadline = tokio::time::Instant::now() + REGISTRATION;
+        while self.length < self.bytes.len() {
+            // Nothing says that ten bytes are all: wait for the end, but not for long.
+            let patience = if self.length == Registration::SHORT_BYTES {
+                deadline.min(tokio::time::Instant::now() + LONG_FORM)
+            } else {
+                deadline
+            };
+            let room = &mut self.bytes[self.length..];
+            match tokio::time::timeout_at(patience, stream.read(room)).await {
+                Ok(Ok(length)) if length > 0 => self.length += length,
+                _ => return,
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn nobody_takes_more_than_a_share_and_gives_it_back() {
+        let quota = Quota::new(2);
+        let first = quota.take(Some(1)).expect("the first");
+        let _second = quota.take(Some(1)).expect("the second");
+        assert!(quota.take(Some(1)).is_none());
+        assert!(quota.take(Some(2)).is_some() && quota.take(None).is_some());
+        drop(first);
+        assert!(quota.take(Some(1)).is_some());
+    }
+}
