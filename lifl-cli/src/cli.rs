@@ -157,6 +157,8 @@ struct WorkerArgs {
     run: PathBuf,
     #[arg(long)]
     name: String,
+    #[arg(long)]
+    gateway: Option<String>,
 }
 
 #[expect(clippy::unnecessary_wraps, reason = "clap's parsers give results")]
@@ -182,11 +184,13 @@ pub fn main() -> ExitCode {
             job,
             run,
             name,
+            gateway,
         }) => commands::worker(Place {
             socket,
             job: JobId(job),
             run,
             name,
+            gateway,
         }),
     };
     match outcome {

@@ -3,7 +3,8 @@
 use std::collections::HashMap;
 
 use lifl_common::arena::Layout;
-use lifl_common::config::{Group, JobSpec, Kind, ModelSpec, WorkerSpec};
+use lifl_common::config::{Group, JobSpec, Kind, ModelSpec, Transport, WorkerSpec};
+use lifl_common::session::proxy_name;
 use lifl_common::update::{Schema, image};
 use serde::Serialize;
 
@@ -26,15 +27,17 @@ const EVALUATION_BATCH: u64 = 128;
 const LEARNER_MODELS: u64 = 4;
 
 /// Slots of a worker's arena. The top holds a round's model while it makes the next one; everybody else has one
-/// update in the making or on its way, and waits with the next until that is given back.
+/// update in the making or on its way, and waits with the next until that is given back. Beyond the node's shared memory
+/// an aggregator has the model that came over the wire beside it, and a trainer has no arena.
 ///
 /// Where some aggregator may not wait for all of its children, late ones may still hold models of rounds that are
 /// over. The top then has slots for two of these; when more are held, the next round begins when one is given back.
 pub fn slots(job: &JobSpec, worker: &WorkerSpec) -> u32 {
-    match worker.kind {
-        Kind::Top if has_goals(job) => 2 + OLD_MODELS,
-        Kind::Top => 2,
-        Kind::Aggregator | Kind::Trainer => 1,
+    match (worker.kind, is_remote(worker)) {
+        (Kind::Top, _) if has_goals(job) => 2 + OLD_MODELS,
+        (Kind::Top, _) | (Kind::Aggregator, true) => 2,
+        (Kind::Aggregator | Kind::Trainer, false) => 1,
+        (Kind::Trainer, true) => 0,
     }
 }
 
@@ -59,6 +62,25 @@ fn has_goals(job: &JobSpec) -> bool {
         let most = worker.down.as_ref().and_then(|group| children.get(group));
         worker.agg_goal.zip(most).is_some_and(|(goal, &most)| goal < most)
     })
+}
+
+/// Slots of the arena of a worker's proxy in the gateway.
+const PROXY_SLOTS: u32 = 1;
+
+/// Whether a worker reaches its parent through the gateway.
+pub fn is_remote(worker: &WorkerSpec) -> bool {
+    worker.transport != Transport::Shm
+}
+
+/// Whether a worker is registered with the daemon itself, and not only its proxy is.
+pub fn is_local(worker: &WorkerSpec) -> bool {
+    worker.kind != Kind::Trainer || !is_remote(worker)
+}
+
+/// Workers that the daemon registers for a job: proxies and the coordinator are among them.
+pub fn registrations(job: &JobSpec) -> u32 {
+    let of_one = |worker| u32::from(is_local(worker)) + u32::from(is_remote(worker));
+    job.workers.iter().map(of_one).sum::<u32>() + 1
 }
 
 /// Bytes of a model, an update or an aggregate in its slot.
@@ -107,29 +129,33 @@ impl Plan {
             .into_iter()
             .map(|(data, trainers)| (data.dataset, trainers))
             .collect();
-        let workers: Vec<Share> = job
-            .workers
-            .iter()
-            .map(|worker| {
-                let slots = slots(job, worker);
-                let layout = Layout::for_objects(slots, object_bytes);
-                let arena_bytes = layout
-                    .and_then(|layout| layout.memfd_bytes(huge_pages))
-                    .unwrap_or(u64::MAX);
-                let dataset = worker
-                    .dataset
-                    .as_ref()
-                    .or(job.data.as_ref().map(|data| &data.dataset));
-                let sharing = dataset.and_then(|dataset| datasets.get(dataset)).copied();
-                let private_bytes = private_bytes(job, schema, worker, sharing.unwrap_or(1));
-                Share {
-                    name: worker.name.clone(),
-                    slots,
-                    arena_bytes,
-                    private_bytes,
-                }
-            })
-            .collect();
+        let share = |name, slots, private_bytes| {
+            let layout = Layout::for_objects(slots, object_bytes);
+            let arena_bytes = layout.and_then(|layout| layout.memfd_bytes(huge_pages));
+            let arena_bytes = if slots == 0 {
+                0
+            } else {
+                arena_bytes.unwrap_or(u64::MAX)
+            };
+            Share {
+                name,
+                slots,
+                arena_bytes,
+                private_bytes,
+            }
+        };
+        let own = job.workers.iter().map(|worker| {
+            let dataset = worker
+                .dataset
+                .as_ref()
+                .or(job.data.as_ref().map(|data| &data.dataset));
+            let sharing = dataset.and_then(|dataset| datasets.get(dataset)).copied();
+            let private_bytes = private_bytes(job, schema, worker, sharing.unwrap_or(1));
+            share(worker.name.clone(), slots(job, worker), private_bytes)
+        });
+        let remote = job.workers.iter().filter(|worker| is_remote(worker));
+        let proxies = remote.map(|worker| share(proxy_name(&worker.name), PROXY_SLOTS, 0));
+        let workers: Vec<Share> = own.chain(proxies).collect();
         let sum = |of: fn(&Share) -> u64| workers.iter().map(of).fold(0, u64::saturating_add);
         let pool_bytes = sum(|share| share.arena_bytes);
         // The coordinator evaluates, as a trainer does.
@@ -154,7 +180,12 @@ impl Plan {
 /// `sharing` is how many trainers a trainer's dataset is divided among.
 fn private_bytes(job: &JobSpec, schema: &Schema, worker: &WorkerSpec, sharing: u32) -> u64 {
     match worker.kind {
-        Kind::Trainer => learner_bytes(job, schema, sharing.into(), u64::from(job.training.batch_size)),
+        Kind::Trainer => {
+            // What others have in arenas: the model and the update.
+            let buffers = if is_remote(worker) { 2 } else { 0 };
+            learner_bytes(job, schema, sharing.into(), u64::from(job.training.batch_size))
+                .saturating_add((schema.data_bytes() as u64).saturating_mul(buffers))
+        }
         Kind::Top | Kind::Aggregator => {
             let mut bytes = PROCESS_BYTES.saturating_add(aggregate::scratch_bytes(schema, job.timing) as u64);
             if worker.kind == Kind::Top {

@@ -15,7 +15,7 @@ use lifl_common::id::{ArenaId, Generation, JobId, Key, WorkerId};
 use lifl_common::update::{DType, Metadata, Schema, TensorSpec, image};
 use lifl_daemon::plane::Request;
 use lifl_daemon::pool::HugePages;
-use lifl_daemon::{Daemon, Options};
+use lifl_daemon::{Daemon, GatewayOptions, Options};
 use tokio_util::sync::CancellationToken;
 
 use support::{Job, Place, can_have};
@@ -141,6 +141,7 @@ impl Stage {
             huge_pages: HugePages::Never,
             max_workers: 8,
             flame: None,
+            gateway: GatewayOptions::default(),
         };
         let node = Daemon::start(options, CancellationToken::new()).expect("a daemon");
         let mut client = Client::connect(node.socket()).await.expect("connected");

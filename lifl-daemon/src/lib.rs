@@ -1,11 +1,12 @@
 //! LIFL's node daemon, as a library so that `lifl run` can run one inside itself.
 //!
-//! It loads the SK_MSG program ([`plane`]), owns the shared memory ([`pool`]), and keeps jobs, workers and arenas in
-//! a registry that one task owns. Beside that, and apart from it, it serves Flame's Python workers ([`flame`]). It does
-//! not know what an aggregator computes.
+//! It loads the SK_MSG program ([`plane`]), owns the shared memory ([`pool`]), keeps jobs, workers and arenas in a
+//! registry that one task owns, and lets workers in over the network ([`gateway`]). Beside that, and apart from it, it
+//! serves Flame's Python workers ([`flame`]). It does not know what an aggregator computes.
 
 mod ebpf;
 pub mod flame;
+mod gateway;
 pub mod plane;
 pub mod pool;
 mod registry;
@@ -17,6 +18,7 @@ use lifl_common::plane::PlaneKind;
 use tokio_util::sync::CancellationToken;
 
 use crate::flame::{Flame, FlameError};
+pub use crate::gateway::GatewayOptions;
 use crate::plane::PlaneError;
 use crate::pool::{HugePages, Pool};
 use crate::registry::{Facts, Registry};
@@ -45,6 +47,8 @@ pub struct Options {
     pub max_workers: u32,
     /// Whether and how Flame's Python workers are served.
     pub flame: Option<flame::Options>,
+    /// The door for workers beyond shared memory.
+    pub gateway: GatewayOptions,
 }
 
 /// Why a daemon does not start.
@@ -110,19 +114,31 @@ impl Daemon {
             max_workers: options.max_workers,
         };
         let pool = Pool::new(options.pool_bytes, options.huge_pages);
-        let registry = Registry::new(facts, chosen.plane, pool);
+        let gateway_stop = CancellationToken::new();
+        let (handle, opened, gateway) =
+            gateway::gateway(options.socket.clone(), &options.gateway, gateway_stop.clone());
+        let registry = Registry::new(facts, chosen.plane, pool, handle, options.gateway);
         let max_connections = options.max_workers as usize + SPARE_CONNECTIONS;
         let served = server::serve(
             listener,
             registry,
             Beside {
                 dead_letters: chosen.dead_letters,
+                opened,
                 flame: flame.as_ref().map(Flame::desk),
             },
             max_connections,
             shutdown.clone(),
         );
-        let task = tokio::spawn(async move { served.await.into_plane().shutdown() });
+        let task = tokio::spawn(async move {
+            let gateway = tokio::spawn(gateway);
+            let registry = served.await;
+            gateway_stop.cancel();
+            if let Err(error) = gateway.await {
+                tracing::error!("the gateway's task failed: {error}");
+            }
+            registry.into_plane().shutdown()
+        });
         Ok(Self {
             socket: options.socket,
             plane,

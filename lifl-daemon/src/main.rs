@@ -11,7 +11,7 @@ use clap::{Parser, ValueEnum};
 use lifl_common::control::paths;
 use lifl_common::kernel::DEFAULT_MAX_WORKERS;
 use lifl_daemon::pool::HugePages;
-use lifl_daemon::{Daemon, Options, StartError, default_pool_bytes, raise_open_files};
+use lifl_daemon::{Daemon, GatewayOptions, Options, StartError, default_pool_bytes, raise_open_files};
 use lifl_daemon::{flame, plane};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
@@ -67,6 +67,11 @@ struct Cli {
     /// Do not serve Flame's Python workers
     #[arg(long, conflicts_with_all = ["flame_skmsg", "flame_rpc", "flame_hold", "flame_workers"])]
     no_flame: bool,
+    /// An address, beside the loopback's, on which jobs may open the gateway, where their remote workers come in over
+    /// TCP; 0.0.0.0 or :: allows all. May be given several times. Sessions are let in by the job's token, but nothing
+    /// is encrypted: give an address of a network that you trust
+    #[arg(long, value_name = "ADDR")]
+    gateway_listen: Vec<std::net::IpAddr>,
     /// How to log to standard error; RUST_LOG chooses what
     #[arg(long, value_enum, default_value_t = LogFormat::Text)]
     log_format: LogFormat,
@@ -178,5 +183,9 @@ fn options(cli: &Cli) -> anyhow::Result<Options> {
             workers_of_user: cli.flame_workers,
             max_workers: cli.max_workers,
         }),
+        gateway: GatewayOptions {
+            allowed: cli.gateway_listen.clone(),
+            ..GatewayOptions::default()
+        },
     })
 }

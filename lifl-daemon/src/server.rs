@@ -30,6 +30,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::flame::Desk;
+use crate::gateway::Opened;
 use crate::registry::{ConnId, Outgoing, Peer, Registry, error_chain};
 
 /// Answers and events that wait for one client; who lets more pile up is disconnected.
@@ -208,6 +209,8 @@ enum Command {
 pub(crate) struct Beside {
     /// Frames that the plane did not deliver.
     pub(crate) dead_letters: mpsc::Receiver<Frame>,
+    /// Doors that the gateway has opened, or could not.
+    pub(crate) opened: mpsc::UnboundedReceiver<Opened>,
     /// Flame's workers, where they are served.
     pub(crate) flame: Option<Desk>,
 }
@@ -218,6 +221,7 @@ pub(crate) async fn serve(
     mut registry: Registry,
     Beside {
         mut dead_letters,
+        mut opened,
         flame,
     }: Beside,
     max_connections: usize,
@@ -266,6 +270,7 @@ pub(crate) async fn serve(
                 None => break,
             },
             Some(frame) = dead_letters.recv() => registry.dead_letter(&frame),
+            Some(opened) = opened.recv() => registry.gateway_opened(opened),
             () = shutdown.cancelled(), if !draining => {
                 draining = true;
                 registry.end_all("the daemon is stopping");

@@ -12,7 +12,7 @@ use lifl_common::id::{ArenaId, JobId};
 use lifl_common::plane::PlaneKind;
 use lifl_daemon::plane::{PlaneError, Request};
 use lifl_daemon::pool::HugePages;
-use lifl_daemon::{Daemon, ListenError, Options, StartError};
+use lifl_daemon::{Daemon, GatewayOptions, ListenError, Options, StartError};
 use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockType, UnixAddr, connect, recv, send, socket};
 use tokio_util::sync::CancellationToken;
 
@@ -35,6 +35,7 @@ fn options(socket: PathBuf, plane: Request) -> Options {
         huge_pages: HugePages::Never,
         max_workers: 8,
         flame: None,
+        gateway: GatewayOptions::default(),
     }
 }
 

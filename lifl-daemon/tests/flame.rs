@@ -15,7 +15,7 @@ use lifl_common::plane::PlaneKind;
 use lifl_daemon::flame::{self, FlameError};
 use lifl_daemon::plane::{PlaneError, Request};
 use lifl_daemon::pool::HugePages;
-use lifl_daemon::{Daemon, Options, StartError};
+use lifl_daemon::{Daemon, GatewayOptions, Options, StartError};
 use tokio_util::sync::CancellationToken;
 
 /// How long a test waits for what should come at once.
@@ -63,6 +63,7 @@ fn start(kind: PlaneKind, flame: flame::Options) -> Result<Node, StartError> {
         huge_pages: HugePages::Never,
         max_workers: 8,
         flame: Some(flame),
+        gateway: GatewayOptions::default(),
     };
     let (daemon, client) = runtime.block_on(async {
         let daemon = Daemon::start(options, CancellationToken::new())?;

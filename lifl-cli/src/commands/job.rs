@@ -16,7 +16,7 @@ use crate::coordinate::pairing::{Pair, pair};
 use crate::coordinate::report::human_bytes;
 use crate::exit::{Because, Cause, Failure, Outcome};
 use crate::learn;
-use crate::memory::Plan;
+use crate::memory::{self, Plan};
 use crate::output::outln;
 
 /// Reads a job, and prints its problems as events where they were asked for.
@@ -149,7 +149,7 @@ fn daemon_for(job: &JobSpec) -> Outcome<Welcome> {
         plane: plane::Request::Auto,
         pool_bytes: None,
         huge_pages: HugePages::Auto,
-        workers: job.workers.len() as u32 + 1,
+        workers: memory::registrations(job),
     };
     runtime(&mut Builder::new_current_thread())?.block_on(async {
         let node = Node::find(&options).await?;

@@ -1,7 +1,5 @@
 //! `lifl run`.
 
-use anyhow::anyhow;
-use lifl_common::config::{JobSpec, Transport};
 use tokio::runtime::Builder;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
@@ -12,7 +10,8 @@ use crate::cli::RunArgs;
 use crate::coordinate::node::NodeOptions;
 use crate::coordinate::report::{Event, Reporter};
 use crate::coordinate::{self, RunOptions};
-use crate::exit::{Because, Cause, Failure, Outcome};
+use crate::exit::{Because, Cause, Outcome};
+use crate::memory;
 
 /// Runs a job until it is done, fails or is interrupted; the last event says which.
 pub(crate) fn run(args: &RunArgs) -> Outcome {
@@ -34,14 +33,13 @@ fn run_with(args: &RunArgs, reporter: &mut Reporter) -> Outcome {
     for note in &loaded.notes {
         reporter.say(&format!("note: {note}"));
     }
-    refuse_transports(&loaded.job)?;
     let options = RunOptions {
         node: NodeOptions {
             daemon: args.daemon.clone(),
             plane: args.plane,
             pool_bytes: args.pool_mib.map(|mib| mib.saturating_mul(1 << 20)),
             huge_pages: args.huge_pages,
-            workers: loaded.job.workers.len() as u32 + 1,
+            workers: memory::registrations(&loaded.job),
         },
         out: args.out.clone(),
         checkpoint_every: args.checkpoint_every,
@@ -70,21 +68,4 @@ fn run_with(args: &RunArgs, reporter: &mut Reporter) -> Outcome {
     // A download or an evaluation that nobody waits for any more does not hold up the end.
     runtime.shutdown_background();
     outcome
-}
-
-/// Refuses a job with updates that leave the node.
-fn refuse_transports(job: &JobSpec) -> Outcome {
-    let Some(worker) = job
-        .workers
-        .iter()
-        .find(|worker| worker.transport != Transport::Shm)
-    else {
-        return Ok(());
-    };
-    let channel = worker.up.as_ref().map_or("", |group| group.channel.as_str());
-    let error = anyhow!(
-        "channel {channel}: backend {} is not supported yet",
-        worker.transport
-    );
-    Err(Failure::new(Cause::Config, error))
 }

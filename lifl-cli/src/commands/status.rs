@@ -75,6 +75,13 @@ fn print(socket: &Path, status: &Status) {
             job.uid,
             job.workers
         );
+        if let Some(gateway) = &job.gateway {
+            let (received, sent) = (
+                human_bytes(gateway.bytes_received),
+                human_bytes(gateway.bytes_sent),
+            );
+            outln!("    gateway: {received} received, {sent} sent");
+        }
     }
     if status.workers.is_empty() {
         return;

@@ -9,6 +9,7 @@
 //! written out and evaluated while the next round runs.
 
 mod folder;
+mod gateway;
 pub mod node;
 pub mod pairing;
 mod peak;
@@ -27,6 +28,7 @@ use lifl_common::update::Schema;
 use tokio_util::sync::CancellationToken;
 
 use self::folder::RunFolder;
+use self::gateway::Gateway;
 use self::node::{Node, NodeOptions};
 use self::report::{Level, Reporter, human_bytes};
 use self::rounds::Rounds;
@@ -131,7 +133,8 @@ async fn with_node(
         .register(job_id, COORDINATOR, COORDINATOR)
         .await
         .because(Cause::Machine)?;
-    let workers = Workers::start(job, job_id, &node.socket, &folder).because(Cause::Job)?;
+    let gateway = Gateway::open(job, &schema, &mut client).await?;
+    let workers = Workers::start(job, job_id, &node.socket, &folder, &gateway).because(Cause::Job)?;
     let mut run = Run {
         job,
         schema,
@@ -205,10 +208,10 @@ fn check_room(job: &JobSpec, schema: &Schema, node: &Node) -> Outcome {
             human_bytes(daemon.pool_bytes),
         ));
     }
-    let (needed, taken) = (job.workers.len() as u32 + 1, daemon.workers);
+    let (needed, taken) = (memory::registrations(job), daemon.workers);
     if needed > daemon.max_workers.saturating_sub(taken) {
         return machine(anyhow!(
-            "the job has {needed} workers with its coordinator, the daemon takes {} and has {taken}: start it with a \
+            "the job has {needed} workers with its coordinator and proxies, the daemon takes {} and has {taken}: start it with a \
              larger --max-workers",
             daemon.max_workers,
         ));

@@ -9,7 +9,7 @@ use lifl_common::control::paths;
 use lifl_common::kernel::DEFAULT_MAX_WORKERS;
 use lifl_daemon::plane;
 use lifl_daemon::pool::HugePages;
-use lifl_daemon::{Daemon, Options, default_pool_bytes};
+use lifl_daemon::{Daemon, GatewayOptions, Options, default_pool_bytes};
 use tokio_util::sync::CancellationToken;
 
 use crate::exit::{Because, Cause, Failure, Outcome};
@@ -120,6 +120,7 @@ impl Node {
                 max_workers: options.workers.max(DEFAULT_MAX_WORKERS),
                 // Flame's ports are for a daemon that stays.
                 flame: None,
+                gateway: GatewayOptions::default(),
             },
             CancellationToken::new(),
         );

@@ -67,6 +67,10 @@ pub enum Event {
         bytes_referenced: u64,
         /// Bytes of models and updates that were copied between workers.
         bytes_copied: u64,
+        /// Bytes that came from workers through the gateway.
+        bytes_received: u64,
+        /// Bytes that went to workers through the gateway.
+        bytes_sent: u64,
     },
     /// The job is done.
     JobFinished {

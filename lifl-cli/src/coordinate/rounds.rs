@@ -8,9 +8,10 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, anyhow};
 use lifl_common::arena::PeerArena;
 use lifl_common::config::Kind;
-use lifl_common::control::{Event as DaemonEvent, Status};
+use lifl_common::control::{Event as DaemonEvent, GatewayStatus, Status};
 use lifl_common::frame::{Frame, FrameKind};
 use lifl_common::id::WorkerId;
+use lifl_common::session::proxied;
 use lifl_common::update::{Metadata, Tensors, image};
 use tokio::task::JoinHandle;
 
@@ -22,13 +23,21 @@ use super::workers::Workers;
 use super::{Run, levels};
 use crate::exit::{Because, Cause, Failure, Outcome};
 use crate::learn::{Evaluation, Evaluator};
+use crate::memory;
 
 /// A round's new model, as the top lent it.
 struct NewModel {
     frame: Frame,
     arena: Arc<PeerArena>,
     seconds: f64,
+    moved: Moved,
+}
+
+/// What the daemon has counted of the job.
+#[derive(Clone, Copy, Default)]
+struct Moved {
     bytes_referenced: u64,
+    gateway: GatewayStatus,
 }
 
 /// What became of it.
@@ -45,13 +54,17 @@ pub(super) struct Rounds<'r, 'j> {
     reporter: &'r mut Reporter,
     /// Registered workers by id, as indices into the job's workers.
     ids: HashMap<WorkerId, usize>,
+    /// The same of proxies.
+    proxies: HashMap<WorkerId, usize>,
     ready: HashSet<WorkerId>,
     gone: HashSet<usize>,
     round: u32,
     evaluator: Option<Evaluator>,
     examining: Option<JoinHandle<anyhow::Result<Examined>>>,
     arena: Option<Arc<PeerArena>>,
-    referenced_before: u64,
+    moved_before: Moved,
+    /// Remote workers that are dead, and whose proxies are to leave.
+    to_drop: Vec<usize>,
     last: Option<Evaluation>,
     peak: Peak,
 }
@@ -71,13 +84,15 @@ impl<'r, 'j> Rounds<'r, 'j> {
             workers,
             reporter,
             ids: HashMap::new(),
+            proxies: HashMap::new(),
             ready: HashSet::new(),
             gone: HashSet::new(),
             round: 0,
             evaluator: None,
             examining: None,
             arena: None,
-            referenced_before: 0,
+            moved_before: Moved::default(),
+            to_drop: Vec::new(),
             last: None,
             peak: Peak::default(),
         }
@@ -108,10 +123,11 @@ impl<'r, 'j> Rounds<'r, 'j> {
     }
 
     async fn wait_for_workers(&mut self) -> Outcome {
-        let all = self.run.job.workers.len();
+        let all = memory::registrations(self.run.job) as usize - 1;
         self.reporter.begin("starting", all as u64);
         loop {
-            let ready = self.ids.iter().filter(|(id, _)| self.ready.contains(id)).count();
+            let known = self.ids.keys().chain(self.proxies.keys());
+            let ready = known.filter(|id| self.ready.contains(id)).count();
             self.reporter.position(ready as u64, "workers ready".to_owned());
             if ready == all {
                 return Ok(());
@@ -133,12 +149,25 @@ impl<'r, 'j> Rounds<'r, 'j> {
             .because(Cause::Job)
     }
 
+    /// What has moved so far.
+    fn moved(&self, status: &Status) -> Moved {
+        let referenced = status
+            .workers
+            .iter()
+            .map(|worker| worker.counters.referenced_bytes);
+        let job = status.jobs.iter().find(|job| job.job == self.run.job_id);
+        Moved {
+            bytes_referenced: referenced.sum(),
+            gateway: job.and_then(|job| job.gateway).unwrap_or_default(),
+        }
+    }
+
     async fn announce_job(&mut self, node: &Node) -> Outcome {
         let status = self.status().await?;
         let arenas = || status.workers.iter().flat_map(|worker| &worker.arenas);
         let pages = arenas().map(|arena| arena.page_bytes).min();
         let note = arenas().find_map(|arena| arena.note.clone());
-        self.referenced_before = referenced_bytes(&status);
+        self.moved_before = self.moved(&status);
         let event = Event::JobStarted {
             job: self.run.job.name.clone(),
             run: self.run.folder.path().display().to_string(),
@@ -188,10 +217,9 @@ impl<'r, 'j> Rounds<'r, 'j> {
             ));
         }
         let status = self.status().await?;
-        let referenced = referenced_bytes(&status);
-        // What a worker had sent goes when it does.
-        let bytes_referenced = referenced.saturating_sub(self.referenced_before);
-        self.referenced_before = referenced;
+        let now = self.moved(&status);
+        let moved = now.since(&self.moved_before);
+        self.moved_before = now;
         let arena = match &self.arena {
             Some(arena) if arena.id() == frame.key.arena => Arc::clone(arena),
             _ => {
@@ -209,17 +237,27 @@ impl<'r, 'j> Rounds<'r, 'j> {
             frame,
             arena,
             seconds,
-            bytes_referenced,
+            moved,
         });
         Ok(())
     }
 
     /// Tells everybody who takes part its children and its parent.
     fn plan_round(&self, round: u32) -> Outcome<Vec<Frame>> {
-        let by_index: HashMap<usize, WorkerId> = self.ids.iter().map(|(&id, &index)| (index, id)).collect();
-        let present = |index: usize| by_index.contains_key(&index) && !self.gone.contains(&index);
-        let mut pairs = pair(&self.run.job.workers, present);
-        select(&self.run.job.workers, &mut pairs, self.run.job.seed, round);
+        let workers = &self.run.job.workers;
+        let by_index = |ids: &HashMap<WorkerId, usize>| -> HashMap<usize, WorkerId> {
+            ids.iter().map(|(&id, &index)| (index, id)).collect()
+        };
+        // A worker's own id is what it has for its children, its proxy's what it has for its parent.
+        let (own, proxies) = (by_index(&self.ids), by_index(&self.proxies));
+        let present = |index: usize| {
+            let worker = &workers[index];
+            let there = (own.contains_key(&index) || !memory::is_local(worker))
+                && (proxies.contains_key(&index) || !memory::is_remote(worker));
+            there && !self.gone.contains(&index)
+        };
+        let mut pairs = pair(workers, present);
+        select(workers, &mut pairs, self.run.job.seed, round);
         if pairs.is_empty() {
             let error = anyhow!("round {round}: no trainer that is left has a way to the top");
             return Err(Failure::new(Cause::Job, error));
@@ -229,8 +267,8 @@ impl<'r, 'j> Rounds<'r, 'j> {
         let from = self.run.id;
         let mut frames = Vec::new();
         for index in order {
-            let frame = |kind: FrameKind, value: WorkerId, covers| {
-                let (to, kind, value) = (by_index[&index], kind as u16, u64::from(value.0));
+            let frame = |to: WorkerId, kind: FrameKind, value: WorkerId, covers| {
+                let (kind, value) = (kind as u16, u64::from(value.0));
                 Frame {
                     to,
                     from,
@@ -242,13 +280,18 @@ impl<'r, 'j> Rounds<'r, 'j> {
                 }
             };
             let pair = &pairs[&index];
-            frames.extend(
-                pair.children
-                    .iter()
-                    .map(|child| frame(FrameKind::Child, by_index[child], 0)),
-            );
-            let parent = pair.parent.map_or(WorkerId::NONE, |parent| by_index[&parent]);
-            frames.push(frame(FrameKind::Begin, parent, pair.children.len() as u32));
+            let mut parent = pair.parent.map_or(WorkerId::NONE, |parent| own[&parent]);
+            if let Some(&proxy) = proxies.get(&index) {
+                // The worker's parent is beyond the wire; its proxy's is here.
+                frames.push(frame(proxy, FrameKind::Begin, parent, 0));
+                parent = WorkerId::NONE;
+            }
+            if let Some(&id) = own.get(&index) {
+                let child = |child| proxies.get(child).copied().unwrap_or_else(|| own[child]);
+                let children = pair.children.iter().map(child);
+                frames.extend(children.map(|child| frame(id, FrameKind::Child, child, 0)));
+                frames.push(frame(id, FrameKind::Begin, parent, pair.children.len() as u32));
+            }
         }
         Ok(frames)
     }
@@ -273,6 +316,10 @@ impl<'r, 'j> Rounds<'r, 'j> {
             }
             () = tokio::time::sleep(pause) => {}
         }
+        for index in std::mem::take(&mut self.to_drop) {
+            let name = &self.run.job.workers[index].name;
+            self.run.client.drop_worker(name).await.because(Cause::Job)?;
+        }
         self.peak.sample(self.workers.pids());
         Ok(News::Other)
     }
@@ -280,13 +327,19 @@ impl<'r, 'j> Rounds<'r, 'j> {
     fn daemon_event(&mut self, event: DaemonEvent) -> Outcome {
         match event {
             DaemonEvent::PeerJoined { worker, name } => {
+                let (name, ids) = match proxied(&name) {
+                    Some(name) => (name, &mut self.proxies),
+                    None => (name.as_str(), &mut self.ids),
+                };
                 if let Some(index) = self.run.job.workers.iter().position(|spec| spec.name == name) {
-                    self.ids.insert(worker, index);
+                    ids.insert(worker, index);
                 }
             }
             DaemonEvent::PeerLost(lost) => {
                 if let Some(&index) = self.ids.get(&lost.worker) {
                     self.worker_gone(index, "its connection to the daemon closed")?;
+                } else if let Some(&index) = self.proxies.get(&lost.worker) {
+                    self.worker_gone(index, "its session with the gateway is over")?;
                 }
             }
             DaemonEvent::DeadLetter(letter) => {
@@ -312,6 +365,9 @@ impl<'r, 'j> Rounds<'r, 'j> {
             return Ok(());
         }
         let spec = &self.run.job.workers[index];
+        if memory::is_remote(spec) {
+            self.to_drop.push(index);
+        }
         if self.round == 0 || spec.kind == Kind::Top {
             let log = self.run.folder.log_tail(&spec.name, 5);
             let when = if self.round == 0 {
@@ -380,7 +436,7 @@ impl<'r, 'j> Rounds<'r, 'j> {
                 NewModel {
                     frame,
                     seconds,
-                    bytes_referenced,
+                    moved,
                     ..
                 },
             metadata,
@@ -414,8 +470,10 @@ impl<'r, 'j> Rounds<'r, 'j> {
             trainers: frame.covers,
             samples: if changed { metadata.samples } else { 0 },
             updates_folded: if changed { metadata.folded } else { 0 },
-            bytes_referenced,
+            bytes_referenced: moved.bytes_referenced,
             bytes_copied: if changed { metadata.bytes_copied } else { 0 },
+            bytes_received: moved.gateway.bytes_received,
+            bytes_sent: moved.gateway.bytes_sent,
         };
         self.reporter.event(&event).because(Cause::Job)?;
         let accuracy = evaluation.map_or(String::new(), |it| {
@@ -446,13 +504,19 @@ impl<'r, 'j> Rounds<'r, 'j> {
     }
 }
 
-/// What the job's frames have referred to so far, as the plane counts.
-fn referenced_bytes(status: &Status) -> u64 {
-    status
-        .workers
-        .iter()
-        .map(|worker| worker.counters.referenced_bytes)
-        .sum()
+impl Moved {
+    /// What came to it since.
+    fn since(&self, before: &Self) -> Self {
+        let gateway = GatewayStatus {
+            bytes_received: self.gateway.bytes_received - before.gateway.bytes_received,
+            bytes_sent: self.gateway.bytes_sent - before.gateway.bytes_sent,
+        };
+        Self {
+            // What a worker had sent goes when it does.
+            bytes_referenced: self.bytes_referenced.saturating_sub(before.bytes_referenced),
+            gateway,
+        }
+    }
 }
 
 /// Waits for the examination; for ever when there is none.

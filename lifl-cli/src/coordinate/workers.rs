@@ -9,11 +9,13 @@ use std::time::Duration;
 use anyhow::Context;
 use lifl_common::config::{JobSpec, Kind};
 use lifl_common::id::JobId;
+use lifl_common::session::TOKEN_VARIABLE;
 use tokio::process::{Child, Command};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
 use super::folder::RunFolder;
+use super::gateway::Gateway;
 
 /// How long workers have to leave when the job has ended.
 const GRACE: Duration = Duration::from_secs(5);
@@ -35,6 +37,7 @@ impl Workers {
         job_id: JobId,
         socket: &Path,
         folder: &RunFolder,
+        gateway: &Gateway,
     ) -> anyhow::Result<Self> {
         let program = std::env::current_exe().context("cannot find this program's own file")?;
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
@@ -65,6 +68,10 @@ impl Workers {
                 .arg(folder.path())
                 .arg("--name")
                 .arg(&spec.name);
+            if let Some((address, token)) = gateway.access(spec) {
+                command.arg("--gateway").arg(address);
+                command.env(TOKEN_VARIABLE, token.to_hex());
+            }
             if spec.kind == Kind::Trainer {
                 command.env("RAYON_NUM_THREADS", &trainer_threads);
             }

@@ -13,10 +13,14 @@
 //! What was sent up stays *outstanding* until the parent answers: a `Release` means that the aggregate is contained
 //! in what was accepted above, and is passed on to the children; a `Refuse`, or the parent's death, gives the
 //! children's updates back uncounted. The next round may begin meanwhile.
+//!
+//! A parent that is reached through the gateway ([`Up::Wire`]) is told the same over a wire: its model comes into a slot of
+//! this worker's own arena and is handed down from there, and the aggregate is sent from its slot.
 
 mod children;
 mod collect;
 mod settle;
+mod up;
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -28,8 +32,9 @@ use lifl_common::id::{Key, WorkerId};
 use lifl_common::update::{Metadata, Schema, TensorsMut, image};
 
 use self::collect::Collecting;
+use self::up::Up;
 use super::link::{Incoming, Link};
-use super::{Place, join, ready};
+use super::{Place, join, ready, uplink};
 use crate::aggregate::{Accumulator, ServerOptimizer, Threads};
 use crate::memory;
 
@@ -58,7 +63,7 @@ struct Round {
     collecting: Option<Collecting>,
 }
 
-/// A model that this aggregator was lent, or, at the top, has.
+/// A model that this aggregator was lent, or has in its own arena: the top's, and what came over a wire.
 #[derive(Clone, Copy)]
 struct Lent {
     key: Key,
@@ -68,12 +73,14 @@ struct Lent {
 
 /// An aggregate that the parent has, and the children whose updates it contains.
 struct Outstanding {
+    round: u32,
     parent: WorkerId,
     children: Vec<(WorkerId, Frame)>,
 }
 
 struct Aggregator {
     link: Link,
+    up: Up,
     shared: Shared,
     /// Models handed down and not yet given back by all children.
     models: HashMap<Key, (Lent, Vec<WorkerId>)>,
@@ -90,6 +97,7 @@ struct Aggregator {
 /// Plays the role until the job ends.
 pub(super) async fn play(place: Place, job: JobSpec, spec: WorkerSpec, schema: Schema) -> anyhow::Result<()> {
     let link = join(&place, &job, &spec, &schema).await?;
+    let up = Up::new(uplink(&place, &spec)?);
     let threads = Threads::new(std::thread::available_parallelism().map_or(1, usize::from))?;
     let most_held = memory::most_held(&job, &spec);
     let shared = Shared {
@@ -108,6 +116,7 @@ pub(super) async fn play(place: Place, job: JobSpec, spec: WorkerSpec, schema: S
     let optimizer = (spec.kind == Kind::Top).then(|| ServerOptimizer::new(schema, job.optimizer));
     let mut aggregator = Aggregator {
         link,
+        up,
         shared,
         models: HashMap::new(),
         outstanding: HashMap::new(),
@@ -120,14 +129,22 @@ pub(super) async fn play(place: Place, job: JobSpec, spec: WorkerSpec, schema: S
         aggregator.first_model()?;
     }
     ready(&mut aggregator.link).await?;
+    aggregator.up.ready();
     loop {
-        let mut incoming = Some(aggregator.link.next().await?);
-        // All that is there already, so that an eager aggregator folds it in one pass.
-        while let Some(one) = incoming {
-            if aggregator.take(one).await? {
-                return Ok(());
+        tokio::select! {
+            incoming = aggregator.link.next() => {
+                let mut incoming = Some(incoming?);
+                // All that is there already, so that an eager aggregator folds it in one pass.
+                while let Some(one) = incoming {
+                    if aggregator.take(one).await? {
+                        return Ok(());
+                    }
+                    incoming = aggregator.link.ready().await?;
+                }
             }
-            incoming = aggregator.link.ready().await?;
+            above = aggregator.up.next() => if aggregator.above(above?).await? {
+                return Ok(());
+            },
         }
         aggregator.advance().await?;
     }
@@ -197,7 +214,14 @@ impl Aggregator {
                 let round = self.announce(frame.round).await?;
                 round.begin(&frame)?;
             }
-            FrameKind::Model => self.model(frame).await?,
+            FrameKind::Model => {
+                let lent = Lent {
+                    key: frame.key,
+                    length: frame.length,
+                    by: frame.from,
+                };
+                self.model(frame.round, lent).await?;
+            }
             FrameKind::Update | FrameKind::Nothing => self.answer(kind, frame).await?,
             FrameKind::Release => self.released(frame).await?,
             FrameKind::Refuse => {
@@ -231,19 +255,15 @@ impl Aggregator {
         Ok(&mut self.round)
     }
 
-    async fn model(&mut self, frame: Frame) -> anyhow::Result<()> {
-        let lent = Lent {
-            key: frame.key,
-            length: frame.length,
-            by: frame.from,
-        };
-        if self.shared.kind == Kind::Top || frame.round < self.round.number {
-            tracing::warn!(from = %frame.from, round = frame.round, "a model that was not expected");
-            return self.release_model(lent, frame.round).await;
+    /// A round's model has come.
+    async fn model(&mut self, number: u32, lent: Lent) -> anyhow::Result<()> {
+        if self.shared.kind == Kind::Top || number < self.round.number {
+            tracing::warn!(from = %lent.by, round = number, "a model that was not expected");
+            return self.release_model(lent, number).await;
         }
-        let round = self.announce(frame.round).await?;
+        let round = self.announce(number).await?;
         if let Some(before) = round.model.replace(lent) {
-            self.release_model(before, frame.round).await?;
+            self.release_model(before, number).await?;
         }
         Ok(())
     }
@@ -251,6 +271,7 @@ impl Aggregator {
     /// Whatever can begin begins; whatever has come is folded, if it is its time; whatever is complete is sent up.
     async fn advance(&mut self) -> anyhow::Result<()> {
         self.start().await?;
+        self.make_room();
         let Some(collecting) = &mut self.round.collecting else {
             return Ok(());
         };
@@ -399,25 +420,19 @@ impl Aggregator {
             self.link.arena.lend(key, coordinator)?;
             return self.link.send(coordinator, FrameKind::Model, up).await;
         }
-        self.link.arena.lend(key, parent)?;
-        self.outstanding.insert(key, Outstanding { parent, children });
-        self.link.send(parent, FrameKind::Update, up).await
+        let outstanding = Outstanding {
+            round: number,
+            parent,
+            children,
+        };
+        self.outstanding.insert(key, outstanding);
+        self.send_up(up, &metadata).await
     }
 
     /// No child gave anything: the round leaves the model as it was.
     async fn nothing(&mut self, round: u32, parent: WorkerId) -> anyhow::Result<()> {
         if self.shared.kind != Kind::Top {
-            return self
-                .link
-                .send(
-                    parent,
-                    FrameKind::Nothing,
-                    Frame {
-                        round,
-                        ..Frame::default()
-                    },
-                )
-                .await;
+            return self.send_nothing(round, parent).await;
         }
         let Lent { key, length, .. } = self.current.context("the top has no model")?;
         let coordinator = self.link.coordinator();

@@ -35,6 +35,7 @@ pub(super) struct Link {
     pub(super) arena: OwnedArena,
     arena_note: Option<String>,
     peers: HashMap<ArenaId, Arc<PeerArena>>,
+    own: Option<Arc<PeerArena>>,
 }
 
 impl Link {
@@ -61,6 +62,7 @@ impl Link {
             arena: created.arena,
             arena_note: created.note,
             peers: HashMap::new(),
+            own: None,
         })
     }
 
@@ -130,6 +132,16 @@ impl Link {
     /// Sends frames in one call.
     pub(super) async fn send_all(&mut self, frames: &[Frame]) -> anyhow::Result<()> {
         self.frames.send(frames).await.context("the frame socket failed")
+    }
+
+    /// The own arena as others see it, for what is sent from it.
+    pub(super) async fn own(&mut self) -> anyhow::Result<Arc<PeerArena>> {
+        if let Some(own) = &self.own {
+            return Ok(Arc::clone(own));
+        }
+        let own = self.client.open_arena(self.arena.id()).await;
+        let own = own.context("cannot read the own arena")?;
+        Ok(Arc::clone(self.own.insert(Arc::new(own))))
     }
 
     /// Another worker's arena, mapped at the first use.

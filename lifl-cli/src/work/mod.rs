@@ -2,19 +2,23 @@
 
 mod aggregator;
 mod link;
+mod remote_trainer;
 mod trainer;
+mod uplink;
 
 use std::path::{Path, PathBuf};
 
 use anyhow::Context;
 use lifl_common::arena::Layout;
-use lifl_common::config::{JobSpec, Kind, WorkerSpec};
+use lifl_common::config::{JobSpec, Kind, Transport, WorkerSpec};
 use lifl_common::frame::{Frame, FrameKind};
 use lifl_common::id::JobId;
+use lifl_common::session::{JobToken, TOKEN_VARIABLE};
 use lifl_common::update::Schema;
 
 use crate::memory;
 use crate::work::link::Link;
+use crate::work::uplink::{Dial, Uplink};
 
 /// Where a worker of a run belongs.
 #[derive(Clone, Debug)]
@@ -27,6 +31,8 @@ pub struct Place {
     pub run: PathBuf,
     /// The worker's name in the job.
     pub name: String,
+    /// Where the gateway is, for a worker whose way up leaves the node.
+    pub gateway: Option<String>,
 }
 
 /// Plays one worker's role until the job ends.
@@ -41,9 +47,24 @@ pub async fn play(place: Place) -> anyhow::Result<()> {
         .clone();
     let schema = crate::learn::schema(&job.model)?;
     match spec.kind {
-        Kind::Trainer => trainer::play(place, job, spec, schema).await,
+        Kind::Trainer => match uplink(&place, &spec)? {
+            Some(up) => remote_trainer::play(up, job, spec, schema).await,
+            None => trainer::play(place, job, spec, schema).await,
+        },
         Kind::Top | Kind::Aggregator => aggregator::play(place, job, spec, schema).await,
     }
+}
+
+/// The way up of a worker beyond the node's shared memory; `None` for any other.
+fn uplink(place: &Place, spec: &WorkerSpec) -> anyhow::Result<Option<Uplink>> {
+    if spec.transport == Transport::Shm {
+        return Ok(None);
+    }
+    let address = place.gateway.as_deref().context("--gateway is missing")?;
+    let token = std::env::var(TOKEN_VARIABLE).with_context(|| format!("{TOKEN_VARIABLE} is not set"))?;
+    let token = JobToken::from_hex(&token).with_context(|| format!("{TOKEN_VARIABLE} is no token"))?;
+    let dial = Dial::new(spec.transport, address)?;
+    Ok(Some(Uplink::new(dial, token, &spec.name)))
 }
 
 fn read_job(run: &Path) -> anyhow::Result<JobSpec> {

@@ -23,11 +23,11 @@ use crate::aggregate::{Threads, subtract};
 use crate::learn::{self, Learner, Trained};
 
 /// What stays the same from round to round.
-struct Shared {
-    name: String,
-    updates: UpdateKind,
-    schema: Schema,
-    threads: Threads,
+pub(super) struct Shared {
+    pub(super) name: String,
+    pub(super) updates: UpdateKind,
+    pub(super) schema: Schema,
+    pub(super) threads: Threads,
 }
 
 /// One round's work, handed to the training thread.
@@ -103,7 +103,7 @@ pub(super) async fn play(place: Place, job: JobSpec, spec: WorkerSpec, schema: S
 }
 
 /// Waits for the training thread; for ever when there is none.
-async fn finished(training: &mut Option<JoinHandle<anyhow::Result<Learned>>>) -> anyhow::Result<Learned> {
+pub(super) async fn finished<T>(training: &mut Option<JoinHandle<anyhow::Result<T>>>) -> anyhow::Result<T> {
     match training {
         Some(training) => training.await.context("the training thread panicked")?,
         None => std::future::pending().await,
@@ -231,6 +231,26 @@ impl Trainer {
     }
 }
 
+/// Trains on a model's data, and writes the update's.
+pub(super) fn learn_round(
+    shared: &Shared,
+    learner: &mut dyn Learner,
+    round: u32,
+    weights: &[u8],
+    out: &mut [u8],
+) -> anyhow::Result<Trained> {
+    let schema = &shared.schema;
+    let trained = learner.train(
+        round,
+        Tensors::new(schema, weights),
+        TensorsMut::new(schema, &mut *out),
+    )?;
+    if shared.updates == UpdateKind::Deltas {
+        subtract(&shared.threads, schema, weights, out)?;
+    }
+    Ok(trained)
+}
+
 fn learn_one(shared: &Shared, lesson: Lesson) -> anyhow::Result<Learned> {
     let Lesson {
         mut learner,
@@ -244,14 +264,7 @@ fn learn_one(shared: &Shared, lesson: Lesson) -> anyhow::Result<Learned> {
     let weights = &bytes[from..][..schema.data_bytes()];
     let offset = image::data_offset(schema);
     let out = &mut slot.bytes_mut()[offset..][..schema.data_bytes()];
-    let trained = learner.train(
-        model.round,
-        Tensors::new(schema, weights),
-        TensorsMut::new(schema, &mut *out),
-    )?;
-    if shared.updates == UpdateKind::Deltas {
-        subtract(&shared.threads, schema, weights, out)?;
-    }
+    let trained = learn_round(shared, &mut *learner, model.round, weights, out)?;
     let metadata = Metadata {
         maker: shared.name.clone(),
         round: model.round,

@@ -354,3 +354,48 @@ pub(crate) fn can_have(plane: &str) -> bool {
 pub(crate) fn signal(pid: i32, signal: nix::sys::signal::Signal) {
     nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), signal).expect("a living process");
 }
+
+/// A port of the loopback on which nobody listens now.
+pub(crate) fn free_port() -> u16 {
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("bound");
+    listener.local_addr().expect("bound").port()
+}
+
+/// Has a job's channels, from the top down, use those transports, by way of a gateway or a broker on those ports.
+pub(crate) fn transports(file: &mut Value, backends: &[&str], p2p: u16, mqtt: u16) {
+    file["brokers"] = json!([
+        { "sort": "p2p", "host": format!("127.0.0.1:{p2p}") },
+        { "sort": "mqtt", "host": format!("127.0.0.1:{mqtt}") },
+    ]);
+    let channels = file["channels"].as_array_mut().expect("channels");
+    assert_eq!(channels.len(), backends.len());
+    for (channel, backend) in channels.iter_mut().zip(backends) {
+        channel["backend"] = json!(backend);
+    }
+}
+
+/// Two models of `F32` must agree: no element differs by more than 1e-6 of its tensor's largest magnitude.
+pub(crate) fn assert_same_model(one: &[u8], other: &[u8]) {
+    let read = |file| safetensors::SafeTensors::deserialize(file).expect("safetensors");
+    let (one, other) = (read(one), read(other));
+    assert_eq!(one.len(), other.len());
+    let numbers = |bytes: &[u8]| -> Vec<f64> {
+        let four = bytes.chunks_exact(4).map(|four| four.try_into().expect("four"));
+        four.map(|four| f64::from(f32::from_le_bytes(four))).collect()
+    };
+    for (name, view) in one.tensors() {
+        let (a, b) = (
+            numbers(view.data()),
+            numbers(other.tensor(&name).expect("there").data()),
+        );
+        let largest = a.iter().fold(0.0_f64, |most, x| most.max(x.abs()));
+        assert_eq!(a.len(), b.len());
+        for (x, y) in a.iter().zip(&b) {
+            assert!(
+                (x - y).abs() <= 1e-6 * largest,
+                "{name}: {x} and {y} of {largest}"
+            );
+        }
+        assert!(largest > 0.0, "{name} is all zeros");
+    }
+}

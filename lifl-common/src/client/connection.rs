@@ -3,14 +3,21 @@
 use std::collections::VecDeque;
 use std::fs::File;
 use std::io;
+use std::net::SocketAddr;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::path::{Path, PathBuf};
 
 use super::FrameSocket;
 use crate::arena::{ArenaError, Layout, OwnedArena, PeerArena};
 use crate::control::packet::{PacketError, PacketSocket};
-use crate::control::{ErrorCode, Event, FlamePage, Message, PROTOCOL, Reply, Request, Status, Welcome};
+use crate::control::{
+    ErrorCode, Event, FlamePage, Message, PROTOCOL, RemoteWorker, Reply, Request, Status, Welcome,
+};
 use crate::id::{ArenaId, JobId, WorkerId};
+use crate::session::JobToken;
+
+/// Workers named in one packet: with their roles they must fit.
+const EXPECTED_PAGE: usize = 128;
 
 /// What can go wrong between a process and its daemon.
 #[derive(Debug, thiserror::Error)]
@@ -220,6 +227,56 @@ impl Client {
             request: "open_arena",
         })?;
         Ok(PeerArena::new(&file, arena, owner, layout)?)
+    }
+
+    /// Opens the gateway for the job that this connection made. Gives what lets workers in, and where it listens for
+    /// TCP.
+    ///
+    /// # Errors
+    /// If the address cannot be had or is not allowed, or the broker cannot be reached.
+    pub async fn open_gateway(
+        &mut self,
+        p2p: Option<SocketAddr>,
+        mqtt: Option<String>,
+        object_bytes: u64,
+    ) -> Result<(JobToken, Option<SocketAddr>), ClientError> {
+        let request = Request::OpenGateway {
+            p2p,
+            mqtt,
+            object_bytes,
+        };
+        let (token, p2p) =
+            expect_reply!(self, request, &[], (Reply::GatewayOpened { token, p2p }, _) => (token, p2p));
+        let token = JobToken::from_hex(&token).ok_or(ClientError::Unexpected {
+            request: "open_gateway",
+        })?;
+        Ok((token, p2p))
+    }
+
+    /// Names workers that may come through the job's gateway.
+    ///
+    /// # Errors
+    /// If it is not open.
+    pub async fn expect_workers(&mut self, workers: &[RemoteWorker]) -> Result<(), ClientError> {
+        for page in workers.chunks(EXPECTED_PAGE) {
+            let request = Request::ExpectWorkers {
+                workers: page.to_vec(),
+            };
+            expect_reply!(self, request, &[], (Reply::Done {}, _) => ());
+        }
+        Ok(())
+    }
+
+    /// Says that a worker which came through the gateway is dead.
+    ///
+    /// # Errors
+    /// If the gateway is not open.
+    pub async fn drop_worker(&mut self, name: &str) -> Result<(), ClientError> {
+        let request = Request::DropWorker {
+            name: name.to_owned(),
+        };
+        expect_reply!(self, request, &[], (Reply::Done {}, _) => ());
+        Ok(())
     }
 
     /// Everything that is registered, of one job or of all.

@@ -1,5 +1,7 @@
 //! The messages. Field names are the wire's.
 
+use std::net::SocketAddr;
+
 use serde::{Deserialize, Serialize};
 
 use crate::arena::Layout;
@@ -48,6 +50,28 @@ pub enum Request {
     OpenArena {
         /// The arena.
         arena: ArenaId,
+    },
+    /// Opens the gateway for this connection's job, so that workers beyond the node's shared memory can join it.
+    /// Answered by [`Reply::GatewayOpened`] once it is open.
+    OpenGateway {
+        /// Where it is to listen for TCP.
+        p2p: Option<SocketAddr>,
+        /// The MQTT broker through which it is to be reached, `host:port`.
+        mqtt: Option<String>,
+        /// Bytes of a slot for one of the job's updates.
+        object_bytes: u64,
+    },
+    /// Names workers that may come through this connection's job's gateway, besides those named before. Answered by
+    /// [`Reply::Done`].
+    ExpectWorkers {
+        /// The workers.
+        workers: Vec<RemoteWorker>,
+    },
+    /// A worker that came through the gateway is known to be dead: its proxy leaves at once instead of waiting for it.
+    /// Answered by [`Reply::Done`].
+    DropWorker {
+        /// Its name.
+        name: String,
     },
     /// What is registered, a page at a time. Answered by [`Reply::Status`].
     Status {
@@ -103,6 +127,13 @@ pub enum Reply {
         #[serde(flatten)]
         layout: Layout,
     },
+    /// To [`Request::OpenGateway`].
+    GatewayOpened {
+        /// What lets workers in, as hexadecimal digits. Whoever has it is a worker of the job.
+        token: String,
+        /// Where it listens for TCP.
+        p2p: Option<SocketAddr>,
+    },
     /// To [`Request::Status`].
     Status(Status),
     /// To [`Request::Flame`].
@@ -119,6 +150,15 @@ pub enum Reply {
         /// For people: what, where, and what to do.
         message: String,
     },
+}
+
+/// A worker that comes through the gateway.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RemoteWorker {
+    /// Its name in the job.
+    pub name: String,
+    /// Its role, for people.
+    pub role: String,
 }
 
 /// What kind of error.
@@ -240,6 +280,17 @@ pub struct JobStatus {
     pub arena_bytes: u64,
     /// The most that its arenas took.
     pub arena_peak_bytes: u64,
+    /// What went through the gateway, if that is open for it.
+    pub gateway: Option<GatewayStatus>,
+}
+
+/// What went through the gateway.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct GatewayStatus {
+    /// Bytes from workers.
+    pub bytes_received: u64,
+    /// Bytes to workers.
+    pub bytes_sent: u64,
 }
 
 /// A worker.

@@ -10,8 +10,8 @@ pub mod packet;
 pub mod paths;
 
 pub use message::{
-    ArenaStatus, DeadLetter, ErrorCode, Event, FlamePage, FlameWorkerStatus, JobStatus, Message, PeerLost,
-    Reply, Request, Status, Welcome, WorkerStatus,
+    ArenaStatus, DeadLetter, ErrorCode, Event, FlamePage, FlameWorkerStatus, GatewayStatus, JobStatus,
+    Message, PeerLost, RemoteWorker, Reply, Request, Status, Welcome, WorkerStatus,
 };
 
 /// The protocol's version; a client and a daemon of different versions do not talk.

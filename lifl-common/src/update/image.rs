@@ -13,7 +13,7 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
-use super::schema::{Schema, TensorsMut};
+use super::schema::{DType, Schema, TensorSpec, TensorsMut};
 use crate::id::Generation;
 
 /// The data's alignment within the image, and so in memory: slots are page-aligned.
@@ -85,6 +85,12 @@ pub enum ImageError {
     /// Not a safetensors file.
     #[error("not a safetensors file")]
     Format(#[from] safetensors::SafeTensorError),
+    /// Tensors that no job can have.
+    #[error("the tensors are no model's")]
+    Schema(#[from] super::schema::SchemaError),
+    /// An element type that is not known here.
+    #[error("tensor {0:?} has an element type that is not supported")]
+    ElementType(String),
     /// `__metadata__` without what LIFL needs.
     #[error("__metadata__.{0} is missing or not a number")]
     Metadata(&'static str),
@@ -145,29 +151,9 @@ pub fn write_header(image: &mut [u8], schema: &Schema, metadata: &Metadata) {
 /// # Errors
 /// If it is not a safetensors image of this schema.
 pub fn check(image: &[u8], schema: &Schema) -> Result<(Metadata, usize), ImageError> {
-    let have = image.len();
-    let length = image
-        .first_chunk::<8>()
-        .ok_or(ImageError::HeaderCut { have, need: 8 })?;
-    let length = u64::from_le_bytes(*length);
-    if length > MAX_HEADER_BYTES as u64 {
-        return Err(ImageError::HeaderTooLarge(length));
-    }
-    let offset = 8 + length as usize;
-    let header = image
-        .get(8..offset)
-        .ok_or(ImageError::HeaderCut {
-            have,
-            need: offset as u64,
-        })?
-        .to_vec();
-    if !offset.is_multiple_of(DATA_ALIGN) {
-        return Err(ImageError::Misaligned(offset));
-    }
-    let header: safetensors::tensor::Metadata =
-        serde_json::from_slice(&header).map_err(ImageError::HeaderSyntax)?;
+    let (header, offset) = read_header(image)?;
     check_tensors(&header, schema)?;
-    let found = have - offset;
+    let found = image.len() - offset;
     if found != schema.data_bytes() {
         return Err(ImageError::DataLength {
             found,
@@ -193,6 +179,47 @@ pub fn check(image: &[u8], schema: &Schema) -> Result<(Metadata, usize), ImageEr
         bytes_copied: number("bytes_copied")?,
     };
     Ok((metadata, offset))
+}
+
+/// The schema of an image of ours, for who has not been told the job's. Whoever reads data by it has the image
+/// [checked](check) against it too.
+///
+/// # Errors
+/// If it is not a safetensors image, or none that a job could have.
+pub fn schema(image: &[u8]) -> Result<Schema, ImageError> {
+    let (header, _) = read_header(image)?;
+    let tensors = header.tensors().into_iter().map(|(name, info)| {
+        let dtype = DType::from_safetensors(info.dtype);
+        let dtype = dtype.ok_or_else(|| ImageError::ElementType(name.clone()))?;
+        Ok(TensorSpec::new(name, dtype, info.shape.clone()))
+    });
+    Ok(Schema::new(tensors.collect::<Result<_, ImageError>>()?)?)
+}
+
+/// Copies the header out and reads it; gives it with where the data begins.
+fn read_header(image: &[u8]) -> Result<(safetensors::tensor::Metadata, usize), ImageError> {
+    let have = image.len();
+    let length = image
+        .first_chunk::<8>()
+        .ok_or(ImageError::HeaderCut { have, need: 8 })?;
+    let length = u64::from_le_bytes(*length);
+    if length > MAX_HEADER_BYTES as u64 {
+        return Err(ImageError::HeaderTooLarge(length));
+    }
+    let offset = 8 + length as usize;
+    let header = image
+        .get(8..offset)
+        .ok_or(ImageError::HeaderCut {
+            have,
+            need: offset as u64,
+        })?
+        .to_vec();
+    if !offset.is_multiple_of(DATA_ALIGN) {
+        return Err(ImageError::Misaligned(offset));
+    }
+    let header: safetensors::tensor::Metadata =
+        serde_json::from_slice(&header).map_err(ImageError::HeaderSyntax)?;
+    Ok((header, offset))
 }
 
 /// Copies the tensors of any safetensors file into a model: in whatever order they lie there, with or without our

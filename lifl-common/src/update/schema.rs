@@ -51,6 +51,26 @@ impl DType {
         matches!(self, Self::F64 | Self::F32 | Self::F16 | Self::BF16)
     }
 
+    /// Of safetensors' types, the ones that are ours too.
+    pub(super) const fn from_safetensors(dtype: safetensors::Dtype) -> Option<Self> {
+        use safetensors::Dtype as S;
+        Some(match dtype {
+            S::F64 => Self::F64,
+            S::I64 => Self::I64,
+            S::U64 => Self::U64,
+            S::F32 => Self::F32,
+            S::I32 => Self::I32,
+            S::U32 => Self::U32,
+            S::F16 => Self::F16,
+            S::BF16 => Self::BF16,
+            S::I16 => Self::I16,
+            S::U16 => Self::U16,
+            S::I8 => Self::I8,
+            S::U8 => Self::U8,
+            _ => return None,
+        })
+    }
+
     pub(super) const fn to_safetensors(self) -> safetensors::Dtype {
         use safetensors::Dtype as S;
         match self {
@@ -197,6 +217,27 @@ impl Schema {
         self.iter()
             .map(|(tensor, range)| range.len() / tensor.dtype.bytes())
             .sum()
+    }
+
+    /// A number that two schemas have in common only if they are equal, but for chance: FNV-1a over names, types and
+    /// shapes. It finds mistakes, not malice.
+    pub fn digest(&self) -> u64 {
+        let mut digest = 0xcbf2_9ce4_8422_2325_u64;
+        let mut take = |bytes: &[u8]| {
+            for byte in bytes {
+                digest = (digest ^ u64::from(*byte)).wrapping_mul(0x0000_0100_0000_01b3);
+            }
+        };
+        for tensor in &self.tensors {
+            take(&(tensor.name.len() as u64).to_le_bytes());
+            take(tensor.name.as_bytes());
+            take(tensor.dtype.to_string().as_bytes());
+            take(&(tensor.shape.len() as u64).to_le_bytes());
+            for &dimension in &tensor.shape {
+                take(&(dimension as u64).to_le_bytes());
+            }
+        }
+        digest
     }
 
     /// The data as runs of one element type; at most one run for each type.

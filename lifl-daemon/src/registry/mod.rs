@@ -9,17 +9,21 @@
 //!
 //! Requests are judged here and nowhere else. Nothing here waits: answers and events go into an outbox.
 
+mod door;
 mod status;
 
 use std::collections::{BTreeMap, HashMap};
 use std::fs::File;
 use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
 
 use lifl_common::arena::{Layout, memfd};
 use lifl_common::control::{DeadLetter, ErrorCode, Event, Message, PROTOCOL, PeerLost, Reply, Request};
 use lifl_common::frame::{Frame, Refusal};
 use lifl_common::id::{ArenaId, JobId, WorkerId};
+use lifl_common::session::Traffic;
 
+use crate::gateway::{self, GatewayOptions};
 use crate::plane::{Plane, PlaneError};
 use crate::pool::Pool;
 
@@ -66,6 +70,8 @@ struct Job {
     ended: bool,
     arena_bytes: u64,
     arena_peak_bytes: u64,
+    /// What goes through the gateway, once it is asked for.
+    traffic: Option<Arc<Traffic>>,
 }
 
 #[derive(Debug)]
@@ -109,6 +115,8 @@ pub(crate) struct Registry {
     last_worker: u32,
     last_arena: u32,
     outbox: Vec<Outgoing>,
+    gateway: gateway::Handle,
+    gateway_options: GatewayOptions,
 }
 
 /// A request that is not granted.
@@ -121,7 +129,13 @@ fn deny<T>(code: ErrorCode, message: impl Into<String>) -> Result<T, Denial> {
 }
 
 impl Registry {
-    pub(crate) fn new(facts: Facts, plane: Plane, pool: Pool) -> Self {
+    pub(crate) fn new(
+        facts: Facts,
+        plane: Plane,
+        pool: Pool,
+        gateway: gateway::Handle,
+        gateway_options: GatewayOptions,
+    ) -> Self {
         Self {
             facts,
             plane,
@@ -134,6 +148,8 @@ impl Registry {
             last_worker: 0,
             last_arena: 0,
             outbox: Vec::new(),
+            gateway,
+            gateway_options,
         }
     }
 
@@ -174,7 +190,19 @@ impl Registry {
         let Some(peer) = self.conns.get(&id).map(|conn| conn.peer) else {
             return;
         };
-        let (reply, fd) = match self.answer(id, request, fds) {
+        let answer = match request {
+            Request::OpenGateway {
+                p2p,
+                object_bytes,
+                mqtt,
+            } => match self.open_gateway(id, p2p, mqtt, object_bytes) {
+                // It answers itself, when it is open.
+                Ok(()) => return,
+                Err(denial) => Err(denial),
+            },
+            request => self.answer(id, request, fds),
+        };
+        let (reply, fd) = match answer {
             Ok(answer) => answer,
             Err(Denial(code, message)) => {
                 tracing::warn!(pid = peer.pid, uid = peer.uid, ?code, "refused: {message}");
@@ -287,6 +315,9 @@ impl Registry {
             Request::CreateArena { layout } => self.create_arena(id, layout),
             Request::SealArena { arena } => self.seal_arena(id, arena),
             Request::OpenArena { arena } => self.open_arena(id, arena),
+            Request::OpenGateway { .. } => unreachable!("answered by the gateway"),
+            Request::ExpectWorkers { workers } => self.expect_workers(id, workers),
+            Request::DropWorker { name } => self.drop_worker(id, name),
             Request::Status { job, after } => self.status(id, job, after),
             Request::EndJob { reason } => {
                 let Some(job) = conn.job else {
@@ -315,6 +346,7 @@ impl Registry {
             ended: false,
             arena_bytes: 0,
             arena_peak_bytes: 0,
+            traffic: None,
         };
         self.jobs.insert(job, made);
         self.known_mut(id)?.job = Some(job);
@@ -342,7 +374,9 @@ impl Registry {
         let Some(job) = self.jobs.get(&job_id).filter(|job| !job.ended) else {
             return deny(ErrorCode::NotFound, format!("there is no job {job_id}"));
         };
-        if peer.uid != job.uid && peer.uid != 0 {
+        // The daemon's own are proxies, which its gateway lets in.
+        let own = peer.pid.unsigned_abs() == std::process::id();
+        if peer.uid != job.uid && peer.uid != 0 && !own {
             return deny(ErrorCode::Denied, format!("job {job_id} is another user's"));
         }
         if self
@@ -507,6 +541,7 @@ impl Registry {
             return;
         };
         job.ended = true;
+        self.gateway.close(id);
         tracing::info!(job = %id, name = %job.name, reason, "job ended");
         for worker in self
             .workers

@@ -1,7 +1,7 @@
 //! What the registry shows: the daemon's first word, and pages of what is registered.
 
 use lifl_common::control::{
-    ArenaStatus, ErrorCode, JobStatus, PROTOCOL, Reply, Status, Welcome, WorkerStatus,
+    ArenaStatus, ErrorCode, GatewayStatus, JobStatus, PROTOCOL, Reply, Status, Welcome, WorkerStatus,
 };
 use lifl_common::id::{JobId, WorkerId};
 
@@ -30,6 +30,10 @@ impl Registry {
                     workers: workers as u32,
                     arena_bytes: job.arena_bytes,
                     arena_peak_bytes: job.arena_peak_bytes,
+                    gateway: job.traffic.as_ref().map(|traffic| GatewayStatus {
+                        bytes_received: traffic.received(),
+                        bytes_sent: traffic.sent(),
+                    }),
                 }
             });
         let start = WorkerId(after.map_or(0, |after| after.0.saturating_add(1)));

@@ -4,6 +4,7 @@ use std::os::unix::net::UnixStream;
 
 use lifl_common::control::Status;
 use lifl_common::plane::PlaneKind;
+use tokio_util::sync::CancellationToken;
 
 use super::*;
 use crate::plane::{self, choose};
@@ -24,8 +25,11 @@ impl Bench {
             max_workers: 16,
         };
         let pool = Pool::new(1 << 20, HugePages::Never);
+        let options = GatewayOptions::default();
+        // Nobody runs it: what the registry lets through is not answered.
+        let (gateway, ..) = gateway::gateway("nowhere".into(), &options, CancellationToken::new());
         Self {
-            registry: Registry::new(facts, chosen.plane, pool),
+            registry: Registry::new(facts, chosen.plane, pool, gateway, options),
             far: Vec::new(),
         }
     }

@@ -71,14 +71,14 @@ impl Aggregator {
     /// No child reads the model any more.
     async fn model_done(&mut self, model: Lent, round: u32) -> anyhow::Result<()> {
         self.models.remove(&model.key);
-        if model.by == WorkerId::NONE {
-            self.retire(model.key);
-            return Ok(());
-        }
         self.release_model(model, round).await
     }
 
     pub(super) async fn release_model(&mut self, model: Lent, round: u32) -> anyhow::Result<()> {
+        if model.by == WorkerId::NONE {
+            self.retire(model.key);
+            return Ok(());
+        }
         self.link
             .send(
                 model.by,
@@ -92,7 +92,7 @@ impl Aggregator {
             .await
     }
 
-    /// The top's slot of a model that is not the current one and that nobody reads is free again.
+    /// The own slot of a model that is not the top's current one and that nobody reads is free again.
     pub(super) fn retire(&mut self, key: Key) {
         let current = self.current.is_some_and(|current| current.key == key);
         if !current && !self.models.contains_key(&key) {

@@ -1,0 +1,406 @@
+//! The codec, and two ends that talk over a real connection which breaks as it likes.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use proptest::prelude::*;
+use tokio::io::AsyncWriteExt;
+use tokio::net::{TcpListener, TcpStream};
+
+use super::message::{MAX_CHUNK_BYTES, check_length};
+use super::*;
+
+fn any_object() -> impl Strategy<Value = Object> {
+    (any::<u32>(), any::<u64>(), any::<u64>()).prop_map(|(round, length, schema)| Object {
+        round,
+        length,
+        schema,
+    })
+}
+
+fn any_message() -> impl Strategy<Value = Message> {
+    let hello =
+        (any::<u64>(), any::<[u8; 16]>(), "[a-z0-9 /#+äß-]{1,40}").prop_map(|(instance, token, name)| {
+            Message::Hello(Hello::new(JobToken::from_bytes(token), name, instance))
+        });
+    let update = (
+        any_object(),
+        any::<(u64, u32, u64, u64)>(),
+        proptest::num::f64::NORMAL,
+    );
+    let update = update.prop_map(|(object, (samples, covers, folded, bytes_copied), loss)| {
+        Message::Update(UpdateHeader {
+            object,
+            samples,
+            covers,
+            loss,
+            folded,
+            bytes_copied,
+        })
+    });
+    prop_oneof![
+        hello,
+        update,
+        any::<u16>().prop_map(Message::Welcome),
+        Just(Message::Ready),
+        any_object().prop_map(Message::Model),
+        any::<(u32, u64)>().prop_map(|(round, offset)| Message::Ack { round, offset }),
+        any::<(u32, u16)>().prop_map(|(round, refusal)| Message::Verdict { round, refusal }),
+        any::<u32>().prop_map(Message::Nothing),
+        Just(Message::Ping),
+        "\\PC{0,100}".prop_map(Message::End),
+        (any::<bool>(), "\\PC{0,100}").prop_map(|(last, reason)| Message::Bye { last, reason }),
+    ]
+}
+
+proptest! {
+    #[test]
+    fn messages_come_back_as_they_were(message in any_message()) {
+        prop_assert_eq!(Message::decode(&message.encode()), Ok(message));
+    }
+
+    #[test]
+    fn any_bytes_are_a_message_or_an_error(bytes in proptest::collection::vec(any::<u8>(), 0..2000)) {
+        let _ = Message::decode(&bytes);
+        let _ = Message::decode_chunk(&bytes, bytes.len());
+    }
+
+    #[test]
+    fn a_message_cut_short_or_made_longer_is_none(message in any_message(), more in 1_usize..20) {
+        let whole = message.encode();
+        let mut longer = whole.clone();
+        longer.extend(vec![0; more]);
+        prop_assert!(Message::decode(&longer).is_err());
+        prop_assert!(Message::decode(&whole[..whole.len().saturating_sub(more)]).is_err());
+    }
+
+    #[test]
+    fn tokens_survive_their_text(bytes in any::<[u8; 16]>(), other in any::<[u8; 16]>()) {
+        let token = JobToken::from_bytes(bytes);
+        prop_assert!(JobToken::from_hex(&token.to_hex()).expect("hex").is(&token));
+        prop_assert_eq!(token.is(&JobToken::from_bytes(other)), bytes == other);
+    }
+}
+
+#[test]
+fn lengths_are_judged_before_anything_is_read() {
+    assert_eq!(check_length(6, 14), Ok(()));
+    assert_eq!(check_length(6, 13 + MAX_CHUNK_BYTES as u64), Ok(()));
+    for (kind, bytes) in [
+        (6, 13),
+        (6, 14 + MAX_CHUNK_BYTES as u64),
+        (6, u64::from(u32::MAX)),
+        (1, 1025),
+        (3, 0),
+    ] {
+        assert_eq!(check_length(kind, bytes), Err(Malformed::Length { kind, bytes }));
+    }
+    assert_eq!(check_length(77, 5), Err(Malformed::Kind(77)));
+}
+
+#[test]
+fn no_token_that_is_none() {
+    for text in ["", "00", &"0".repeat(31), &"g".repeat(32), &"ä".repeat(16)] {
+        assert!(JobToken::from_hex(text).is_none(), "{text:?}");
+    }
+}
+
+#[test]
+fn a_long_reason_is_cut_between_characters() {
+    let message = Message::End("ä".repeat(400));
+    let Ok(Message::End(reason)) = Message::decode(&message.encode()) else {
+        panic!("no end");
+    };
+    assert_eq!(reason, "ä".repeat(256));
+}
+
+/// A connection, both ends of it.
+async fn connection() -> (TcpStream, TcpStream) {
+    let listener = TcpListener::bind("127.0.0.1:0").await.expect("bound");
+    let near = TcpStream::connect(listener.local_addr().expect("bound"));
+    let (near, far) = tokio::join!(near, listener.accept());
+    (near.expect("connected"), far.expect("accepted").0)
+}
+
+async fn wires() -> (Wire, Wire) {
+    let (near, far) = connection().await;
+    (tcp::wire(near).expect("open"), tcp::wire(far).expect("open"))
+}
+
+fn data(bytes: usize, seed: u8) -> Arc<Buffer> {
+    let mut buffer = Buffer::new(bytes);
+    for (n, byte) in buffer.bytes_mut().iter_mut().enumerate() {
+        *byte = (n as u8).wrapping_mul(31).wrapping_add(seed) ^ (n >> 8) as u8;
+    }
+    Arc::new(buffer)
+}
+
+fn model(round: u32, bytes: usize) -> Object {
+    Object {
+        round,
+        length: bytes as u64,
+        schema: 7,
+    }
+}
+
+/// Lets an end receive one object, taking it as soon as it is offered.
+async fn receive(exchange: &mut Exchange, wire: &mut Wire) -> Result<(Object, Room), Broken> {
+    loop {
+        match exchange.next(wire).await? {
+            Happened::Offered(header) => {
+                let object = *header.object().expect("a header");
+                let room = Room::Private(Buffer::new(object.length as usize));
+                exchange.accept(wire, object, room);
+            }
+            Happened::Received { object, room } => return Ok((object, room)),
+            other => panic!("{other:?}"),
+        }
+    }
+}
+
+/// Keeps an end going until its object is there.
+async fn sent(exchange: &mut Exchange, wire: &mut Wire) -> Result<u32, Broken> {
+    match exchange.next(wire).await? {
+        Happened::Sent(round) => Ok(round),
+        other => panic!("{other:?}"),
+    }
+}
+
+#[tokio::test]
+async fn objects_go_both_ways_at_once() {
+    let (mut near, mut far) = wires().await;
+    let (mut one, mut other) = (Exchange::default(), Exchange::default());
+    let (up, down) = (data(20_000_001, 1), data(19_999_999, 2));
+    let offered = |data: &Arc<Buffer>| {
+        (
+            Message::Model(model(3, data.bytes().len())),
+            Source::Private(Arc::clone(data)),
+        )
+    };
+    let (header, source) = offered(&up);
+    one.offer(Some(&mut near), header, source);
+    let (header, source) = offered(&down);
+    other.offer(Some(&mut far), header, source);
+    let end = async |exchange: &mut Exchange, wire: &mut Wire| {
+        let (mut got, mut gone) = (None, false);
+        while got.is_none() || !gone {
+            match exchange.next(wire).await.expect("open") {
+                Happened::Offered(header) => {
+                    let object = *header.object().expect("a header");
+                    exchange.accept(wire, object, Room::Private(Buffer::new(object.length as usize)));
+                }
+                Happened::Received { room, .. } => got = Some(room),
+                Happened::Sent(_) => gone = true,
+                Happened::Message(message) => panic!("{message:?}"),
+            }
+        }
+        wire.flush().await.expect("open");
+        got.expect("received")
+    };
+    let (mut at_near, mut at_far) = tokio::join!(end(&mut one, &mut near), end(&mut other, &mut far));
+    assert!(at_far.data_mut() == up.bytes(), "what went up came otherwise");
+    assert!(
+        at_near.data_mut() == down.bytes(),
+        "what went down came otherwise"
+    );
+}
+
+#[tokio::test]
+async fn a_transfer_goes_on_where_its_connection_broke() {
+    let bytes = 30_000_000;
+    let original = data(bytes, 9);
+    let (mut sender, mut receiver) = (Exchange::default(), Exchange::default());
+    sender.offer(
+        None,
+        Message::Model(model(1, bytes)),
+        Source::Private(Arc::clone(&original)),
+    );
+    let mut whole = 0;
+    let mut got = None;
+    for cut_after in [1_000_000_u64, 9_000_000, 9_100_000, u64::MAX] {
+        let (mut near, mut far) = wires().await;
+        let traffic = Arc::new(Traffic::default());
+        far.count_in(Arc::clone(&traffic));
+        sender.resume(&mut near);
+        tokio::select! {
+            done = async { tokio::join!(sent(&mut sender, &mut near), async {
+                let got = receive(&mut receiver, &mut far).await;
+                far.flush().await.expect("open");
+                got
+            }) } => got = Some(done.1.expect("open")),
+            () = async {
+                while traffic.received() < cut_after {
+                    tokio::task::yield_now().await;
+                }
+            } => {}
+        }
+        whole += traffic.received();
+    }
+    let (object, mut room) = got.expect("complete");
+    assert_eq!(object, model(1, bytes));
+    assert!(room.data_mut() == original.bytes(), "it came otherwise");
+    let twice = whole - bytes as u64;
+    assert!(twice < 3 * (9 << 20), "{twice} bytes went twice: it began anew");
+}
+
+#[tokio::test]
+async fn what_was_complete_is_not_taken_twice() {
+    let original = data(1000, 4);
+    let (mut sender, mut receiver) = (Exchange::default(), Exchange::default());
+    let header = Message::Model(model(5, 1000));
+    for first in [true, false] {
+        let (mut near, mut far) = wires().await;
+        sender.offer(
+            Some(&mut near),
+            header.clone(),
+            Source::Private(Arc::clone(&original)),
+        );
+        if first {
+            let (_, got) = tokio::join!(sent(&mut sender, &mut near), async {
+                let got = receive(&mut receiver, &mut far).await.expect("complete");
+                far.flush().await.expect("open");
+                got
+            });
+            assert_eq!(got.0.round, 5);
+        } else {
+            // The last acknowledgement was lost: the sender says it again, and hears that it is there.
+            tokio::select! {
+                round = sent(&mut sender, &mut near) => assert_eq!(round.expect("open"), 5),
+                again = receive(&mut receiver, &mut far) => panic!("taken again: {again:?}"),
+            }
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_sender_waits_for_a_place() {
+    let (mut near, mut far) = wires().await;
+    let (mut sender, mut receiver) = (Exchange::default(), Exchange::default());
+    let traffic = Arc::new(Traffic::default());
+    far.count_in(Arc::clone(&traffic));
+    sender.offer(
+        Some(&mut near),
+        Message::Model(model(1, 5000)),
+        Source::Private(data(5000, 1)),
+    );
+    let offered = tokio::select! {
+        offered = receiver.next(&mut far) => offered.expect("open"),
+        other = sender.next(&mut near) => panic!("{other:?}"),
+    };
+    assert!(matches!(offered, Happened::Offered(Message::Model(_))));
+    let quiet = tokio::time::timeout(Duration::from_millis(50), async {
+        tokio::join!(receiver.next(&mut far), sender.next(&mut near))
+    });
+    assert!(quiet.await.is_err(), "something came before there was a place");
+    assert!(traffic.received() < 100, "{} bytes", traffic.received());
+}
+
+/// What an end with 1,000 bytes of room for round 2 makes of those bytes.
+async fn judged(bytes: &[u8]) -> Broken {
+    let (near, mut far) = connection().await;
+    let mut wire = tcp::wire(near).expect("open");
+    let mut exchange = Exchange::default();
+    exchange.accept(&mut wire, model(2, 1000), Room::Private(Buffer::new(1000)));
+    far.write_all(bytes).await.expect("written");
+    let judged = async {
+        loop {
+            if let Err(broken) = exchange.next(&mut wire).await {
+                return broken;
+            }
+        }
+    };
+    let patience = Duration::from_secs(20);
+    tokio::time::timeout(patience, judged)
+        .await
+        .expect("judged at once")
+}
+
+fn chunk(round: u32, offset: u64, length: usize) -> Vec<u8> {
+    let mut bytes = tcp::framed(&Message::Chunk {
+        round,
+        offset,
+        length,
+    });
+    bytes.extend(vec![1; length]);
+    bytes
+}
+
+#[tokio::test]
+async fn chunks_out_of_place_end_the_session() {
+    for bytes in [
+        chunk(3, 0, 100),
+        chunk(2, 1, 100),
+        chunk(2, u64::MAX, 100),
+        chunk(2, 0, 1001),
+        [chunk(2, 0, 600), chunk(2, 600, 500)].concat(),
+        [chunk(2, 0, 600), chunk(2, 0, 400)].concat(),
+    ] {
+        assert!(
+            matches!(judged(&bytes).await, Broken::Malformed(Malformed::Chunk { .. })),
+            "{:?}",
+            &bytes[..20]
+        );
+    }
+}
+
+#[tokio::test]
+async fn lengths_beyond_all_measure_end_the_session() {
+    let huge = [&u32::MAX.to_le_bytes()[..], &[6]].concat();
+    let broken = judged(&huge).await;
+    assert!(
+        matches!(broken, Broken::Malformed(Malformed::Length { kind: 6, .. })),
+        "{broken}"
+    );
+    let broken = judged(b"GET / HTTP/1.1\r\n\r\n").await;
+    assert!(
+        matches!(broken, Broken::Malformed(Malformed::Kind(_))),
+        "{broken}"
+    );
+    let unsent = tcp::framed(&Message::Ack { round: 9, offset: 5 });
+    let beyond = [unsent, chunk(9, 0, 5)].concat();
+    assert!(matches!(
+        judged(&beyond).await,
+        Broken::Malformed(Malformed::Chunk { .. })
+    ));
+}
+
+#[tokio::test]
+async fn an_acknowledgement_of_what_was_not_sent_ends_the_session() {
+    let (near, mut far) = connection().await;
+    let mut wire = tcp::wire(near).expect("open");
+    let mut exchange = Exchange::default();
+    exchange.offer(
+        Some(&mut wire),
+        Message::Model(model(1, 100)),
+        Source::Private(data(100, 1)),
+    );
+    far.write_all(&tcp::framed(&Message::Ack {
+        round: 1,
+        offset: 101,
+    }))
+    .await
+    .expect("written");
+    let broken = exchange.next(&mut wire).await.expect_err("broken");
+    assert!(
+        matches!(broken, Broken::Malformed(Malformed::Ack { .. })),
+        "{broken}"
+    );
+}
+
+#[tokio::test(start_paused = true)]
+async fn silence_is_noticed_and_pings_break_it() {
+    let (mut near, mut far) = wires().await;
+    let (mut one, mut other) = (Exchange::default(), Exchange::default());
+    let spoken = tokio::time::timeout(Duration::from_secs(600), async {
+        tokio::select! {
+            one = one.next(&mut near) => one,
+            other = other.next(&mut far) => other,
+        }
+    });
+    assert!(spoken.await.is_err(), "two ends that ping do not part");
+    let broken = one
+        .next(&mut near)
+        .await
+        .expect_err("the other end says nothing any more");
+    assert!(matches!(broken, Broken::Silent(_)), "{broken}");
+}

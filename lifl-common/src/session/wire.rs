@@ -1,0 +1,180 @@
+//! A session's connection: messages in order, or broken.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+
+use tokio::time::Instant;
+
+use super::exchange::{Exchange, Happened, Incoming, Outgoing};
+use super::message::{Broken, Malformed, Message};
+use super::{Hello, Traffic, VERSION, mqtt, tcp};
+
+/// Messages that wait to be sent; who lets more pile up does not read.
+const QUEUE: usize = 1024;
+
+/// How much of an object is under way.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Limits {
+    /// The longest chunk's data.
+    pub chunk_bytes: usize,
+    /// Bytes sent and not acknowledged.
+    pub window_bytes: u64,
+}
+
+/// One connection of one worker's session.
+#[derive(Debug)]
+pub struct Wire {
+    pub(super) reader: Reader,
+    pub(super) writer: Writer,
+    pub(super) limits: Limits,
+    pub(super) heard: Instant,
+    pub(super) said: Instant,
+}
+
+#[derive(Debug)]
+pub(super) enum Reader {
+    Tcp(Box<tcp::Reader>),
+    Mqtt(mqtt::Reader),
+}
+
+#[derive(Debug)]
+pub(super) enum Writer {
+    Tcp(tcp::Writer),
+    Mqtt(mqtt::Writer),
+}
+
+/// Encoded messages that wait.
+#[derive(Debug, Default)]
+pub(super) struct Queue {
+    waiting: VecDeque<Vec<u8>>,
+}
+
+impl Queue {
+    pub(super) fn push(&mut self, message: Vec<u8>) {
+        // One too many is kept, as the mark that there were too many.
+        if self.waiting.len() <= QUEUE {
+            self.waiting.push_back(message);
+        }
+    }
+
+    pub(super) fn pop(&mut self) -> Result<Option<Vec<u8>>, Broken> {
+        if self.waiting.len() > QUEUE {
+            return Err(Broken::Unread);
+        }
+        Ok(self.waiting.pop_front())
+    }
+}
+
+impl Reader {
+    pub(super) async fn next(&mut self, incoming: &mut Incoming) -> Result<Message, Broken> {
+        match self {
+            Self::Tcp(reader) => reader.next(incoming).await,
+            Self::Mqtt(reader) => reader.next(incoming).await,
+        }
+    }
+}
+
+impl Writer {
+    /// Sends whatever may be sent; ends only when the connection does. Cancel-safe.
+    pub(super) async fn drive(&mut self, outgoing: Option<&mut Outgoing>, limits: &Limits) -> Broken {
+        match self {
+            Self::Tcp(writer) => writer.drive(outgoing, limits).await,
+            Self::Mqtt(writer) => writer.drive(outgoing, limits).await,
+        }
+    }
+}
+
+impl Wire {
+    pub(super) fn new(reader: Reader, writer: Writer, limits: Limits) -> Self {
+        let now = Instant::now();
+        Self {
+            reader,
+            writer,
+            limits,
+            heard: now,
+            said: now,
+        }
+    }
+
+    /// Counts this wire's bytes there, from here on.
+    pub fn count_in(&mut self, traffic: Arc<Traffic>) {
+        match &mut self.reader {
+            Reader::Tcp(reader) => reader.traffic = Arc::clone(&traffic),
+            Reader::Mqtt(reader) => reader.traffic = Arc::clone(&traffic),
+        }
+        match &mut self.writer {
+            Writer::Tcp(writer) => writer.traffic = traffic,
+            Writer::Mqtt(writer) => writer.traffic = traffic,
+        }
+    }
+
+    /// Makes chunks at most so long, where a broker may find longer ones too long.
+    pub fn limit_chunks(&mut self, bytes: usize) {
+        if matches!(self.writer, Writer::Mqtt(_)) {
+            let chunks = self.limits.window_bytes / self.limits.chunk_bytes as u64;
+            self.limits.chunk_bytes = self.limits.chunk_bytes.min(bytes).max(1);
+            self.limits.window_bytes = chunks * self.limits.chunk_bytes as u64;
+        }
+    }
+
+    /// Puts a message into the queue, which [`Exchange::next`] sends.
+    pub fn send(&mut self, message: &Message) {
+        self.said = Instant::now();
+        match &mut self.writer {
+            Writer::Tcp(writer) => writer.queue.push(tcp::framed(message)),
+            Writer::Mqtt(writer) => writer.queue.push(message.encode()),
+        }
+    }
+
+    /// Sends what is in the queue.
+    ///
+    /// # Errors
+    /// If the connection fails.
+    pub async fn flush(&mut self) -> Result<(), Broken> {
+        match &mut self.writer {
+            Writer::Tcp(writer) => writer.flush().await,
+            Writer::Mqtt(writer) => writer.flush().await,
+        }
+    }
+
+    /// Says a last word and closes. A connection is closed in an orderly way: what is thrown at it meanwhile is read and
+    /// dropped, or the kernel would reset it and the last word could be lost.
+    pub async fn close(mut self, last_word: &Message) {
+        self.send(last_word);
+        if self.flush().await.is_err() {
+            return;
+        }
+        if let (Reader::Tcp(reader), Writer::Tcp(writer)) = (&mut self.reader, &mut self.writer) {
+            writer.shut().await;
+            reader.drain().await;
+        }
+    }
+
+    /// Waits for a worker's first word.
+    ///
+    /// # Errors
+    /// If it is none.
+    pub async fn hello(&mut self) -> Result<Hello, Broken> {
+        match Exchange::default().next(self).await? {
+            Happened::Message(Message::Hello(hello)) => Ok(hello),
+            _ => Err(Malformed::Magic.into()),
+        }
+    }
+
+    /// Says a worker's first word and waits to be let in.
+    ///
+    /// # Errors
+    /// If the other end is no gateway of this version, or does not let us in.
+    pub async fn introduce(&mut self, hello: &Hello) -> Result<(), Broken> {
+        self.send(&Message::Hello(hello.clone()));
+        match Exchange::default().next(self).await? {
+            Happened::Message(Message::Welcome(VERSION)) => Ok(()),
+            Happened::Message(Message::Welcome(theirs)) => Err(Broken::Bye {
+                last: true,
+                reason: format!("the gateway speaks version {theirs}, this program {VERSION}"),
+            }),
+            Happened::Message(other) => Err(Malformed::Unexpected(other.name()).into()),
+            _ => Err(Malformed::Unexpected("an object").into()),
+        }
+    }
+}

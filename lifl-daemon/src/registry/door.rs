@@ -1,0 +1,132 @@
+//! What a job's maker asks of the gateway, judged before the gateway does it.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+
+use lifl_common::arena::Layout;
+use lifl_common::control::{ErrorCode, Message, RemoteWorker, Reply};
+use lifl_common::id::JobId;
+use lifl_common::session::mqtt::Broker;
+use lifl_common::session::{MAX_NAME_BYTES as MAX_REMOTE_NAME_BYTES, Traffic};
+
+use super::{Answer, ConnId, Denial, Outgoing, Registry, check_name, deny};
+use crate::gateway::{Door, Opened};
+
+impl Registry {
+    /// Has the gateway opened; [`gateway_opened`](Self::gateway_opened) answers.
+    pub(super) fn open_gateway(
+        &mut self,
+        id: ConnId,
+        p2p: Option<SocketAddr>,
+        mqtt: Option<String>,
+        object_bytes: u64,
+    ) -> Result<(), Denial> {
+        let job_id = self.made_by(id)?;
+        if let Some(address) = p2p
+            && !self.gateway_options.admits(address.ip())
+        {
+            let ip = address.ip();
+            let message = format!(
+                "the gateway may listen on loopback addresses only, not on {ip}: give the broker of sort p2p such a \
+                 host, or start lifl-daemon with --gateway-listen {ip}"
+            );
+            return deny(ErrorCode::Denied, message);
+        }
+        let mqtt = match mqtt {
+            None => None,
+            Some(broker) => match Broker::parse(&broker) {
+                Some(broker) => Some(broker),
+                None => {
+                    let message = format!("{broker:?} is no broker: give host:port");
+                    return deny(ErrorCode::BadRequest, message);
+                }
+            },
+        };
+        if p2p.is_none() && mqtt.is_none() {
+            return deny(ErrorCode::BadRequest, "a gateway needs an address or a broker");
+        }
+        if Layout::for_objects(1, object_bytes).is_none() {
+            return deny(ErrorCode::BadRequest, format!("no slot has {object_bytes} bytes"));
+        }
+        let Some(job) = self.jobs.get_mut(&job_id).filter(|job| !job.ended) else {
+            return deny(ErrorCode::NotFound, format!("there is no job {job_id}"));
+        };
+        if job.traffic.is_some() {
+            return deny(ErrorCode::BadRequest, "the gateway is open for this job already");
+        }
+        let traffic = Arc::new(Traffic::default());
+        job.traffic = Some(Arc::clone(&traffic));
+        self.gateway.open(Door {
+            conn: id,
+            job: job_id,
+            p2p,
+            mqtt,
+            object_bytes,
+            traffic,
+        });
+        Ok(())
+    }
+
+    /// The gateway is open for a job, or cannot be.
+    pub(crate) fn gateway_opened(&mut self, opened: Opened) {
+        let Opened { conn, job, reply } = opened;
+        if let Reply::Error { message, .. } = &reply {
+            tracing::warn!(%job, "no gateway: {message}");
+            if let Some(job) = self.jobs.get_mut(&job) {
+                job.traffic = None;
+            }
+        }
+        // A job that ended meanwhile was not open yet when it was to be closed.
+        if self.jobs.get(&job).is_none_or(|job| job.ended) {
+            self.gateway.close(job);
+        }
+        self.outbox.push(Outgoing {
+            to: conn,
+            message: Message::Reply(reply),
+            fd: None,
+        });
+    }
+
+    pub(super) fn expect_workers(&mut self, id: ConnId, workers: Vec<RemoteWorker>) -> Answer {
+        let job = self.made_with_gateway(id)?;
+        for RemoteWorker { name, role } in &workers {
+            check_name("role", role)?;
+            check_name("worker", name)?;
+            if name.len() > MAX_REMOTE_NAME_BYTES {
+                let message = format!("a remote worker's name has at most {MAX_REMOTE_NAME_BYTES} bytes");
+                return deny(ErrorCode::BadRequest, message);
+            }
+        }
+        self.gateway.expect(job, workers);
+        Ok((Reply::Done {}, None))
+    }
+
+    pub(super) fn drop_worker(&mut self, id: ConnId, name: String) -> Answer {
+        let job = self.made_with_gateway(id)?;
+        self.gateway.drop_worker(job, name);
+        Ok((Reply::Done {}, None))
+    }
+
+    fn made_with_gateway(&self, id: ConnId) -> Result<JobId, Denial> {
+        let job = self.made_by(id)?;
+        if self.jobs.get(&job).is_some_and(|job| job.traffic.is_some()) {
+            return Ok(job);
+        }
+        deny(ErrorCode::BadRequest, "the gateway is not open for this job")
+    }
+
+    /// The job that a connection made.
+    fn made_by(&self, id: ConnId) -> Result<JobId, Denial> {
+        let conn = self.known(id)?;
+        if !conn.hello {
+            return deny(ErrorCode::BadRequest, "the first request must be hello");
+        }
+        match conn.job {
+            Some(job) => Ok(job),
+            None => deny(
+                ErrorCode::Denied,
+                "only the connection that made a job opens its gateway",
+            ),
+        }
+    }
+}

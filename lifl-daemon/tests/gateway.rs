@@ -1,0 +1,572 @@
+//! The gateway, with the test as parent on the node and as worker beyond it.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use lifl_common::arena::{Layout, OwnedArena};
+use lifl_common::client::{Client, ClientError, FrameSocket};
+use lifl_common::control::{ErrorCode, Event, RemoteWorker};
+use lifl_common::frame::{Frame, FrameKind, Refusal};
+use lifl_common::id::{JobId, WorkerId};
+use lifl_common::session::{
+    Broken, Buffer, Exchange, Happened, Hello, JobToken, Message, Object, Room, Source, Traffic,
+    UpdateHeader, Wire, proxy_name, tcp,
+};
+use lifl_common::update::{DType, Metadata, Schema, TensorSpec, image};
+use lifl_daemon::plane::Request;
+use lifl_daemon::pool::HugePages;
+use lifl_daemon::{Daemon, GatewayOptions, Options};
+use tokio_util::sync::CancellationToken;
+
+const PATIENCE: Duration = Duration::from_secs(30);
+
+/// Elements of a job's one tensor: 8 MB, more than a connection holds.
+const SOME: usize = 2_000_000;
+
+/// Elements of a tensor that is under way for a while.
+const MANY: usize = 16_000_000;
+
+async fn within<T>(what: impl Future<Output = T>) -> T {
+    tokio::time::timeout(PATIENCE, what).await.expect("in time")
+}
+
+/// A daemon, a job whose coordinator is also the parent, and its open gateway.
+struct Stage {
+    daemon: Daemon,
+    client: Client,
+    job: JobId,
+    frames: FrameSocket,
+    id: WorkerId,
+    arena: OwnedArena,
+    schema: Schema,
+    address: SocketAddr,
+    token: JobToken,
+    folder: tempfile::TempDir,
+}
+
+/// A worker beyond the node.
+struct Remote {
+    exchange: Exchange,
+    hello: Hello,
+}
+
+impl Stage {
+    async fn set(grace: Duration, elements: usize) -> Self {
+        let folder = tempfile::tempdir().expect("a folder");
+        let options = Options {
+            socket: folder.path().join("lifl.sock"),
+            socket_mode: 0o600,
+            socket_group: None,
+            plane: Request::Relay,
+            pool_bytes: 512 << 20,
+            huge_pages: HugePages::Never,
+            max_workers: 16,
+            flame: None,
+            gateway: GatewayOptions {
+                grace,
+                ..GatewayOptions::default()
+            },
+        };
+        let daemon = Daemon::start(options, CancellationToken::new()).expect("a daemon");
+        let mut client = Client::connect(daemon.socket()).await.expect("connected");
+        let job = client.create_job("test").await.expect("made");
+        let registration = client
+            .register(job, "coordinator", "coordinator")
+            .await
+            .expect("registered");
+        let tensor = TensorSpec::new("parameters", DType::F32, [elements]);
+        let schema = Schema::new(vec![tensor]).expect("a schema");
+        let object_bytes = image::image_bytes(&schema) as u64;
+        let layout = Layout::for_objects(1, object_bytes).expect("a layout");
+        let arena = client.create_arena(layout).await.expect("an arena").arena;
+        let any = "127.0.0.1:0".parse().expect("an address");
+        let opened = client.open_gateway(Some(any), None, object_bytes).await;
+        let (token, address) = opened.expect("open");
+        let expected = ["one", "two"].map(|name| RemoteWorker {
+            name: name.to_owned(),
+            role: "trainer".to_owned(),
+        });
+        client.expect_workers(&expected).await.expect("expected");
+        Self {
+            daemon,
+            client,
+            job,
+            frames: registration.frames,
+            id: registration.worker,
+            arena,
+            schema,
+            address: address.expect("an address"),
+            token,
+            folder,
+        }
+    }
+
+    fn object(&self, round: u32) -> Object {
+        Object {
+            round,
+            length: self.schema.data_bytes() as u64,
+            schema: self.schema.digest(),
+        }
+    }
+
+    fn update(&self, round: u32) -> UpdateHeader {
+        UpdateHeader {
+            object: self.object(round),
+            samples: 5,
+            covers: 1,
+            loss: 0.5,
+            folded: 0,
+            bytes_copied: 0,
+        }
+    }
+
+    /// A connection of a worker that is let in.
+    async fn enter(&self, remote: &mut Remote) -> Wire {
+        let mut wire = tcp::connect(self.address).await.expect("connected");
+        within(wire.introduce(&remote.hello)).await.expect("let in");
+        remote.exchange.resume(&mut wire);
+        wire
+    }
+
+    /// Why a worker is not let in.
+    async fn turned_away(&self, hello: Hello) -> String {
+        let mut wire = tcp::connect(self.address).await.expect("connected");
+        match within(wire.introduce(&hello)).await {
+            Err(Broken::Bye { last: true, reason }) => reason,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    /// The id of the proxy that joins next.
+    async fn proxy(&mut self, name: &str) -> WorkerId {
+        loop {
+            if let Event::PeerJoined { worker, name: joined } =
+                within(self.client.event()).await.expect("open")
+            {
+                assert_eq!(joined, proxy_name(name));
+                return worker;
+            }
+        }
+    }
+
+    async fn send(&mut self, to: WorkerId, kind: FrameKind, frame: Frame) {
+        let frame = Frame {
+            to,
+            from: self.id,
+            kind: kind as u16,
+            ..frame
+        };
+        within(self.frames.send(&[frame])).await.expect("sent");
+    }
+
+    async fn expect(&mut self, kind: FrameKind) -> Frame {
+        let frame = within(self.frames.recv()).await.expect("read").expect("open");
+        assert_eq!(FrameKind::from_number(frame.kind), Some(kind), "{frame:?}");
+        frame
+    }
+
+    /// Begins a round with that child and lends it a model of all ones.
+    async fn begin(&mut self, child: WorkerId, round: u32) {
+        self.arena.free_unheld();
+        let mut slot = self.arena.begin().expect("free");
+        let start = image::data_offset(&self.schema);
+        for element in slot.bytes_mut()[start..][..self.schema.data_bytes()].chunks_exact_mut(4) {
+            element.copy_from_slice(&1.0_f32.to_le_bytes());
+        }
+        let metadata = Metadata {
+            generation: slot.key().generation,
+            ..Metadata::default()
+        };
+        image::write_header(slot.bytes_mut(), &self.schema, &metadata);
+        let key = self.arena.publish(slot);
+        self.arena.lend(key, child).expect("published");
+        let begin = Frame {
+            round,
+            value: u64::from(self.id.0),
+            ..Frame::default()
+        };
+        self.send(child, FrameKind::Begin, begin).await;
+        let model = Frame {
+            round,
+            key,
+            length: image::image_bytes(&self.schema) as u64,
+            ..Frame::default()
+        };
+        self.send(child, FrameKind::Model, model).await;
+    }
+
+    async fn model_is_back(&mut self, child: WorkerId) {
+        let back = self.expect(FrameKind::Release).await;
+        self.arena.release(back.key, child).expect("lent");
+    }
+
+    fn remote(&self, name: &str, instance: u64) -> Remote {
+        Remote {
+            exchange: Exchange::default(),
+            hello: Hello::new(self.token, name.to_owned(), instance),
+        }
+    }
+
+    /// Ends the job and the daemon; nothing may be left.
+    async fn leave(mut self) {
+        self.client.end_job("over").await.expect("its own");
+        let address = self.address;
+        drop((self.client, self.frames));
+        within(self.daemon.stop()).await.expect("stopped");
+        tokio::net::TcpStream::connect(address)
+            .await
+            .expect_err("the listener is closed");
+        drop(self.folder);
+    }
+}
+
+impl Remote {
+    async fn next(&mut self, wire: &mut Wire) -> Happened {
+        within(self.exchange.next(wire)).await.expect("open")
+    }
+
+    /// Takes the model that comes.
+    async fn model(&mut self, wire: &mut Wire) -> (Object, Room) {
+        loop {
+            match self.next(wire).await {
+                Happened::Offered(Message::Model(object)) => {
+                    let room = Room::Private(Buffer::new(object.length as usize));
+                    self.exchange.accept(wire, object, room);
+                }
+                Happened::Received { object, room } => {
+                    within(wire.flush()).await.expect("open");
+                    return (object, room);
+                }
+                other => panic!("{other:?}"),
+            }
+        }
+    }
+
+    async fn verdict(&mut self, wire: &mut Wire) -> (u32, u16) {
+        loop {
+            match self.next(wire).await {
+                Happened::Message(Message::Verdict { round, refusal }) => return (round, refusal),
+                Happened::Sent(_) => {}
+                other => panic!("{other:?}"),
+            }
+        }
+    }
+}
+
+/// The data of one of the stage's updates: all that value.
+fn filled(stage: &Stage, value: f32) -> Source {
+    let mut buffer = Buffer::new(stage.schema.data_bytes());
+    for element in buffer.bytes_mut().chunks_exact_mut(4) {
+        element.copy_from_slice(&value.to_le_bytes());
+    }
+    Source::Private(Arc::new(buffer))
+}
+
+#[tokio::test]
+async fn an_update_goes_on_where_it_broke_and_counts_once() {
+    let mut stage = Stage::set(PATIENCE, MANY).await;
+    let mut remote = stage.remote("one", 7);
+    let mut wire = stage.enter(&mut remote).await;
+    let proxy = stage.proxy("one").await;
+    wire.send(&Message::Ready);
+    within(wire.flush()).await.expect("open");
+    assert_eq!(stage.expect(FrameKind::Ready).await.from, proxy);
+
+    stage.begin(proxy, 1).await;
+    let (object, mut room) = remote.model(&mut wire).await;
+    assert_eq!(object, stage.object(1));
+    assert!(
+        room.data_mut()
+            .chunks_exact(4)
+            .all(|four| four == 1.0_f32.to_le_bytes())
+    );
+    stage.model_is_back(proxy).await;
+
+    // A third of the update, then the connection breaks; the same again; then the rest.
+    remote.exchange.offer(
+        Some(&mut wire),
+        Message::Update(stage.update(1)),
+        filled(&stage, 3.0),
+    );
+    for third in 1..3 {
+        while remote.exchange.moved() < object.length + third * object.length / 3 {
+            let pause = Duration::from_millis(1);
+            let happened = tokio::time::timeout(pause, remote.exchange.next(&mut wire)).await;
+            assert!(happened.is_err(), "{happened:?}");
+        }
+        wire = stage.enter(&mut remote).await;
+    }
+    let traffic = Arc::new(Traffic::default());
+    wire.count_in(Arc::clone(&traffic));
+    assert!(matches!(remote.next(&mut wire).await, Happened::Sent(1)));
+    let sent = traffic.sent();
+    assert!(sent < object.length / 2, "{sent} bytes: it began anew");
+
+    let lent = stage.expect(FrameKind::Update).await;
+    assert_eq!(
+        (lent.from, lent.round, lent.samples, lent.covers),
+        (proxy, 1, 5, 1)
+    );
+    assert_eq!(f64::from_bits(lent.value), 0.5);
+    let arena = stage
+        .client
+        .open_arena(lent.key.arena)
+        .await
+        .expect("the proxy's");
+    let bytes = arena.object(lent.key, lent.length).expect("in bounds");
+    let (metadata, start) = image::check(bytes, &stage.schema).expect("an image");
+    assert_eq!(
+        (metadata.maker.as_str(), metadata.round, metadata.samples),
+        ("one", 1, 5)
+    );
+    assert_eq!(metadata.generation, lent.key.generation);
+    assert!(
+        bytes[start..]
+            .chunks_exact(4)
+            .all(|four| four == 3.0_f32.to_le_bytes())
+    );
+
+    // Said again after yet another break, it is known, and lent no second time.
+    let mut wire = stage.enter(&mut remote).await;
+    remote.exchange.offer(
+        Some(&mut wire),
+        Message::Update(stage.update(1)),
+        filled(&stage, 3.0),
+    );
+    assert!(matches!(remote.next(&mut wire).await, Happened::Sent(1)));
+    let accepted = Frame {
+        round: 1,
+        key: lent.key,
+        ..Frame::default()
+    };
+    stage.send(proxy, FrameKind::Release, accepted).await;
+    assert_eq!(remote.verdict(&mut wire).await, (1, 0));
+
+    // Whoever missed the verdict hears it again; and the next frame of the parent is the next round's.
+    let mut wire = stage.enter(&mut remote).await;
+    assert_eq!(remote.verdict(&mut wire).await, (1, 0));
+    stage.begin(proxy, 2).await;
+    remote.model(&mut wire).await;
+    stage.model_is_back(proxy).await;
+    wire.send(&Message::Nothing(2));
+    within(wire.flush()).await.expect("open");
+    assert_eq!(stage.expect(FrameKind::Nothing).await.round, 2);
+
+    stage.client.end_job("that was it").await.expect("its own");
+    match remote.next(&mut wire).await {
+        Happened::Message(Message::End(reason)) => assert_eq!(reason, "that was it"),
+        other => panic!("{other:?}"),
+    }
+    drop((stage.client, stage.frames));
+    within(stage.daemon.stop()).await.expect("stopped");
+}
+
+#[tokio::test]
+async fn updates_that_are_none_are_refused_by_name() {
+    let mut stage = Stage::set(PATIENCE, SOME).await;
+    let mut remote = stage.remote("one", 7);
+    let mut wire = stage.enter(&mut remote).await;
+    let proxy = stage.proxy("one").await;
+    stage.begin(proxy, 1).await;
+    remote.model(&mut wire).await;
+    stage.model_is_back(proxy).await;
+    // Of a round that is not, of another shape, and a second try.
+    remote.exchange.offer(
+        Some(&mut wire),
+        Message::Update(stage.update(9)),
+        filled(&stage, 1.0),
+    );
+    assert_eq!(remote.verdict(&mut wire).await, (9, Refusal::NotExpected as u16));
+    let mut other = stage.update(1);
+    other.object.schema += 1;
+    remote
+        .exchange
+        .offer(Some(&mut wire), Message::Update(other), filled(&stage, 1.0));
+    assert_eq!(remote.verdict(&mut wire).await, (1, Refusal::WrongShape as u16));
+    // The parent does not wait for it.
+    assert_eq!(stage.expect(FrameKind::Nothing).await.round, 1);
+    remote.exchange.offer(
+        Some(&mut wire),
+        Message::Update(stage.update(1)),
+        filled(&stage, 1.0),
+    );
+    assert_eq!(remote.verdict(&mut wire).await, (1, Refusal::WrongShape as u16));
+
+    // The parent's own refusal is passed on, and the slot is free for the next round.
+    for round in 2..4 {
+        stage.begin(proxy, round).await;
+        remote.model(&mut wire).await;
+        stage.model_is_back(proxy).await;
+        remote.exchange.offer(
+            Some(&mut wire),
+            Message::Update(stage.update(round)),
+            filled(&stage, f32::NAN),
+        );
+        assert!(matches!(remote.next(&mut wire).await, Happened::Sent(sent) if sent == round));
+        let lent = stage.expect(FrameKind::Update).await;
+        let refused = Frame {
+            round,
+            key: lent.key,
+            refusal: Refusal::NotFinite as u16,
+            ..Frame::default()
+        };
+        stage.send(proxy, FrameKind::Refuse, refused).await;
+        assert_eq!(
+            remote.verdict(&mut wire).await,
+            (round, Refusal::NotFinite as u16)
+        );
+    }
+    stage.leave().await;
+}
+
+#[tokio::test]
+async fn what_is_late_is_not_taken() {
+    let mut stage = Stage::set(PATIENCE, SOME).await;
+    let mut remote = stage.remote("one", 7);
+    let mut wire = stage.enter(&mut remote).await;
+    let proxy = stage.proxy("one").await;
+    stage.begin(proxy, 1).await;
+    remote.model(&mut wire).await;
+    stage.model_is_back(proxy).await;
+    // In the middle of the update the next round begins.
+    let traffic = Arc::new(Traffic::default());
+    wire.count_in(Arc::clone(&traffic));
+    remote.exchange.offer(
+        Some(&mut wire),
+        Message::Update(stage.update(1)),
+        filled(&stage, 1.0),
+    );
+    tokio::select! {
+        happened = remote.exchange.next(&mut wire) => panic!("{happened:?}"),
+        () = within(async {
+            while traffic.sent() < 1 << 20 {
+                tokio::task::yield_now().await;
+            }
+        }) => {}
+    }
+    stage.begin(proxy, 2).await;
+    let (round, refusal) = loop {
+        match remote.next(&mut wire).await {
+            Happened::Message(Message::Verdict { round, refusal }) => break (round, refusal),
+            Happened::Offered(Message::Model(object)) => {
+                assert_eq!(object.round, 2);
+                let room = Room::Private(Buffer::new(object.length as usize));
+                remote.exchange.accept(&mut wire, object, room);
+            }
+            other => panic!("{other:?}"),
+        }
+    };
+    assert_eq!((round, refusal), (1, Refusal::NotExpected as u16));
+    remote.exchange.withdraw();
+    remote.model(&mut wire).await;
+    stage.model_is_back(proxy).await;
+    stage.leave().await;
+}
+
+#[tokio::test]
+async fn only_the_jobs_own_workers_are_let_in() {
+    let stage = Stage::set(PATIENCE, SOME).await;
+    let hello = |token, name: &str, instance| Hello::new(token, name.to_owned(), instance);
+    let wrong = JobToken::new();
+    let reason = stage.turned_away(hello(wrong, "one", 1)).await;
+    assert!(reason.contains("token"), "{reason}");
+    let reason = stage.turned_away(hello(stage.token, "three", 1)).await;
+    assert!(reason.contains("\"three\""), "{reason}");
+    let other_version = Hello {
+        version: 99,
+        ..hello(stage.token, "one", 1)
+    };
+    let reason = stage.turned_away(other_version).await;
+    assert!(reason.contains("version"), "{reason}");
+    let mut first = stage.remote("one", 1);
+    let _wire = stage.enter(&mut first).await;
+    let reason = stage.turned_away(hello(stage.token, "one", 2)).await;
+    assert!(reason.contains("another process"), "{reason}");
+
+    // Another job shares the listener, and each has its own token.
+    let mut client = Client::connect(stage.daemon.socket()).await.expect("connected");
+    let job = client.create_job("other").await.expect("made");
+    assert_ne!(job, stage.job);
+    let (token, address) = client
+        .open_gateway(Some(stage.address), None, 4096)
+        .await
+        .expect("open");
+    assert_eq!(address, Some(stage.address));
+    let reason = stage.turned_away(hello(token, "two", 1)).await;
+    assert!(reason.contains("\"two\""), "{reason}");
+    client.end_job("over").await.expect("its own");
+    drop(client);
+    let mut second = stage.remote("two", 1);
+    let _second = stage.enter(&mut second).await;
+    stage.leave().await;
+}
+
+#[tokio::test]
+async fn a_worker_that_does_not_come_back_is_lost() {
+    let mut stage = Stage::set(Duration::from_millis(200), SOME).await;
+    let mut remote = stage.remote("one", 7);
+    let wire = stage.enter(&mut remote).await;
+    let proxy = stage.proxy("one").await;
+    drop(wire);
+    let lost = loop {
+        if let Event::PeerLost(lost) = within(stage.client.event()).await.expect("open") {
+            break lost;
+        }
+    };
+    assert_eq!(lost.worker, proxy);
+    let reason = stage.turned_away(remote.hello.clone()).await;
+    assert!(reason.contains("given up"), "{reason}");
+
+    // One that is known to be dead is not waited for.
+    let mut stage = Stage::set(PATIENCE * 10, SOME).await;
+    let mut remote = stage.remote("two", 7);
+    let _wire = stage.enter(&mut remote).await;
+    let proxy = stage.proxy("two").await;
+    stage.client.drop_worker("two").await.expect("dropped");
+    loop {
+        if let Event::PeerLost(lost) = within(stage.client.event()).await.expect("open") {
+            assert_eq!(lost.worker, proxy);
+            break;
+        }
+    }
+    stage.leave().await;
+}
+
+#[tokio::test]
+async fn the_door_is_the_jobs_makers_to_open() {
+    let mut stage = Stage::set(PATIENCE, SOME).await;
+    let refused = |result: Result<_, ClientError>| match result {
+        Err(ClientError::Refused { code, message }) => (code, message),
+        Err(other) => panic!("{other}"),
+        Ok(()) => panic!("granted"),
+    };
+    let any = |address: &str| Some(address.parse::<SocketAddr>().expect("an address"));
+    let again = stage
+        .client
+        .open_gateway(any("127.0.0.1:0"), None, 64)
+        .await
+        .map(drop);
+    assert_eq!(refused(again).0, ErrorCode::BadRequest);
+    let mut stranger = Client::connect(stage.daemon.socket()).await.expect("connected");
+    let without_job = stranger
+        .open_gateway(any("127.0.0.1:0"), None, 64)
+        .await
+        .map(drop);
+    assert_eq!(refused(without_job).0, ErrorCode::Denied);
+    stranger.create_job("other").await.expect("made");
+    let (code, message) = refused(stranger.open_gateway(any("0.0.0.0:0"), None, 64).await.map(drop));
+    assert_eq!(code, ErrorCode::Denied);
+    assert!(message.contains("--gateway-listen 0.0.0.0"), "{message}");
+    assert_eq!(
+        refused(stranger.drop_worker("one").await).0,
+        ErrorCode::BadRequest
+    );
+    let endless = stranger
+        .open_gateway(any("127.0.0.1:0"), None, u64::MAX)
+        .await
+        .map(drop);
+    assert_eq!(refused(endless).0, ErrorCode::BadRequest);
+    drop(stranger);
+    stage.leave().await;
+}
