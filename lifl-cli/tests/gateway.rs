@@ -182,8 +182,9 @@ fn an_address_that_others_can_reach_needs_leave() {
 
 #[test]
 fn strangers_at_the_door_disturb_nobody() {
-    let mut job = Job::synthetic(&[1, 2, 4], 200_000, "F32");
-    job.rounds = 200;
+    // Rounds enough to be still under way when the siege is over.
+    let mut job = Job::synthetic(&[1, 2, 4], 2_000_000, "F32");
+    job.rounds = 150;
     let run = |disturb: bool| {
         let (mut file, port) = (job.file(), free_port());
         transports(&mut file, &["shm", "p2p"], port, 1883);
@@ -192,6 +193,7 @@ fn strangers_at_the_door_disturb_nobody() {
         run.wait_for("round");
         if disturb {
             besiege(port);
+            assert!(run.is_running(), "it ended before the siege");
         }
         let finished = run.wait().success();
         assert!(finished.all("worker_lost").is_empty(), "{:?}", finished.events);

@@ -140,8 +140,8 @@ impl Stage {
             pool_bytes: 1 << 20,
             huge_pages: HugePages::Never,
             max_workers: 8,
-            gateway: GatewayOptions::default(),
             flame: None,
+            gateway: GatewayOptions::default(),
         };
         let node = Daemon::start(options, CancellationToken::new()).expect("a daemon");
         let mut client = Client::connect(node.socket()).await.expect("connected");

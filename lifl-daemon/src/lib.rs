@@ -45,10 +45,10 @@ pub struct Options {
     pub huge_pages: HugePages,
     /// Workers that can be registered at a time.
     pub max_workers: u32,
-    /// The door for workers beyond shared memory.
-    pub gateway: GatewayOptions,
     /// Whether and how Flame's Python workers are served.
     pub flame: Option<flame::Options>,
+    /// The door for workers beyond shared memory.
+    pub gateway: GatewayOptions,
 }
 
 /// Why a daemon does not start.

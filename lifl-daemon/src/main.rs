@@ -52,11 +52,6 @@ struct Cli {
     /// Workers that can be registered at a time, of all jobs
     #[arg(long, value_name = "N", default_value_t = DEFAULT_MAX_WORKERS, value_parser = clap::value_parser!(u32).range(1..=65535))]
     max_workers: u32,
-    /// An address, beside the loopback's, on which jobs may open the gateway, where their remote workers come in over
-    /// TCP; 0.0.0.0 or :: allows all. May be given several times. Sessions are let in by the job's token, but nothing
-    /// is encrypted: give an address of a network that you trust
-    #[arg(long, value_name = "ADDR")]
-    gateway_listen: Vec<std::net::IpAddr>,
     /// Where Flame's Python workers connect, on the loopback
     #[arg(long, value_name = "ADDR", default_value_t = flame::Options::SKMSG)]
     flame_skmsg: SocketAddrV4,
@@ -72,6 +67,11 @@ struct Cli {
     /// Do not serve Flame's Python workers
     #[arg(long, conflicts_with_all = ["flame_skmsg", "flame_rpc", "flame_hold", "flame_workers"])]
     no_flame: bool,
+    /// An address, beside the loopback's, on which jobs may open the gateway, where their remote workers come in over
+    /// TCP; 0.0.0.0 or :: allows all. May be given several times. Sessions are let in by the job's token, but nothing
+    /// is encrypted: give an address of a network that you trust
+    #[arg(long, value_name = "ADDR")]
+    gateway_listen: Vec<std::net::IpAddr>,
     /// How to log to standard error; RUST_LOG chooses what
     #[arg(long, value_enum, default_value_t = LogFormat::Text)]
     log_format: LogFormat,
@@ -176,10 +176,6 @@ fn options(cli: &Cli) -> anyhow::Result<Options> {
             .map_or_else(default_pool_bytes, |mib| mib.saturating_mul(1 << 20)),
         huge_pages: cli.huge_pages,
         max_workers: cli.max_workers,
-        gateway: GatewayOptions {
-            allowed: cli.gateway_listen.clone(),
-            ..GatewayOptions::default()
-        },
         flame: (!cli.no_flame).then_some(flame::Options {
             skmsg: cli.flame_skmsg,
             rpc: cli.flame_rpc,
@@ -187,5 +183,9 @@ fn options(cli: &Cli) -> anyhow::Result<Options> {
             workers_of_user: cli.flame_workers,
             max_workers: cli.max_workers,
         }),
+        gateway: GatewayOptions {
+            allowed: cli.gateway_listen.clone(),
+            ..GatewayOptions::default()
+        },
     })
 }

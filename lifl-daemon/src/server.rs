@@ -209,7 +209,7 @@ enum Command {
 pub(crate) struct Beside {
     /// Frames that the plane did not deliver.
     pub(crate) dead_letters: mpsc::Receiver<Frame>,
-    /// The gateway's answers.
+    /// Doors that the gateway has opened, or could not.
     pub(crate) opened: mpsc::UnboundedReceiver<Opened>,
     /// Flame's workers, where they are served.
     pub(crate) flame: Option<Desk>,

@@ -15,7 +15,7 @@ use lifl_common::plane::PlaneKind;
 use lifl_daemon::flame::{self, FlameError};
 use lifl_daemon::plane::{PlaneError, Request};
 use lifl_daemon::pool::HugePages;
-use lifl_daemon::{Daemon, Options, StartError};
+use lifl_daemon::{Daemon, GatewayOptions, Options, StartError};
 use tokio_util::sync::CancellationToken;
 
 /// How long a test waits for what should come at once.
@@ -62,8 +62,8 @@ fn start(kind: PlaneKind, flame: flame::Options) -> Result<Node, StartError> {
         pool_bytes: 4 << 20,
         huge_pages: HugePages::Never,
         max_workers: 8,
-        gateway: lifl_daemon::GatewayOptions::default(),
         flame: Some(flame),
+        gateway: GatewayOptions::default(),
     };
     let (daemon, client) = runtime.block_on(async {
         let daemon = Daemon::start(options, CancellationToken::new())?;

@@ -62,11 +62,11 @@ impl Stage {
             pool_bytes: 512 << 20,
             huge_pages: HugePages::Never,
             max_workers: 16,
+            flame: None,
             gateway: GatewayOptions {
                 grace,
                 ..GatewayOptions::default()
             },
-            flame: None,
         };
         let daemon = Daemon::start(options, CancellationToken::new()).expect("a daemon");
         let mut client = Client::connect(daemon.socket()).await.expect("connected");

@@ -556,7 +556,7 @@ async fn the_program_logs_what_it_refuses() {
         loop {
             if logged
                 .try_iter()
-                .any(|line| line.contains("WARN lifl_verdict") && line.contains("worker 4242"))
+                .any(|line| line.contains("WARN ebpf") && line.contains("worker 4242"))
             {
                 break;
             }

@@ -118,9 +118,9 @@ impl Node {
                 pool_bytes: options.pool_bytes.unwrap_or_else(default_pool_bytes),
                 huge_pages: options.huge_pages,
                 max_workers: options.workers.max(DEFAULT_MAX_WORKERS),
-                gateway: GatewayOptions::default(),
                 // Flame's ports are for a daemon that stays.
                 flame: None,
+                gateway: GatewayOptions::default(),
             },
             CancellationToken::new(),
         );

@@ -209,6 +209,11 @@ impl Started {
         workers(&self.run, prefix)
     }
 
+    /// Whether it has not ended yet.
+    pub(crate) fn is_running(&mut self) -> bool {
+        self.child.try_wait().expect("a child").is_none()
+    }
+
     /// It has been killed, and is reaped.
     pub(crate) fn forget(mut self) {
         self.child.wait().expect("a child");

@@ -4,10 +4,10 @@
 //! | port | what comes there |
 //! | --- | --- |
 //! | 10105 | each worker's connection, which it keeps: its references go out on it, and others' come in |
-//! | 10106 | registrations: "descriptor F of process P is that connection, and I is my id" ([`wire`]) |
+//! | 10106 | registrations: "descriptor F of process P is that connection, and I is my id" (`wire`) |
 //!
-//! Who may be registered is in [`rules`], what becomes of references in [`switch`]. The program and the map are this
-//! module's own ([`kernel`]): nothing here touches those of LIFL's native workers. On the relay plane the daemon hands
+//! Who may be registered is in `rules`, what becomes of references in `switch`. The program and the map are this
+//! module's own (`kernel`): nothing here touches those of LIFL's native workers. On the relay plane the daemon hands
 //! over what the program would, on the workers' connections.
 
 mod kernel;

@@ -1,7 +1,7 @@
 //! The gateway: the door for workers that are not on the node's shared memory.
 //!
 //! A job's maker has it opened and names who may come; it gets a token, and whoever presents that and such a name is let
-//! in. For each worker there is a [proxy](proxy): a worker of the job in this process. What is said on the wire is in
+//! in. For each worker there is a [`proxy`]: a worker of the job in this process. What is said on the wire is in
 //! [`lifl_common::session`].
 //!
 //! ```text

@@ -223,9 +223,12 @@ impl Proxy {
 
     async fn broken(&mut self, broken: &Broken) {
         let reason = error_chain(broken);
-        tracing::warn!(worker = %self.name, "session broken: {reason}");
         let wire = self.wire.take();
-        if matches!(broken, Broken::Malformed(_)) {
+        if !matches!(broken, Broken::Malformed(_)) {
+            // Often enough the end of a job, which its worker may hear of first. One that does not come back is warned of.
+            tracing::info!(worker = %self.name, "session broken: {reason}");
+        } else {
+            tracing::warn!(worker = %self.name, "session broken: {reason}");
             farewell(wire, &Message::Bye { last: false, reason }).await;
         }
         // The worker says again what it wanted.

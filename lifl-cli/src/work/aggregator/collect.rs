@@ -155,7 +155,7 @@ impl Collecting {
         let offset = image::data_offset(schema);
         let data = offset..offset + schema.data_bytes();
         let samples = accumulator.finish(&mut self.slot.bytes_mut()[data.clone()])?;
-        // Only the top has an optimizer, and its model is in its own arena.
+        // Only the top has an optimizer, and the model in its own arena.
         if let Some(optimizer) = optimizer {
             let model = own_object(self.model.key).context("the top has not the round's model any more")?;
             let mean = &mut self.slot.bytes_mut()[data.clone()];
