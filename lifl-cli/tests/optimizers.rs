@@ -157,6 +157,7 @@ fn a_random_selector_takes_so_many_trainers_and_equal_seeds_take_the_same() {
 fn goes_on_beside(hanging: &str, goal: u32, trainers: u32) {
     let mut job = Job::synthetic(&[1, 2, 6], 100_000, "F32");
     job.rounds = 200;
+    job.max_run_time = 60;
     let mut file = job.file();
     file["hyperparameters"]["aggGoal"] = json!(goal);
     let place = Place::new(&file);

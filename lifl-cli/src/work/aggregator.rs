@@ -246,6 +246,7 @@ impl Aggregator {
             }
             if let Some(collecting) = left.collecting {
                 tracing::warn!(round = left.number, "ended without having been finished");
+                self.let_go(collecting.model.key, collecting.round).await?;
                 let given_back = collecting.children.given();
                 self.give_back(&given_back, FrameKind::Refuse, Refusal::NotExpected as u16)
                     .await?;
@@ -272,6 +273,7 @@ impl Aggregator {
     async fn advance(&mut self) -> anyhow::Result<()> {
         self.start().await?;
         self.make_room();
+        self.hand_down_owed().await?;
         let Some(collecting) = &mut self.round.collecting else {
             return Ok(());
         };
@@ -286,12 +288,14 @@ impl Aggregator {
             for late in collecting.children.unfolded() {
                 self.refuse(&late.frame, Refusal::NotExpected).await?;
             }
+            self.let_go(collecting.model.key, collecting.round).await?;
             self.finish(collecting).await?;
         }
         Ok(())
     }
 
-    /// Begins to collect when the round is announced, the model is there and a slot is free.
+    /// Begins to collect when the round is announced, the model is there, a slot is free. Who is late with a round before is
+    /// handed the model [later](Self::hand_down_owed).
     async fn start(&mut self) -> anyhow::Result<()> {
         if self.round.collecting.is_some() || !self.round.begun {
             return Ok(());
@@ -308,43 +312,29 @@ impl Aggregator {
         let Some(slot) = self.link.arena.begin() else {
             return Ok(());
         };
-        let mut children = std::mem::take(&mut self.round.children);
-        let busy = self.busy(&model);
-        children.retain(|child| !busy.contains(child));
+        let children = std::mem::take(&mut self.round.children);
         let number = self.round.number;
-        tracing::info!(round = number, children = children.len(), "round begun");
-        let mut frames = Vec::with_capacity(children.len());
-        for &child in &children {
-            if model.by == WorkerId::NONE {
-                self.link.arena.lend(model.key, child)?;
-            }
-            let lent = Frame {
-                round: number,
-                key: model.key,
-                length: model.length,
-                ..Frame::default()
-            };
-            frames.push(self.link.frame(child, FrameKind::Model, lent));
-        }
-        if children.is_empty() {
-            // Nobody will give it back.
-            self.release_model(model, number).await?;
-        } else {
-            let (_, holders) = self.models.entry(model.key).or_insert((model, Vec::new()));
-            holders.extend(&children);
-        }
+        let busy = self.busy(&model);
+        let (owed, free): (Vec<_>, Vec<_>) = children.iter().partition(|child| busy.contains(child));
+        tracing::info!(
+            round = number,
+            children = children.len(),
+            busy = owed.len(),
+            "round begun"
+        );
         self.round.model = None;
         self.round.begun = false;
         self.accumulator.reset();
-        self.round.collecting = Some(Collecting::new(
-            number,
-            self.round.parent,
-            children,
-            self.shared.goal,
-            slot,
-            model,
-        ));
-        self.link.send_all(&frames).await
+        let mut collecting =
+            Collecting::new(number, self.round.parent, children, self.shared.goal, slot, model);
+        collecting.owed = owed;
+        let holders = &mut self.models.entry(model.key).or_insert((model, Vec::new())).1;
+        if !collecting.owed.is_empty() {
+            // Until they have had it, it must not go back.
+            holders.push(self.link.id());
+        }
+        self.round.collecting = Some(collecting);
+        self.hand_down(model, number, &free).await
     }
 
     /// A child's answer.

@@ -66,6 +66,10 @@ impl Link {
         })
     }
 
+    pub(super) fn id(&self) -> WorkerId {
+        self.id
+    }
+
     pub(super) fn coordinator(&self) -> WorkerId {
         self.coordinator
     }

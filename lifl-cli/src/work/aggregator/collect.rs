@@ -17,10 +17,12 @@ pub(super) struct Collecting {
     pub(super) round: u32,
     pub(super) parent: WorkerId,
     pub(super) children: Children,
+    /// Those of them that have not been handed the model yet.
+    pub(super) owed: Vec<WorkerId>,
     /// Updates after which nobody else is waited for.
     goal: usize,
     slot: WritableSlot,
-    model: Lent,
+    pub(super) model: Lent,
 }
 
 /// An aggregate, made.
@@ -79,6 +81,7 @@ impl Collecting {
             // A goal that all children together do not reach waits for all.
             goal: goal.map_or(usize::MAX, |goal| goal as usize),
             children: Children::new(children),
+            owed: Vec::new(),
             slot,
             model,
         }

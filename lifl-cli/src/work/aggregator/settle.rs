@@ -46,7 +46,73 @@ impl Aggregator {
         Ok(())
     }
 
-    /// Who still holds so many models of rounds that are over that it is not lent another: it sits this round out, so
+    /// Hands a model down to children.
+    pub(super) async fn hand_down(
+        &mut self,
+        model: Lent,
+        round: u32,
+        children: &[WorkerId],
+    ) -> anyhow::Result<()> {
+        let mut frames = Vec::with_capacity(children.len());
+        for &child in children {
+            if model.by == WorkerId::NONE {
+                self.link.arena.lend(model.key, child)?;
+            }
+            let lent = Frame {
+                round,
+                key: model.key,
+                length: model.length,
+                ..Frame::default()
+            };
+            frames.push(self.link.frame(child, FrameKind::Model, lent));
+        }
+        self.models
+            .entry(model.key)
+            .or_insert((model, Vec::new()))
+            .1
+            .extend(children);
+        self.link.send_all(&frames).await
+    }
+
+    /// Hands the round's model down to those who had to finish an older round first and have, meanwhile.
+    pub(super) async fn hand_down_owed(&mut self) -> anyhow::Result<()> {
+        let collecting = self.round.collecting.as_ref();
+        let Some(collecting) = collecting.filter(|collecting| !collecting.owed.is_empty()) else {
+            return Ok(());
+        };
+        let (model, round) = (collecting.model, collecting.round);
+        let busy = self.busy(&model);
+        let (owed, free): (Vec<_>, Vec<_>) = collecting
+            .owed
+            .iter()
+            .filter(|child| collecting.children.is_waiting(**child))
+            .partition(|child| busy.contains(child));
+        let none_left = owed.is_empty();
+        if let Some(collecting) = &mut self.round.collecting {
+            collecting.owed = owed;
+        }
+        self.hand_down(model, round, &free).await?;
+        if none_left {
+            self.let_go(model.key, round).await?;
+        }
+        Ok(())
+    }
+
+    /// The round's model is not kept for children any more who have not had it.
+    pub(super) async fn let_go(&mut self, key: Key, round: u32) -> anyhow::Result<()> {
+        let own = self.link.id();
+        let Some((model, holders)) = self.models.get_mut(&key) else {
+            return Ok(());
+        };
+        let model = *model;
+        holders.retain(|holder| *holder != own);
+        if holders.is_empty() {
+            self.model_done(model, round).await?;
+        }
+        Ok(())
+    }
+
+    /// Who still holds so many models of rounds that are over that it is not lent another before it gives one back, so
     /// that one that is late, or hangs, cannot take all of the top's slots. Nobody, where rounds wait for all.
     pub(super) fn busy(&self, model: &Lent) -> HashSet<WorkerId> {
         let Some(most) = self.shared.most_held else {
@@ -57,15 +123,10 @@ impl Aggregator {
         for holder in old.flat_map(|(_, (_, holders))| holders) {
             *held.entry(*holder).or_default() += 1;
         }
-        let busy: HashSet<WorkerId> = held
-            .into_iter()
+        held.into_iter()
             .filter(|&(_, count)| count > most)
             .map(|(holder, _)| holder)
-            .collect();
-        if !busy.is_empty() {
-            tracing::info!(workers = busy.len(), "still at work on rounds that are over");
-        }
-        busy
+            .collect()
     }
 
     /// No child reads the model any more.
