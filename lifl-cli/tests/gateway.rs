@@ -5,7 +5,7 @@ mod support;
 
 use std::io::{Read, Write};
 use std::net::TcpStream;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use lifl_common::config::{self, Overrides};
 use lifl_common::session::{
@@ -311,8 +311,18 @@ async fn cut_after(stage: &mut Stage, wire: Wire, bytes: u64) {
     let traffic = std::sync::Arc::new(lifl_common::session::Traffic::default());
     let mut wire = wire;
     wire.count_in(std::sync::Arc::clone(&traffic));
+    // Looked at whenever the exchange has got on, and not by the clock: on a busy machine all may have gone over by then.
+    let enough = std::future::poll_fn(|_| {
+        if traffic.sent() + traffic.received() < bytes {
+            std::task::Poll::Pending
+        } else {
+            std::task::Poll::Ready(())
+        }
+    });
     tokio::select! {
-        broken = async {
+        biased;
+        () = enough => {}
+        () = async {
             loop {
                 if let Happened::Offered(header) = stage.next(&mut wire).await {
                     let object = *header.object().expect("a header");
@@ -320,12 +330,7 @@ async fn cut_after(stage: &mut Stage, wire: Wire, bytes: u64) {
                     stage.exchange.accept(&mut wire, object, room);
                 }
             }
-        } => broken,
-        () = within(async {
-            while traffic.sent() + traffic.received() < bytes {
-                tokio::time::sleep(Duration::from_micros(200)).await;
-            }
-        }) => {}
+        } => {}
     }
 }
 
