@@ -15,6 +15,7 @@ use tokio::io::unix::AsyncFd;
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, error};
 
+use crate::chain::{causes, error_chain};
 use crate::plane::support;
 
 /// A loaded program with those of its maps that nobody has taken. Dropping it detaches the program.
@@ -177,10 +178,13 @@ pub(crate) enum LoadError {
 impl LoadError {
     /// Why the program cannot be had, in one line, and what to do; `instead` is what works without it.
     pub(crate) fn explain(&self, instead: &str) -> (String, String) {
-        debug!(error = chain(self), "an SK_MSG program cannot be loaded");
+        debug!(error = error_chain(self), "an SK_MSG program cannot be loaded");
         let missing = support::missing_capabilities(support::effective_capabilities());
         if !self.is_refused() {
-            (chain(self), format!("report this kernel and message, {instead}"))
+            (
+                error_chain(self),
+                format!("report this kernel and message, {instead}"),
+            )
         } else if missing.is_empty() {
             (
                 "the kernel refuses eBPF programs to this process (a container or kernel lockdown does that)"
@@ -202,29 +206,4 @@ impl LoadError {
             io.is_some_and(|io| io.raw_os_error() == Some(libc::EPERM))
         })
     }
-}
-
-fn causes<'a>(
-    error: &'a (dyn std::error::Error + 'static),
-) -> impl Iterator<Item = &'a (dyn std::error::Error + 'static)> {
-    std::iter::successors(Some(error), |error| error.source())
-}
-
-/// An error with its causes, in one line.
-pub(crate) fn chain(error: &(dyn std::error::Error + 'static)) -> String {
-    let mut messages: Vec<String> = causes(error).map(ToString::to_string).collect();
-    messages.dedup();
-    shorten(&messages.join(": ").replace('\n', " "))
-}
-
-/// A verifier's words can be megabytes; what it objects to stands at their end.
-fn shorten(text: &str) -> String {
-    const KEPT: usize = 400;
-    let count = text.chars().count();
-    if count <= 2 * KEPT {
-        return text.to_owned();
-    }
-    let head: String = text.chars().take(KEPT).collect();
-    let tail: String = text.chars().skip(count - KEPT).collect();
-    format!("{head} … {tail}")
 }

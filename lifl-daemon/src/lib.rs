@@ -4,6 +4,7 @@
 //! registry that one task owns, and lets workers in over the network (the gateway). Beside that, and apart from it, it
 //! serves Flame's Python workers ([`flame`]). It does not know what an aggregator computes.
 
+mod chain;
 mod ebpf;
 pub mod flame;
 mod gateway;

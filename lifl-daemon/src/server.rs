@@ -29,9 +29,10 @@ use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
+use crate::chain::error_chain;
 use crate::flame::Desk;
 use crate::gateway::Opened;
-use crate::registry::{ConnId, Outgoing, Peer, Registry, error_chain};
+use crate::registry::{ConnId, Outgoing, Peer, Registry};
 
 /// Answers and events that wait for one client; who lets more pile up is disconnected.
 const QUEUE: usize = 8192;

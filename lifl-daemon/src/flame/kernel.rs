@@ -118,7 +118,9 @@ impl Kernel {
             })
             .and_then(|()| self.set(address, 1, since));
         if steps.is_err() {
+            // As if it had not been tried: nobody is gone.
             let _ = self.remove(address, connection, since);
+            let _ = self.forget(address);
         }
         steps
     }

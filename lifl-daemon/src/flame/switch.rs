@@ -31,8 +31,8 @@ use super::kernel::Kernel;
 use super::owner::{self, Descriptor, Process};
 use super::rules::{Claim, Holder, Refusal, Ruling, judge, show_id};
 use super::wire::{Message, Registration};
+use crate::chain::error_chain;
 use crate::plane::connection;
-use crate::registry::error_chain;
 
 /// How long a connection may be without a registration.
 const UNREGISTERED: Duration = Duration::from_secs(30);

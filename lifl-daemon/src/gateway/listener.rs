@@ -17,7 +17,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use super::FAREWELL;
-use crate::registry::error_chain;
+use crate::chain::error_chain;
 
 /// Connections that have not said hello; of more the oldest is closed.
 const MAX_SILENT: usize = 256;

@@ -30,7 +30,7 @@ use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
 use super::FAREWELL;
-use crate::registry::error_chain;
+use crate::chain::error_chain;
 
 /// Whom a proxy stands for, and what it needs for that.
 pub(super) struct Stand {

@@ -23,7 +23,8 @@ use zerocopy::transmute;
 
 use super::socket::{check_tcp, own_netns};
 use super::{DEAD_LETTERS, Options, PlaneError, support};
-use crate::ebpf::{LoadError, Program, chain, is_missing};
+use crate::chain::error_chain;
+use crate::ebpf::{LoadError, Program, is_missing};
 
 /// What `cargo xtask build-ebpf` made of `lifl-ebpf`.
 static OBJECT: &[u8] = aya::include_bytes_aligned!("../../../lifl-ebpf/lifl.bpf.o");
@@ -69,7 +70,7 @@ impl Sockmap {
         let netns = own_netns().map_err(|source| PlaneError::Unavailable {
             reason: format!(
                 "the kernel does not name its network namespaces: {}",
-                chain(&source)
+                error_chain(&source)
             ),
             remedy: "use the relay plane (--plane relay)".to_owned(),
         })?;
@@ -152,7 +153,7 @@ impl Sockmap {
         if inserted.is_err()
             && let Err(error) = self.unregister(worker)
         {
-            error!(%worker, error = chain(&error), "cannot take back a registration that failed");
+            error!(%worker, error = error_chain(&error), "cannot take back a registration that failed");
         }
         // `socket` closes here: a duplicate kept by the daemon would keep a dead worker's entry alive.
         inserted

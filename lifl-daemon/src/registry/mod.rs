@@ -23,6 +23,7 @@ use lifl_common::frame::{Frame, Refusal};
 use lifl_common::id::{ArenaId, JobId, WorkerId};
 use lifl_common::session::Traffic;
 
+use crate::chain::error_chain;
 use crate::gateway::{self, GatewayOptions};
 use crate::plane::{Plane, PlaneError};
 use crate::pool::Pool;
@@ -652,18 +653,6 @@ fn duplicate(file: &File) -> Result<OwnedFd, Denial> {
             format!("the arena's descriptor cannot be copied: {error}"),
         )
     })
-}
-
-/// An error with its causes, in one line.
-pub(crate) fn error_chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        text.push_str(": ");
-        text.push_str(&error.to_string());
-        cause = error.source();
-    }
-    text
 }
 
 #[cfg(test)]
