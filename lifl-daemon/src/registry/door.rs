@@ -9,7 +9,7 @@ use lifl_common::id::JobId;
 use lifl_common::session::mqtt::Broker;
 use lifl_common::session::{MAX_NAME_BYTES as MAX_REMOTE_NAME_BYTES, Traffic};
 
-use super::{Answer, ConnId, Denial, Outgoing, Registry, check_name, deny};
+use super::{Answer, ConnId, Denial, HELLO_FIRST, Outgoing, Registry, check_name, deny};
 use crate::gateway::{Door, Opened};
 
 impl Registry {
@@ -119,7 +119,7 @@ impl Registry {
     fn made_by(&self, id: ConnId) -> Result<JobId, Denial> {
         let conn = self.known(id)?;
         if !conn.hello {
-            return deny(ErrorCode::BadRequest, "the first request must be hello");
+            return deny(ErrorCode::BadRequest, HELLO_FIRST);
         }
         match conn.job {
             Some(job) => Ok(job),
