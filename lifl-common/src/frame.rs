@@ -89,10 +89,13 @@ numbered!(
     FrameKind {
         /// Worker to coordinator: registered, arena made, data loaded.
         Ready = 1,
-        /// Coordinator to parent: `value` is the id of one of this round's children; they come in folding order.
+        /// Coordinator to parent: `value` is the id of one of this round's children; they come in folding order, and
+        /// each has its place in it for all of the round. Said again, another id in a place is a successor's, and 0
+        /// says that nobody is waited for there any more.
         Child = 2,
         /// Coordinator to everyone who takes part in the round, after the `Child`ren: `value` is the parent's id
-        /// (0 for the top), `covers` the number of `Child` frames before it.
+        /// (0 for the top), `covers` the number of `Child` frames before it. It may come again in the same round, with
+        /// the same parent or that one's successor: whoever hears it says again what it has said and what is not settled.
         Begin = 3,
         /// Parent to child, and top to coordinator at a round's end: the global model, lent. From the top to the
         /// coordinator, `covers` is the number of trainers whose updates it contains.
@@ -105,6 +108,11 @@ numbered!(
         Release = 7,
         /// Parent to child: the update is given back uncounted; `refusal` says why.
         Refuse = 8,
+        /// Coordinator to an aggregator above trainers: those that have not answered are not waited for any more.
+        Close = 9,
+        /// Parent to the successor of a child whose aggregate (`key`) it has: whom that covers, `value` being the word
+        /// number `samples` of a [`Cover`](crate::update::Cover), `covers` the number of such frames. A verdict follows.
+        Taken = 10,
     }
 );
 
@@ -133,6 +141,16 @@ numbered!(
         NotExpected = 19,
         /// The update's sample count is 0 or overflows the sum.
         BadSamples = 20,
+        /// The update came after its parent had stopped to wait for it.
+        Late = 21,
+        /// The round went on without the aggregator that had the update.
+        RoundOver = 22,
+        /// The update does not say whose it is, or has somebody's work in it that was taken already.
+        BadCover = 24,
+        /// The key's arena cannot be had: as a rule because its owner has just died.
+        NoArena = 25,
+        /// So few trainers' updates came that the round left the model as it was.
+        NoQuorum = 23,
     }
 );
 
@@ -149,6 +167,11 @@ impl fmt::Display for Refusal {
             Self::NotFinite => "the update contains NaN or an infinity",
             Self::BadKey => "the key names no readable object",
             Self::NotExpected => "the update was not expected in this round",
+            Self::Late => "the update came too late for its round",
+            Self::RoundOver => "the round went on without the aggregator that had the update",
+            Self::BadCover => "the update does not say whose it is, or has work in it that was taken already",
+            Self::NoArena => "the key's arena cannot be had",
+            Self::NoQuorum => "the round had fewer updates than its quorum",
             Self::BadSamples => "the update's sample count is zero or too large",
         })
     }

@@ -8,13 +8,16 @@
 //! A round: each worker that takes part is told its children and its parent; the top lends the new model, which is
 //! written out and evaluated while the next round runs.
 
+mod deaths;
 mod folder;
 mod gateway;
 pub mod node;
 pub mod pairing;
 mod peak;
 pub mod report;
+pub(crate) mod roster;
 mod rounds;
+mod watch;
 mod workers;
 
 use std::path::PathBuf;

@@ -36,14 +36,25 @@ pub enum Event {
         /// The workers.
         tree: Vec<Level>,
     },
-    /// A worker died; the job goes on without it.
+    /// A worker died; the job goes on.
     WorkerLost {
         /// Its name.
         worker: String,
         /// In which round.
         round: u32,
+        /// What its end was.
+        how: String,
         /// The last line of its log.
         last_words: String,
+        /// Whether another is started in its place; if not, the job goes on without.
+        restarting: bool,
+    },
+    /// Another has taken a dead worker's place.
+    WorkerReplaced {
+        /// Its name, which is the dead one's too.
+        worker: String,
+        /// In which round.
+        round: u32,
     },
     /// A round is over.
     Round {
@@ -59,6 +70,8 @@ pub enum Event {
         train_loss: Option<f64>,
         /// Trainers whose updates are in the new model.
         trainers: u32,
+        /// The job's other trainers, but for those that the selector did not take.
+        left_out: Vec<String>,
         /// Samples behind it.
         samples: u64,
         /// Updates and aggregates folded, on all levels.
@@ -219,9 +232,19 @@ fn describe(event: &Event) -> Option<String> {
         Event::WorkerLost {
             worker,
             round,
+            how,
             last_words,
+            restarting,
         } => {
-            format!("round {round}: {worker} is gone; going on without it. Its log ends: {last_words}")
+            let then = if *restarting {
+                "starting another"
+            } else {
+                "going on without it"
+            };
+            format!("round {round}: {worker} is gone ({how}); {then}. Its log ends: {last_words}")
+        }
+        Event::WorkerReplaced { worker, round } => {
+            format!("round {round}: another {worker} has taken over")
         }
         Event::Round {
             round,
@@ -230,6 +253,7 @@ fn describe(event: &Event) -> Option<String> {
             accuracy,
             train_loss,
             trainers,
+            left_out,
             updates_folded,
             bytes_referenced,
             ..
@@ -248,6 +272,9 @@ fn describe(event: &Event) -> Option<String> {
             text.push_str(&format!(
                 "  {trainers} trainers, {updates_folded} folded, {referenced} referenced"
             ));
+            if !left_out.is_empty() {
+                text.push_str(&format!("; without {}", some_of(left_out)));
+            }
             text
         }
         Event::JobFinished {
@@ -267,6 +294,16 @@ fn describe(event: &Event) -> Option<String> {
         Event::JobFailed { .. } => return None,
     };
     Some(text)
+}
+
+/// The first few names, and how many more there are.
+fn some_of(names: &[String]) -> String {
+    const FEW: usize = 5;
+    let mut text = names[..names.len().min(FEW)].join(", ");
+    if names.len() > FEW {
+        text.push_str(&format!(" and {} more", names.len() - FEW));
+    }
+    text
 }
 
 /// Bytes as people read them.

@@ -1,9 +1,12 @@
 //! The rounds: announced to the workers, waited for, measured; each round's model written out and evaluated while
 //! the next round runs.
+//!
+//! A round is decided when the top's `Model` frame has come, whatever happens to the top then: until that frame nobody's
+//! update has been given back, so that a successor can make the round anew.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::VecDeque;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use anyhow::{Context, anyhow};
 use lifl_common::arena::PeerArena;
@@ -11,14 +14,14 @@ use lifl_common::config::Kind;
 use lifl_common::control::{Event as DaemonEvent, GatewayStatus, Status};
 use lifl_common::frame::{Frame, FrameKind};
 use lifl_common::id::WorkerId;
-use lifl_common::session::proxied;
-use lifl_common::update::{Metadata, Tensors, image};
+use lifl_common::update::{Cover, Metadata, Tensors, image};
 use tokio::task::JoinHandle;
 
+use super::deaths::{Clock, Life};
 use super::node::Node;
-use super::pairing::{pair, select};
 use super::peak::Peak;
 use super::report::{Event, Reporter};
+use super::roster::Roster;
 use super::workers::Workers;
 use super::{Run, levels};
 use crate::exit::{Because, Cause, Failure, Outcome};
@@ -31,6 +34,8 @@ struct NewModel {
     arena: Arc<PeerArena>,
     seconds: f64,
     moved: Moved,
+    /// The trainers that were to be in it.
+    asked: Vec<usize>,
 }
 
 /// What the daemon has counted of the job.
@@ -49,22 +54,27 @@ struct Examined {
 }
 
 pub(super) struct Rounds<'r, 'j> {
-    run: &'r mut Run<'j>,
-    workers: Workers,
-    reporter: &'r mut Reporter,
-    /// Registered workers by id, as indices into the job's workers.
-    ids: HashMap<WorkerId, usize>,
-    /// The same of proxies.
-    proxies: HashMap<WorkerId, usize>,
-    ready: HashSet<WorkerId>,
-    gone: HashSet<usize>,
-    round: u32,
+    pub(super) run: &'r mut Run<'j>,
+    pub(super) workers: Workers,
+    pub(super) reporter: &'r mut Reporter,
+    pub(super) roster: Roster<'j>,
+    /// By worker.
+    pub(super) lives: Vec<Life>,
+    /// Which round runs, or is next; 0 before the first.
+    pub(super) round: u32,
+    pub(super) clock: Clock,
+    /// Frames that are to be sent.
+    pub(super) outgoing: Vec<Frame>,
+    /// Frames that have been read and not been dealt with.
+    unread: VecDeque<Frame>,
+    /// Who is the top, and who was.
+    tops: Vec<WorkerId>,
     evaluator: Option<Evaluator>,
     examining: Option<JoinHandle<anyhow::Result<Examined>>>,
     arena: Option<Arc<PeerArena>>,
     moved_before: Moved,
     /// Remote workers that are dead, and whose proxies are to leave.
-    to_drop: Vec<usize>,
+    pub(super) to_drop: Vec<usize>,
     last: Option<Evaluation>,
     peak: Peak,
 }
@@ -79,15 +89,19 @@ enum News {
 
 impl<'r, 'j> Rounds<'r, 'j> {
     pub(super) fn new(run: &'r mut Run<'j>, workers: Workers, reporter: &'r mut Reporter) -> Self {
+        let roster = Roster::new(run.id, &run.job.workers);
+        let lives = run.job.workers.iter().map(|_| Life::started()).collect();
         Self {
             run,
             workers,
             reporter,
-            ids: HashMap::new(),
-            proxies: HashMap::new(),
-            ready: HashSet::new(),
-            gone: HashSet::new(),
+            roster,
+            lives,
             round: 0,
+            clock: Clock::start(),
+            outgoing: Vec::new(),
+            unread: VecDeque::new(),
+            tops: Vec::new(),
             evaluator: None,
             examining: None,
             arena: None,
@@ -126,22 +140,17 @@ impl<'r, 'j> Rounds<'r, 'j> {
         let all = memory::registrations(self.run.job) as usize - 1;
         self.reporter.begin("starting", all as u64);
         loop {
-            let known = self.ids.keys().chain(self.proxies.keys());
-            let ready = known.filter(|id| self.ready.contains(id)).count();
+            let ready = self.roster.ready_count();
             self.reporter.position(ready as u64, "workers ready".to_owned());
             if ready == all {
                 return Ok(());
             }
-            if let News::Frame(frame) = self.news().await?
-                && frame.kind == FrameKind::Ready as u16
-            {
-                self.ready.insert(frame.from);
-            }
+            self.between_rounds().await?;
         }
     }
 
     /// What the daemon has of this job.
-    async fn status(&mut self) -> Outcome<Status> {
+    pub(super) async fn status(&mut self) -> Outcome<Status> {
         self.run
             .client
             .status(Some(self.run.job_id))
@@ -187,35 +196,28 @@ impl<'r, 'j> Rounds<'r, 'j> {
 
     async fn one_round(&mut self, round: u32) -> Outcome {
         self.round = round;
-        let begun = Instant::now();
-        let frames = self.plan_round(round)?;
-        self.run
-            .frames
-            .send(&frames)
-            .await
-            .context("the frame socket failed")
-            .because(Cause::Job)?;
+        self.plan_round(round).await?;
+        self.clock = Clock::start();
+        self.outgoing = self.roster.announce();
+        self.flush().await?;
         let frame = loop {
             match self.news().await? {
                 News::Frame(frame) if frame.kind == FrameKind::Model as u16 && frame.round == round => {
                     break frame;
                 }
                 News::Frame(frame) => tracing::warn!(kind = frame.kind, from = %frame.from, "not expected"),
-                News::Other => {}
+                News::Other => self.look(true).await?,
             }
         };
-        let seconds = begun.elapsed().as_secs_f64();
-        if self
-            .ids
-            .get(&frame.from)
-            .map(|&index| self.run.job.workers[index].kind)
-            != Some(Kind::Top)
-        {
+        let seconds = self.clock.seconds();
+        if !self.tops.contains(&frame.from) {
             return Err(Failure::new(
                 Cause::Job,
                 anyhow!("{} sent a model but is not the top", frame.from),
             ));
         }
+        let asked = self.asked();
+        self.round_finished();
         let status = self.status().await?;
         let now = self.moved(&status);
         let moved = now.since(&self.moved_before);
@@ -238,112 +240,146 @@ impl<'r, 'j> Rounds<'r, 'j> {
             arena,
             seconds,
             moved,
+            asked,
         });
         Ok(())
     }
 
-    /// Tells everybody who takes part its children and its parent.
-    fn plan_round(&self, round: u32) -> Outcome<Vec<Frame>> {
-        let workers = &self.run.job.workers;
-        let by_index = |ids: &HashMap<WorkerId, usize>| -> HashMap<usize, WorkerId> {
-            ids.iter().map(|(&id, &index)| (index, id)).collect()
-        };
-        // A worker's own id is what it has for its children, its proxy's what it has for its parent.
-        let (own, proxies) = (by_index(&self.ids), by_index(&self.proxies));
-        let present = |index: usize| {
-            let worker = &workers[index];
-            let there = (own.contains_key(&index) || !memory::is_local(worker))
-                && (proxies.contains_key(&index) || !memory::is_remote(worker));
-            there && !self.gone.contains(&index)
-        };
-        let mut pairs = pair(workers, present);
-        select(workers, &mut pairs, self.run.job.seed, round);
-        if pairs.is_empty() {
-            let error = anyhow!("round {round}: no trainer that is left has a way to the top");
-            return Err(Failure::new(Cause::Job, error));
-        }
-        let mut order: Vec<usize> = pairs.keys().copied().collect();
-        order.sort_unstable();
-        let from = self.run.id;
-        let mut frames = Vec::new();
-        for index in order {
-            let frame = |to: WorkerId, kind: FrameKind, value: WorkerId, covers| {
-                let (kind, value) = (kind as u16, u64::from(value.0));
-                Frame {
-                    to,
-                    from,
-                    kind,
-                    round,
-                    value,
-                    covers,
-                    ..Frame::default()
+    /// Pairs those who are there, when all aggregators' places are taken and there are enough trainers.
+    async fn plan_round(&mut self, round: u32) -> Outcome {
+        let job = self.run.job;
+        loop {
+            let aggregators = self.roster.awaited(|spec| spec.kind != Kind::Trainer);
+            let coming = self.roster.awaited(|spec| spec.kind == Kind::Trainer);
+            if aggregators == 0 {
+                let trainers = self.roster.plan(round, job.seed);
+                if trainers >= job.quorum {
+                    return Ok(());
                 }
-            };
-            let pair = &pairs[&index];
-            let mut parent = pair.parent.map_or(WorkerId::NONE, |parent| own[&parent]);
-            if let Some(&proxy) = proxies.get(&index) {
-                // The worker's parent is beyond the wire; its proxy's is here.
-                frames.push(frame(proxy, FrameKind::Begin, parent, 0));
-                parent = WorkerId::NONE;
+                if coming == 0 {
+                    let error = match trainers {
+                        0 => anyhow!("round {round}: no trainer that is left has a way to the top"),
+                        some => anyhow!(
+                            "round {round}: {some} trainers can take part, its quorum is {}: lower lifl.quorum, or see why \
+                             the others are gone",
+                            job.quorum
+                        ),
+                    };
+                    return Err(Failure::new(Cause::Job, error));
+                }
             }
-            if let Some(&id) = own.get(&index) {
-                let child = |child| proxies.get(child).copied().unwrap_or_else(|| own[child]);
-                let children = pair.children.iter().map(child);
-                frames.extend(children.map(|child| frame(id, FrameKind::Child, child, 0)));
-                frames.push(frame(id, FrameKind::Begin, parent, pair.children.len() as u32));
-            }
+            self.between_rounds().await?;
         }
-        Ok(frames)
     }
 
-    /// Waits for whatever comes next, and deals with it unless it is a frame.
+    /// Deals with what comes while no round runs.
+    async fn between_rounds(&mut self) -> Outcome {
+        match self.news().await? {
+            News::Frame(frame) => {
+                tracing::warn!(kind = frame.kind, from = %frame.from, "not expected");
+                Ok(())
+            }
+            News::Other => self.look(false).await,
+        }
+    }
+
+    /// Sends what is to be sent.
+    async fn flush(&mut self) -> Outcome {
+        let sent = self.run.frames.send(&self.outgoing).await;
+        self.outgoing.clear();
+        sent.context("the frame socket failed").because(Cause::Job)
+    }
+
+    /// Waits for whatever comes next, and deals with it unless it is a frame about a round.
     async fn news(&mut self) -> Outcome<News> {
-        let pause = Duration::from_millis(100).max(Duration::from_millis(2) * self.ids.len() as u32);
-        tokio::select! {
-            frame = self.run.frames.recv() => {
-                let frame = frame.context("the frame socket failed").because(Cause::Job)?;
-                let frame = frame.context("the frame socket was closed").because(Cause::Job)?;
+        let pause = Duration::from_millis(100).max(Duration::from_millis(2) * self.lives.len() as u32);
+        let frame = match self.unread.pop_front() {
+            Some(frame) => Some(frame),
+            None => tokio::select! {
+                frame = self.run.frames.recv() => {
+                    let frame = frame.context("the frame socket failed").because(Cause::Job)?;
+                    Some(frame.context("the frame socket was closed").because(Cause::Job)?)
+                }
+                event = self.run.client.event() => {
+                    let event = event.context("the daemon is gone").because(Cause::Job)?;
+                    self.daemon_event(event)?;
+                    None
+                }
+                (index, status) = self.workers.exited() => {
+                    self.read_all()?;
+                    self.process_ended(index, &status)?;
+                    None
+                }
+                examined = done(&mut self.examining) => {
+                    self.examining = None;
+                    self.report(examined.because(Cause::Job)?).await?;
+                    None
+                }
+                () = tokio::time::sleep(pause) => None,
+            },
+        };
+        if let Some(frame) = frame {
+            if frame.kind != FrameKind::Ready as u16 {
                 return Ok(News::Frame(frame));
             }
-            event = self.run.client.event() => {
-                let event = event.context("the daemon is gone").because(Cause::Job)?;
-                self.daemon_event(event)?;
-            }
-            (index, status) = self.workers.exited() => self.process_gone(index, &status)?,
-            examined = done(&mut self.examining) => {
-                self.examining = None;
-                self.report(examined.because(Cause::Job)?).await?;
-            }
-            () = tokio::time::sleep(pause) => {}
+            self.ready(frame.from)?;
         }
         for index in std::mem::take(&mut self.to_drop) {
             let name = &self.run.job.workers[index].name;
             self.run.client.drop_worker(name).await.because(Cause::Job)?;
         }
+        // A round that is decided is not begun anew.
+        if self.unread.is_empty() {
+            self.restart_lost()?;
+        }
+        self.flush().await?;
         self.peak.sample(self.workers.pids());
         Ok(News::Other)
+    }
+
+    /// Reads what the dead have said before they died, so that it counts before their death does.
+    fn read_all(&mut self) -> Outcome {
+        while let Some(frame) = self
+            .run
+            .frames
+            .try_recv()
+            .context("the frame socket failed")
+            .because(Cause::Job)?
+        {
+            self.unread.push_back(frame);
+        }
+        Ok(())
+    }
+
+    /// A worker can begin.
+    fn ready(&mut self, id: WorkerId) -> Outcome {
+        let Some(index) = self.roster.ready(id) else {
+            return Ok(());
+        };
+        if self.run.job.workers[index].kind == Kind::Top {
+            self.tops.push(id);
+        }
+        if self.round == 0 {
+            return Ok(());
+        }
+        self.successor_ready(index)
     }
 
     fn daemon_event(&mut self, event: DaemonEvent) -> Outcome {
         match event {
             DaemonEvent::PeerJoined { worker, name } => {
-                let (name, ids) = match proxied(&name) {
-                    Some(name) => (name, &mut self.proxies),
-                    None => (name.as_str(), &mut self.ids),
-                };
-                if let Some(index) = self.run.job.workers.iter().position(|spec| spec.name == name) {
-                    ids.insert(worker, index);
+                if let Some(index) = self.roster.joined(worker, &name) {
+                    self.lives[index].registered = true;
                 }
             }
             DaemonEvent::PeerLost(lost) => {
-                if let Some(&index) = self.ids.get(&lost.worker) {
-                    self.worker_gone(index, "its connection to the daemon closed")?;
-                } else if let Some(&index) = self.proxies.get(&lost.worker) {
-                    self.worker_gone(index, "its session with the gateway is over")?;
+                self.read_all()?;
+                if let Some(index) = self.roster.left(lost.worker) {
+                    self.connection_closed(index)?;
                 }
             }
             DaemonEvent::DeadLetter(letter) => {
-                tracing::warn!(to = %letter.to, kind = letter.kind, "not delivered: {}", letter.refusal);
+                tracing::debug!(to = %letter.to, kind = letter.kind, "not delivered: {}", letter.refusal);
             }
             DaemonEvent::JobEnded { reason } => {
                 return Err(Failure::new(
@@ -355,35 +391,20 @@ impl<'r, 'j> Rounds<'r, 'j> {
         Ok(())
     }
 
-    fn process_gone(&mut self, index: usize, status: &str) -> Outcome {
-        self.worker_gone(index, status)
+    /// Starts a successor.
+    pub(super) fn start_successor(&mut self, index: usize) -> Outcome {
+        self.workers.start_one(index).because(Cause::Job)
     }
 
-    /// A worker is gone. Before the first round that ends the job, and later too if it is the top.
-    fn worker_gone(&mut self, index: usize, how: &str) -> Outcome {
-        if !self.gone.insert(index) {
-            return Ok(());
-        }
-        let spec = &self.run.job.workers[index];
-        if memory::is_remote(spec) {
-            self.to_drop.push(index);
-        }
-        if self.round == 0 || spec.kind == Kind::Top {
-            let log = self.run.folder.log_tail(&spec.name, 5);
-            let when = if self.round == 0 {
-                "before the first round".to_owned()
-            } else {
-                format!("in round {}", self.round)
-            };
-            let error = anyhow!("{} is gone {when} ({how}); the end of its log:\n{log}", spec.name);
-            return Err(Failure::new(Cause::Job, error));
-        }
-        let event = Event::WorkerLost {
-            worker: spec.name.clone(),
-            round: self.round,
-            last_words: self.run.folder.log_tail(&spec.name, 1),
+    /// The job's trainers, but for those that the selector did not take into the round.
+    fn asked(&self) -> Vec<usize> {
+        let workers = &self.run.job.workers;
+        let selects = workers.iter().any(|worker| worker.select.is_some());
+        let asked = |&index: &usize| {
+            let takes_part = self.roster.takes_part(index) || !self.roster.is_present(index);
+            workers[index].kind == Kind::Trainer && (!selects || takes_part)
         };
-        self.reporter.event(&event).because(Cause::Job)
+        (0..workers.len()).filter(asked).collect()
     }
 
     /// Begins to write out and evaluate a new model, beside the rounds.
@@ -437,6 +458,7 @@ impl<'r, 'j> Rounds<'r, 'j> {
                     frame,
                     seconds,
                     moved,
+                    asked,
                     ..
                 },
             metadata,
@@ -461,6 +483,15 @@ impl<'r, 'j> Rounds<'r, 'j> {
             .because(Cause::Job)?;
         // A model that no update changed is the round's before, and says so.
         let changed = metadata.round == frame.round;
+        let cover = if changed {
+            &metadata.cover
+        } else {
+            &Cover::default()
+        };
+        let workers = &self.run.job.workers;
+        let missing = asked.into_iter().map(|index| &workers[index]);
+        let missing = missing.filter(|worker| worker.share.is_none_or(|share| !cover.contains(share)));
+        let left_out = missing.map(|worker| worker.name.clone()).collect();
         let event = Event::Round {
             round: frame.round,
             seconds,
@@ -468,6 +499,7 @@ impl<'r, 'j> Rounds<'r, 'j> {
             accuracy: evaluation.map(|evaluation| evaluation.accuracy),
             train_loss: metadata.loss.filter(|_| changed),
             trainers: frame.covers,
+            left_out,
             samples: if changed { metadata.samples } else { 0 },
             updates_folded: if changed { metadata.folded } else { 0 },
             bytes_referenced: moved.bytes_referenced,

@@ -2,14 +2,14 @@
 
 use std::collections::HashMap;
 use std::fs::File;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{ExitStatus, Stdio};
 use std::time::Duration;
 
 use anyhow::Context;
-use lifl_common::config::{JobSpec, Kind};
+use lifl_common::config::{JobSpec, Kind, WorkerSpec};
 use lifl_common::id::JobId;
-use lifl_common::session::TOKEN_VARIABLE;
+use lifl_common::session::{JobToken, TOKEN_VARIABLE};
 use tokio::process::{Child, Command};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
@@ -22,9 +22,18 @@ const GRACE: Duration = Duration::from_secs(5);
 
 /// The processes of a run, each played by this very program.
 pub(super) struct Workers {
+    program: PathBuf,
+    socket: PathBuf,
+    job_id: JobId,
+    folder: RunFolder,
+    specs: Vec<WorkerSpec>,
+    /// How each gets in that comes through the gateway.
+    access: Vec<Option<(String, JobToken)>>,
+    /// Trainers work all at once: between them they get each core about once.
+    trainer_threads: String,
     processes: JoinSet<(usize, std::io::Result<ExitStatus>)>,
-    pids: HashMap<usize, u32>,
-    kill: CancellationToken,
+    /// By worker: the process, and what kills it.
+    running: HashMap<usize, (u32, CancellationToken)>,
 }
 
 impl Workers {
@@ -39,56 +48,67 @@ impl Workers {
         folder: &RunFolder,
         gateway: &Gateway,
     ) -> anyhow::Result<Self> {
-        let program = std::env::current_exe().context("cannot find this program's own file")?;
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
-        let trainers = job
-            .workers
-            .iter()
-            .filter(|worker| worker.kind == Kind::Trainer)
-            .count();
-        // Trainers work all at once: between them they get each core about once.
-        let trainer_threads = (cores / trainers.max(1)).max(1).to_string();
+        let trainers = job.trainers().count();
         let mut workers = Self {
+            program: std::env::current_exe().context("cannot find this program's own file")?,
+            socket: socket.to_owned(),
+            job_id,
+            folder: folder.clone(),
+            specs: job.workers.clone(),
+            access: job.workers.iter().map(|spec| gateway.access(spec)).collect(),
+            trainer_threads: (cores / trainers.max(1)).max(1).to_string(),
             processes: JoinSet::new(),
-            pids: HashMap::new(),
-            kill: CancellationToken::new(),
+            running: HashMap::new(),
         };
-        for (index, spec) in job.workers.iter().enumerate() {
-            let log = folder.log(&spec.name);
-            let log = File::create(&log).with_context(|| format!("cannot make {}", log.display()))?;
-            let mut command = Command::new(&program);
-            command
-                .arg("worker")
-                .arg("--socket")
-                .arg(socket)
-                .arg("--job")
-                .arg(job_id.0.to_string());
-            command
-                .arg("--run")
-                .arg(folder.path())
-                .arg("--name")
-                .arg(&spec.name);
-            if let Some((address, token)) = gateway.access(spec) {
-                command.arg("--gateway").arg(address);
-                command.env(TOKEN_VARIABLE, token.to_hex());
-            }
-            if spec.kind == Kind::Trainer {
-                command.env("RAYON_NUM_THREADS", &trainer_threads);
-            }
-            command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(log);
-            // Out of the terminal's process group: Ctrl-C is for the coordinator, which ends the job in order.
-            command.process_group(0).kill_on_drop(true);
-            let child = command
-                .spawn()
-                .with_context(|| format!("cannot start {}", spec.name))?;
-            workers.watch(index, child);
+        for index in 0..workers.specs.len() {
+            workers.start_one(index)?;
         }
         Ok(workers)
     }
 
+    /// Starts one, which must not run already.
+    ///
+    /// # Errors
+    /// If the process cannot be started.
+    pub(super) fn start_one(&mut self, index: usize) -> anyhow::Result<()> {
+        let spec = &self.specs[index];
+        let log = self.folder.log(&spec.name);
+        let file = File::options().create(true).append(true).open(&log);
+        let file = file.with_context(|| format!("cannot make {}", log.display()))?;
+        let mut command = Command::new(&self.program);
+        command
+            .arg("worker")
+            .arg("--socket")
+            .arg(&self.socket)
+            .arg("--job")
+            .arg(self.job_id.0.to_string());
+        command
+            .arg("--run")
+            .arg(self.folder.path())
+            .arg("--name")
+            .arg(&spec.name);
+        if let Some((address, token)) = &self.access[index] {
+            command.arg("--gateway").arg(address);
+            command.env(TOKEN_VARIABLE, token.to_hex());
+        }
+        if spec.kind == Kind::Trainer {
+            command.env("RAYON_NUM_THREADS", &self.trainer_threads);
+        }
+        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(file);
+        // Out of the terminal's process group: Ctrl-C is for the coordinator, which ends the job in order.
+        command.process_group(0).kill_on_drop(true);
+        let child = command
+            .spawn()
+            .with_context(|| format!("cannot start {}", spec.name))?;
+        self.watch(index, child);
+        Ok(())
+    }
+
     fn watch(&mut self, index: usize, mut child: Child) {
-        self.pids.insert(index, child.id().unwrap_or(0));
-        let kill = self.kill.clone();
+        let kill = CancellationToken::new();
+        self.running
+            .insert(index, (child.id().unwrap_or(0), kill.clone()));
         self.processes.spawn(async move {
             let status = tokio::select! {
                 status = child.wait() => status,
@@ -106,7 +126,7 @@ impl Workers {
         loop {
             match self.processes.join_next().await {
                 Some(Ok((index, status))) => {
-                    self.pids.remove(&index);
+                    self.running.remove(&index);
                     return (
                         index,
                         status.map_or_else(|error| error.to_string(), |status| status.to_string()),
@@ -120,7 +140,14 @@ impl Workers {
 
     /// The processes that run.
     pub(super) fn pids(&self) -> impl Iterator<Item = u32> {
-        self.pids.values().copied()
+        self.running.values().map(|(pid, _)| *pid)
+    }
+
+    /// Kills one, if it runs; that it has ended is told as of any other.
+    pub(super) fn kill(&self, index: usize) {
+        if let Some((_, kill)) = self.running.get(&index) {
+            kill.cancel();
+        }
     }
 
     /// Waits until all have left, which the job's end tells them to; kills those that do not. Says how many.
@@ -130,7 +157,9 @@ impl Workers {
             return 0;
         }
         let left = self.processes.len();
-        self.kill.cancel();
+        for (_, kill) in self.running.values() {
+            kill.cancel();
+        }
         while self.processes.join_next().await.is_some() {}
         left
     }

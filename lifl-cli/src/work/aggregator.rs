@@ -1,25 +1,31 @@
 //! Top, middle and leaf aggregator: one runtime, in another place of the tree.
 //!
 //! ```text
-//!          Child×n, Begin (coordinator), Model (parent; the top has its own), a free slot
-//!   idle ────────────────────────────────────────────────────────────────▶ collecting
-//!    ▲                                                                         │ each child: Update, Nothing, or lost
-//!    │          no child gave anything: Nothing up                             ▼
-//!    │◀───────────────────────────────────────────────── all answered, or aggGoal updates came
-//!    │          else: the aggregate is lent to the parent                      │
-//!    └──────────────────────────── sent up ◀───────────────────────────────────┘
+//!            Child×n, Begin (coordinator)          Model (parent; the top has its own), a free slot
+//!   silent ─────────────────────────────▶ announced ──────────────────────────────────────────▶ collecting
+//!                                          │     ▲                                                │
+//!                   Taken×n (parent): it   │     │ the parent whose predecessor       each child: Update, Nothing,
+//!                   has the aggregate of   │     │ took that is gone too              or not waited for any more
+//!                   our predecessor        │     │                                                │
+//!                                          ▼     │          the aggregate, or Nothing, goes up    ▼
+//!                                          over ◀─┴───────────────────────────────────── all answered, or aggGoal came
 //! ```
 //!
-//! What was sent up stays *outstanding* until the parent answers: a `Release` means that the aggregate is contained
-//! in what was accepted above, and is passed on to the children; a `Refuse`, or the parent's death, gives the
-//! children's updates back uncounted. The next round may begin meanwhile.
+//! A round that is announced begins anew with every number. What was sent up is kept until it is settled, beside the next
+//! round ([`sent`]); what was handed down, until it comes back ([`models`]). The coordinator may announce a round again: it
+//! then says how the round stands now, with successors in the places of those who died ([`children`]).
+//!
+//! Nothing here waits: frames are posted, and sent when what has come has been dealt with.
 //!
 //! A parent that is reached through the gateway ([`Up::Wire`]) is told the same over a wire: its model comes into a slot of
 //! this worker's own arena and is handed down from there, and the aggregate is sent from its slot.
 
 mod children;
 mod collect;
-mod settle;
+mod models;
+mod sent;
+#[cfg(test)]
+mod simulation;
 mod up;
 
 use std::collections::HashMap;
@@ -29,14 +35,21 @@ use anyhow::Context;
 use lifl_common::config::{JobSpec, Kind, WorkerSpec};
 use lifl_common::frame::{Frame, FrameKind, Refusal};
 use lifl_common::id::{Key, WorkerId};
-use lifl_common::update::{Metadata, Schema, TensorsMut, image};
+use lifl_common::update::{Cover, Metadata, Schema, TensorsMut, image};
 
+use self::children::Found;
 use self::collect::Collecting;
+use self::models::Lent;
+use self::sent::Sent;
 use self::up::Up;
-use super::link::{Incoming, Link};
+use super::ground::Ground;
+use super::link::Incoming;
 use super::{Place, join, ready, uplink};
 use crate::aggregate::{Accumulator, ServerOptimizer, Threads};
 use crate::memory;
+
+/// Updates that are kept which came before they can be taken; who sends more is refused.
+const MOST_EARLY: usize = 1 << 16;
 
 /// What an aggregator needs to know of its job.
 struct Shared {
@@ -51,40 +64,48 @@ struct Shared {
     threads: Threads,
 }
 
-/// A round that is announced or under way.
+/// Where a round stands.
+#[derive(Default)]
+enum Stage {
+    /// Not announced.
+    #[default]
+    Silent,
+    /// Announced, without its model or a slot.
+    Announced,
+    /// The aggregate is in the making.
+    Collecting(Collecting),
+    /// Everything has been said about it.
+    Over,
+}
+
+/// The round that the coordinator has announced last, or that something has come of.
 #[derive(Default)]
 struct Round {
     number: u32,
     parent: WorkerId,
-    children: Vec<WorkerId>,
-    begun: bool,
+    /// The children in folding order; [`WorkerId::NONE`] for one that is not waited for.
+    places: Vec<WorkerId>,
+    /// The same as it is being said, until its `Begin`.
+    listed: Vec<WorkerId>,
+    stage: Stage,
     /// The model to hand down.
     model: Option<Lent>,
-    collecting: Option<Collecting>,
+    /// Those who have not answered are not waited for any more.
+    closing: bool,
+    /// Answers that came before they could be taken, those of later rounds too.
+    early: Vec<Frame>,
+    /// What a predecessor's aggregate covers, as far as it has been said, and in how many pieces.
+    inherited: (Cover, u32),
 }
 
-/// A model that this aggregator was lent, or has in its own arena: the top's, and what came over a wire.
-#[derive(Clone, Copy)]
-struct Lent {
-    key: Key,
-    length: u64,
-    by: WorkerId,
-}
-
-/// An aggregate that the parent has, and the children whose updates it contains.
-struct Outstanding {
-    round: u32,
-    parent: WorkerId,
-    children: Vec<(WorkerId, Frame)>,
-}
-
-struct Aggregator {
-    link: Link,
+struct Aggregator<G> {
+    ground: G,
     up: Up,
     shared: Shared,
-    /// Models handed down and not yet given back by all children.
+    /// Models handed down and not yet given back by all who hold them; this worker is one of them while it collects.
     models: HashMap<Key, (Lent, Vec<WorkerId>)>,
-    outstanding: HashMap<Key, Outstanding>,
+    /// Aggregates that are not settled, and the last that is.
+    sent: Vec<Sent>,
     /// The top's current model.
     current: Option<Lent>,
     round: Round,
@@ -99,67 +120,79 @@ pub(super) async fn play(place: Place, job: JobSpec, spec: WorkerSpec, schema: S
     let link = join(&place, &job, &spec, &schema).await?;
     let up = Up::new(uplink(&place, &spec)?);
     let threads = Threads::new(std::thread::available_parallelism().map_or(1, usize::from))?;
-    let most_held = memory::most_held(&job, &spec);
-    let shared = Shared {
-        job,
-        name: spec.name,
-        kind: spec.kind,
-        goal: spec.agg_goal,
-        most_held,
-        schema: Arc::new(schema),
-        threads,
-    };
-    let Shared {
-        job, schema, threads, ..
-    } = &shared;
-    let accumulator = Accumulator::new(schema.clone(), job.updates, job.timing, threads.clone());
-    let optimizer = (spec.kind == Kind::Top).then(|| ServerOptimizer::new(schema, job.optimizer));
-    let mut aggregator = Aggregator {
-        link,
-        up,
-        shared,
-        models: HashMap::new(),
-        outstanding: HashMap::new(),
-        current: None,
-        round: Round::default(),
-        accumulator,
-        optimizer,
-    };
-    if spec.kind == Kind::Top {
+    let mut aggregator = Aggregator::new(link, up, threads, job, spec, schema);
+    if aggregator.at_top() {
         aggregator.first_model()?;
     }
-    ready(&mut aggregator.link).await?;
+    ready(&mut aggregator.ground).await?;
     aggregator.up.ready();
     loop {
         tokio::select! {
-            incoming = aggregator.link.next() => {
+            incoming = aggregator.ground.next() => {
                 let mut incoming = Some(incoming?);
                 // All that is there already, so that an eager aggregator folds it in one pass.
                 while let Some(one) = incoming {
                     if aggregator.take(one).await? {
                         return Ok(());
                     }
-                    incoming = aggregator.link.ready().await?;
+                    incoming = aggregator.ground.ready().await?;
                 }
             }
-            above = aggregator.up.next() => if aggregator.above(above?).await? {
+            above = aggregator.up.next() => if aggregator.above(above?)? {
                 return Ok(());
             },
         }
         aggregator.advance().await?;
+        aggregator.ground.flush().await?;
     }
 }
 
-impl Aggregator {
+impl<G: Ground> Aggregator<G> {
+    fn new(ground: G, up: Up, threads: Threads, job: JobSpec, spec: WorkerSpec, schema: Schema) -> Self {
+        let most_held = memory::most_held(&job, &spec);
+        let schema = Arc::new(schema);
+        let accumulator = Accumulator::new(Arc::clone(&schema), job.updates, job.timing, threads.clone());
+        let optimizer = (spec.kind == Kind::Top).then(|| ServerOptimizer::new(&schema, job.optimizer));
+        let shared = Shared {
+            job,
+            name: spec.name,
+            kind: spec.kind,
+            goal: spec.agg_goal,
+            most_held,
+            schema,
+            threads,
+        };
+        Self {
+            ground,
+            up,
+            shared,
+            models: HashMap::new(),
+            sent: Vec::new(),
+            current: None,
+            round: Round::default(),
+            accumulator,
+            optimizer,
+        }
+    }
+
+    fn at_top(&self) -> bool {
+        self.shared.kind == Kind::Top
+    }
+
     /// Deals with one thing that came; says whether it was the job's end.
     async fn take(&mut self, incoming: Incoming) -> anyhow::Result<bool> {
         match incoming {
             Incoming::Frame(kind, frame) => self.frame(kind, frame).await?,
-            Incoming::Lost(worker) => self.lost(worker).await?,
+            Incoming::Lost(worker) => self.lost(worker),
             Incoming::Undelivered(letter) => {
-                // Whoever did not get it has it no longer: as good as gone for this round.
-                self.link.arena.take_back(letter.to);
-                self.lost(letter.to).await?;
+                // Whoever did not get it has it no longer: as good as gone, until the coordinator says who took over.
+                self.ground.arena().take_back(letter.to);
+                self.lost(letter.to);
+                if letter.refusal == Refusal::ReceiverFull
+                    && let Stage::Collecting(collecting) = &mut self.round.stage
+                {
+                    collecting.children.nothing(letter.to);
+                }
             }
             Incoming::Ended(reason) => {
                 tracing::info!("the job has ended: {reason}");
@@ -174,7 +207,11 @@ impl Aggregator {
         let Shared {
             job, schema, name, ..
         } = &self.shared;
-        let mut slot = self.link.arena.begin().context("a new arena has no free slot")?;
+        let mut slot = self
+            .ground
+            .arena()
+            .begin()
+            .context("a new arena has no free slot")?;
         let offset = image::data_offset(schema);
         let data = &mut slot.bytes_mut()[offset..offset + schema.data_bytes()];
         match &job.base_model {
@@ -192,7 +229,7 @@ impl Aggregator {
             ..Metadata::default()
         };
         image::write_header(slot.bytes_mut(), schema, &metadata);
-        let key = self.link.arena.publish(slot);
+        let key = self.ground.arena().publish(slot);
         self.current = Some(self.own(key));
         Ok(())
     }
@@ -206,13 +243,22 @@ impl Aggregator {
     }
 
     async fn frame(&mut self, kind: FrameKind, frame: Frame) -> anyhow::Result<()> {
+        let told = frame.from == self.ground.coordinator();
         match kind {
-            FrameKind::Child if frame.from == self.link.coordinator() => {
-                self.announce(frame.round).await?.push(frame)
+            FrameKind::Child if told => {
+                self.announce(frame.round);
+                if frame.round == self.round.number {
+                    self.round.listed.push(worker_id(&frame)?);
+                }
             }
-            FrameKind::Begin if frame.from == self.link.coordinator() => {
-                let round = self.announce(frame.round).await?;
-                round.begin(&frame)?;
+            FrameKind::Begin if told => {
+                self.announce(frame.round);
+                if frame.round == self.round.number {
+                    self.begin(worker_id(&frame)?)?;
+                }
+            }
+            FrameKind::Close if told => {
+                self.round.closing |= frame.round == self.round.number;
             }
             FrameKind::Model => {
                 let lent = Lent {
@@ -220,76 +266,134 @@ impl Aggregator {
                     length: frame.length,
                     by: frame.from,
                 };
-                self.model(frame.round, lent).await?;
+                self.model(frame.round, lent)?;
             }
-            FrameKind::Update | FrameKind::Nothing => self.answer(kind, frame).await?,
-            FrameKind::Release => self.released(frame).await?,
+            FrameKind::Taken => self.taken(&frame).await?,
+            FrameKind::Update | FrameKind::Nothing => self.answer(frame).await?,
+            FrameKind::Release => self.released(&frame),
             FrameKind::Refuse => {
                 let refusal = Refusal::from_number(frame.refusal).unwrap_or(Refusal::BadKey);
                 tracing::warn!(round = frame.round, "the parent refused our aggregate: {refusal}");
-                self.settle(frame.key, frame.from, FrameKind::Refuse, frame.refusal)
-                    .await?;
+                self.settle(frame.key, frame.from, (FrameKind::Refuse, frame.refusal));
             }
-            FrameKind::Child | FrameKind::Begin | FrameKind::Ready => {
+            FrameKind::Child | FrameKind::Begin | FrameKind::Close | FrameKind::Ready => {
                 tracing::warn!(?kind, from = %frame.from, "not for an aggregator, or not from the coordinator");
             }
         }
         Ok(())
     }
 
-    /// The round of that number; a new number ends what was left of the round before.
-    async fn announce(&mut self, number: u32) -> anyhow::Result<&mut Round> {
-        if self.round.number != number {
-            let left = std::mem::take(&mut self.round);
-            if let Some(model) = left.model {
-                self.release_model(model, left.number).await?;
-            }
-            if let Some(collecting) = left.collecting {
-                tracing::warn!(round = left.number, "ended without having been finished");
-                self.let_go(collecting.model.key, collecting.round).await?;
-                let given_back = collecting.children.given();
-                self.give_back(&given_back, FrameKind::Refuse, Refusal::NotExpected as u16)
-                    .await?;
-            }
-            self.round.number = number;
+    /// Something of a round has come; a new number ends what was left of the round before.
+    fn announce(&mut self, number: u32) {
+        if number <= self.round.number {
+            return;
         }
-        Ok(&mut self.round)
+        let left = std::mem::replace(
+            &mut self.round,
+            Round {
+                number,
+                ..Round::default()
+            },
+        );
+        if let Some(model) = left.model {
+            self.release_model(model, left.number);
+        }
+        if let Stage::Collecting(collecting) = left.stage {
+            tracing::warn!(round = left.number, "ended without having been finished");
+            self.let_go(collecting.model.key, collecting.round);
+            let taken: Vec<Frame> = collecting.children.taken().map(|given| given.frame).collect();
+            self.give_back(&taken, (FrameKind::Refuse, Refusal::Late as u16));
+        }
+        for early in left.early {
+            if early.round >= number {
+                self.round.early.push(early);
+            } else {
+                self.refuse(&early, Refusal::Late);
+            }
+        }
+        self.give_up_orphans();
     }
 
-    /// A round's model has come.
-    async fn model(&mut self, number: u32, lent: Lent) -> anyhow::Result<()> {
-        if self.shared.kind == Kind::Top || number < self.round.number {
-            tracing::warn!(from = %lent.by, round = number, "a model that was not expected");
-            return self.release_model(lent, number).await;
+    /// The coordinator has said how the round stands: for the first time, or again.
+    fn begin(&mut self, parent: WorkerId) -> anyhow::Result<()> {
+        let listed = std::mem::take(&mut self.round.listed);
+        self.round.parent = parent;
+        if matches!(self.round.stage, Stage::Silent) {
+            self.round.places = listed;
+            self.round.stage = Stage::Announced;
+            return Ok(());
         }
-        let round = self.announce(number).await?;
-        if let Some(before) = round.model.replace(lent) {
-            self.release_model(before, number).await?;
+        self.say_again();
+        if listed.len() != self.round.places.len() {
+            tracing::error!(
+                round = self.round.number,
+                "announced again with another number of children"
+            );
+            return Ok(());
+        }
+        let before = std::mem::replace(&mut self.round.places, listed.clone());
+        for (old, new) in before.into_iter().zip(listed) {
+            if old != new {
+                self.replace(old, new)?;
+            }
         }
         Ok(())
+    }
+
+    /// Somebody else sits in a child's place; [`WorkerId::NONE`]: nobody does.
+    fn replace(&mut self, old: WorkerId, new: WorkerId) -> anyhow::Result<()> {
+        match &mut self.round.stage {
+            Stage::Silent | Stage::Announced => Ok(()),
+            Stage::Over if new == WorkerId::NONE => Ok(()),
+            Stage::Over => {
+                self.succeeded(old, new);
+                Ok(())
+            }
+            Stage::Collecting(collecting) => {
+                let found = collecting.children.replace(old, new);
+                let owed = collecting.owed.iter_mut().find(|child| **child == old);
+                let model = collecting.model;
+                match found {
+                    _ if new == WorkerId::NONE => {}
+                    Found::Waiting => match owed {
+                        Some(child) => *child = new,
+                        None => self.hand_down(model, self.round.number, &[new])?,
+                    },
+                    Found::Taken(update, cover) => self.post_taken(new, update.key, &cover),
+                    Found::Gone => self.post_taken(new, Key::NONE, &Cover::default()),
+                }
+                Ok(())
+            }
+        }
     }
 
     /// Whatever can begin begins; whatever has come is folded, if it is its time; whatever is complete is sent up.
     async fn advance(&mut self) -> anyhow::Result<()> {
         self.start().await?;
         self.make_room();
-        self.hand_down_owed().await?;
-        let Some(collecting) = &mut self.round.collecting else {
+        self.hand_down_owed()?;
+        let Stage::Collecting(collecting) = &mut self.round.stage else {
             return Ok(());
         };
+        if self.round.closing {
+            collecting.children.close();
+        }
         let refused = collecting.fold(&self.shared, &mut self.accumulator)?;
         let complete = collecting.complete();
         for (frame, refusal) in refused {
-            self.refuse(&frame, refusal).await?;
+            self.refuse(&frame, refusal);
         }
-        if complete && let Some(collecting) = self.round.collecting.take() {
+        if complete
+            && let Stage::Collecting(collecting) = std::mem::replace(&mut self.round.stage, Stage::Over)
+        {
             // What came in the same moment as the last update that was needed; whatever comes from now on meets
             // no round that it belongs to.
             for late in collecting.children.unfolded() {
-                self.refuse(&late.frame, Refusal::NotExpected).await?;
+                self.refuse(&late.frame, Refusal::Late);
             }
-            self.let_go(collecting.model.key, collecting.round).await?;
+            let model = collecting.model.key;
             self.finish(collecting).await?;
+            self.let_go(model, self.round.number);
         }
         Ok(())
     }
@@ -297,165 +401,227 @@ impl Aggregator {
     /// Begins to collect when the round is announced, the model is there, a slot is free. Who is late with a round before is
     /// handed the model [later](Self::hand_down_owed).
     async fn start(&mut self) -> anyhow::Result<()> {
-        if self.round.collecting.is_some() || !self.round.begun {
+        if !matches!(self.round.stage, Stage::Announced) {
             return Ok(());
         }
-        let at_top = self.shared.kind == Kind::Top;
-        let Some(model) = (if at_top { self.current } else { self.round.model }) else {
+        let Some(model) = (if self.at_top() {
+            self.current
+        } else {
+            self.round.model
+        }) else {
             return Ok(());
         };
+        let number = self.round.number;
         if model.by != self.round.parent {
             tracing::warn!(from = %model.by, parent = %self.round.parent, "a model from somebody else than the parent");
             self.round.model = None;
-            return self.release_model(model, self.round.number).await;
+            self.release_model(model, number);
+            return Ok(());
         }
-        let Some(slot) = self.link.arena.begin() else {
+        let Some(slot) = self.ground.arena().begin() else {
             return Ok(());
         };
-        let children = std::mem::take(&mut self.round.children);
-        let number = self.round.number;
         let busy = self.busy(&model);
-        let (owed, free): (Vec<_>, Vec<_>) = children.iter().partition(|child| busy.contains(child));
+        let children = self.round.places.iter().filter(|child| **child != WorkerId::NONE);
+        let (owed, free): (Vec<_>, Vec<_>) = children.partition(|child| busy.contains(child));
         tracing::info!(
             round = number,
-            children = children.len(),
+            children = self.round.places.len(),
             busy = owed.len(),
             "round begun"
         );
         self.round.model = None;
-        self.round.begun = false;
         self.accumulator.reset();
-        let mut collecting =
-            Collecting::new(number, self.round.parent, children, self.shared.goal, slot, model);
+        let mut collecting = Collecting::new(number, &self.round.places, self.shared.goal, slot, model);
         collecting.owed = owed;
-        let holders = &mut self.models.entry(model.key).or_insert((model, Vec::new())).1;
-        if !collecting.owed.is_empty() {
-            // Until they have had it, it must not go back.
-            holders.push(self.link.id());
-        }
-        self.round.collecting = Some(collecting);
-        self.hand_down(model, number, &free).await
-    }
-
-    /// A child's answer.
-    async fn answer(&mut self, kind: FrameKind, frame: Frame) -> anyhow::Result<()> {
-        let number = self.round.number;
-        let Some(collecting) = self.round.collecting.as_mut().filter(|_| frame.round == number) else {
-            return self.refuse(&frame, Refusal::NotExpected).await;
-        };
-        if kind == FrameKind::Nothing {
-            collecting.children.nothing(frame.from);
-            return Ok(());
-        }
-        if !collecting.children.is_waiting(frame.from) {
-            return self.refuse(&frame, Refusal::NotExpected).await;
-        }
-        match collect::inspect(&mut self.link, &self.shared.schema, &frame).await {
-            Ok(given) => collecting.children.give(frame.from, given),
-            Err(refusal) => {
-                collecting.children.refuse(frame.from);
-                self.refuse(&frame, refusal).await?;
-            }
+        // As long as it collects, a successor of a child may want it.
+        let own = self.ground.id();
+        self.models
+            .entry(model.key)
+            .or_insert((model, Vec::new()))
+            .1
+            .push(own);
+        self.round.stage = Stage::Collecting(collecting);
+        self.hand_down(model, number, &free)?;
+        for early in std::mem::take(&mut self.round.early) {
+            self.answer(early).await?;
         }
         Ok(())
     }
 
-    async fn refuse(&mut self, update: &Frame, refusal: Refusal) -> anyhow::Result<()> {
-        if update.kind == FrameKind::Nothing as u16 {
+    /// A child's answer.
+    async fn answer(&mut self, frame: Frame) -> anyhow::Result<()> {
+        let nothing = frame.kind == FrameKind::Nothing as u16;
+        if let Some(at) = self.sent.iter().position(|sent| sent.round == frame.round) {
+            if !nothing {
+                self.answer_to_sent(at, frame).await;
+            }
             return Ok(());
         }
+        let number = self.round.number;
+        match &mut self.round.stage {
+            Stage::Collecting(collecting) if frame.round == number => {
+                if nothing {
+                    collecting.children.nothing(frame.from);
+                    return Ok(());
+                }
+                if collecting.children.has(&frame) {
+                    // Said again.
+                    return Ok(());
+                }
+                if !collecting.children.is_waiting(frame.from) {
+                    self.refuse(&frame, Refusal::NotExpected);
+                    return Ok(());
+                }
+                let inspected = collect::inspect(&mut self.ground, &self.shared.schema, &frame).await;
+                if let Err(refusal) = inspected.and_then(|given| collecting.children.give(given)) {
+                    // Whose maker is gone may still come from its successor.
+                    if refusal != Refusal::NoArena {
+                        collecting.children.refuse(frame.from);
+                    }
+                    self.refuse(&frame, refusal);
+                }
+            }
+            Stage::Over if frame.round == number => self.refuse(&frame, Refusal::Late),
+            _ if frame.round < number => self.refuse(&frame, Refusal::Late),
+            _ if self.round.early.len() >= MOST_EARLY => self.refuse(&frame, Refusal::NotExpected),
+            _ => self.round.early.push(frame),
+        }
+        Ok(())
+    }
+
+    /// A child's update of a round whose aggregate is above.
+    async fn answer_to_sent(&mut self, at: usize, frame: Frame) {
+        let sent = &self.sent[at];
+        let verdict = sent.verdict;
+        if sent
+            .children
+            .iter()
+            .any(|(update, _)| (update.from, update.key) == (frame.from, frame.key))
+        {
+            // Said again: so is what is known of it.
+            if let Some(verdict) = verdict {
+                self.give_back(&[frame], verdict);
+            }
+            return;
+        }
+        if sent.own.is_some() {
+            return self.refuse(&frame, Refusal::Late);
+        }
+        match collect::inspect(&mut self.ground, &self.shared.schema, &frame).await {
+            Ok(given) if self.sent[at].cover.contains_all(&given.metadata.cover) => {
+                self.sent[at].children.push((frame, given.metadata.cover));
+                if let Some(verdict) = verdict {
+                    self.give_back(&[frame], verdict);
+                }
+            }
+            Ok(_) => self.refuse(&frame, Refusal::Late),
+            Err(refusal) => self.refuse(&frame, refusal),
+        }
+    }
+
+    fn refuse(&mut self, update: &Frame, refusal: Refusal) {
+        if update.kind == FrameKind::Nothing as u16 {
+            return;
+        }
         tracing::warn!(from = %update.from, round = update.round, "update refused: {refusal}");
-        let given_back = Frame {
-            round: update.round,
-            key: update.key,
-            refusal: refusal as u16,
-            ..Frame::default()
-        };
-        self.link.send(update.from, FrameKind::Refuse, given_back).await
+        self.give_back(&[*update], (FrameKind::Refuse, refusal as u16));
     }
 
     /// All children have answered, or as many as are needed: the aggregate goes up.
     async fn finish(&mut self, collecting: Collecting) -> anyhow::Result<()> {
-        let number = collecting.round;
-        let parent = collecting.parent;
-        let own_object = |key| self.link.arena.object(key);
+        // Whoever is the parent now: it may have changed since the round began.
+        let (number, parent) = (self.round.number, self.round.parent);
+        if self.at_top() && !self.has_quorum(&collecting) {
+            return self.nothing(number, parent);
+        }
         let optimizer = self.optimizer.as_mut();
+        let arena = self.ground.arena();
+        let own_object = |key| arena.object(key);
         let Some(done) = collecting.finish(&self.shared, &mut self.accumulator, optimizer, own_object)?
         else {
-            return self.nothing(number, parent).await;
+            return self.nothing(number, parent);
         };
         let collect::Done {
             slot,
             metadata,
-            covers,
             children,
-            model,
         } = done;
-        let key = self.link.arena.publish(slot);
-        let length = image::image_bytes(&self.shared.schema) as u64;
-        let loss = metadata.loss.unwrap_or(f64::NAN).to_bits();
+        let key = self.ground.arena().publish(slot);
         let up = Frame {
             round: number,
             key,
-            length,
+            length: image::image_bytes(&self.shared.schema) as u64,
             samples: metadata.samples,
-            value: loss,
-            covers,
+            value: metadata.loss.unwrap_or(f64::NAN).to_bits(),
+            covers: metadata.cover.count(),
             ..Frame::default()
         };
-        if self.shared.kind == Kind::Top {
-            // What the top has made is accepted: nobody is above it.
-            self.give_back(&children, FrameKind::Release, 0).await?;
-            self.current = Some(self.own(key));
-            self.retire(model.key);
-            let coordinator = self.link.coordinator();
-            self.link.arena.lend(key, coordinator)?;
-            return self.link.send(coordinator, FrameKind::Model, up).await;
-        }
-        let outstanding = Outstanding {
+        let mut sent = Sent {
             round: number,
-            parent,
+            key,
+            holder: Some(parent),
+            cover: metadata.cover.clone(),
+            own: Some((up, metadata)),
             children,
+            verdict: None,
         };
-        self.outstanding.insert(key, outstanding);
-        self.send_up(up, &metadata).await
+        if self.at_top() {
+            // What the top has made is accepted: nobody is above it. The coordinator hears of the new model before
+            // anybody's update is given back, so that a top which dies in between has either decided or not.
+            let verdict = (FrameKind::Release, 0);
+            sent.verdict = Some(verdict);
+            let updates: Vec<Frame> = sent.children.iter().map(|(update, _)| *update).collect();
+            self.sent.push(sent);
+            self.current = Some(self.own(key));
+            let coordinator = self.ground.coordinator();
+            self.ground.arena().lend(key, coordinator)?;
+            self.ground.post(coordinator, FrameKind::Model, up);
+            self.give_back(&updates, verdict);
+            return Ok(());
+        }
+        self.sent.push(sent);
+        self.send_up(key).await
     }
 
-    /// No child gave anything: the round leaves the model as it was.
-    async fn nothing(&mut self, round: u32, parent: WorkerId) -> anyhow::Result<()> {
-        if self.shared.kind != Kind::Top {
-            return self.send_nothing(round, parent).await;
+    /// Whether enough trainers' work came for a new model; if not, the updates go back.
+    fn has_quorum(&mut self, collecting: &Collecting) -> bool {
+        let mut cover = Cover::default();
+        for given in collecting.children.folded() {
+            cover.add(&given.metadata.cover);
+        }
+        let (came, quorum) = (cover.count(), self.shared.job.quorum);
+        if came >= quorum {
+            return true;
+        }
+        tracing::warn!(round = collecting.round, came, quorum, "no quorum");
+        let updates: Vec<Frame> = collecting.children.folded().map(|given| given.frame).collect();
+        self.give_back(&updates, (FrameKind::Refuse, Refusal::NoQuorum as u16));
+        false
+    }
+
+    /// No child gave anything, or too few did: the round leaves the model as it was.
+    fn nothing(&mut self, round: u32, parent: WorkerId) -> anyhow::Result<()> {
+        if !self.at_top() {
+            self.send_nothing(round, parent);
+            return Ok(());
         }
         let Lent { key, length, .. } = self.current.context("the top has no model")?;
-        let coordinator = self.link.coordinator();
-        self.link.arena.lend(key, coordinator)?;
-        self.link
-            .send(
-                coordinator,
-                FrameKind::Model,
-                Frame {
-                    round,
-                    key,
-                    length,
-                    ..Frame::default()
-                },
-            )
-            .await
+        let coordinator = self.ground.coordinator();
+        self.ground.arena().lend(key, coordinator)?;
+        let unchanged = Frame {
+            round,
+            key,
+            length,
+            ..Frame::default()
+        };
+        self.ground.post(coordinator, FrameKind::Model, unchanged);
+        Ok(())
     }
 }
 
-impl Round {
-    fn push(&mut self, child: Frame) {
-        match u32::try_from(child.value) {
-            Ok(id) if !self.children.contains(&WorkerId(id)) => self.children.push(WorkerId(id)),
-            _ => tracing::warn!(value = child.value, "not a child's id, or one twice"),
-        }
-    }
-
-    fn begin(&mut self, frame: &Frame) -> anyhow::Result<()> {
-        let parent = u32::try_from(frame.value).context("the coordinator named an impossible parent")?;
-        self.parent = WorkerId(parent);
-        self.begun = true;
-        Ok(())
-    }
+/// The worker that a frame from the coordinator names.
+fn worker_id(frame: &Frame) -> anyhow::Result<WorkerId> {
+    let id = u32::try_from(frame.value).context("the coordinator named an impossible worker")?;
+    Ok(WorkerId(id))
 }

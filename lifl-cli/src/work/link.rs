@@ -6,11 +6,13 @@ use std::sync::Arc;
 
 use anyhow::{Context, bail};
 use lifl_common::arena::{Layout, OwnedArena, PeerArena};
-use lifl_common::client::{Client, FrameSocket};
+use lifl_common::client::{Client, ClientError, FrameSocket};
 use lifl_common::config::WorkerSpec;
-use lifl_common::control::{DeadLetter, Event};
+use lifl_common::control::{DeadLetter, ErrorCode, Event};
 use lifl_common::frame::{Frame, FrameKind};
 use lifl_common::id::{ArenaId, JobId, WorkerId};
+
+use super::ground::Ground;
 
 /// What comes to a worker.
 #[derive(Debug)]
@@ -30,9 +32,10 @@ pub(super) enum Incoming {
 pub(super) struct Link {
     client: Client,
     frames: FrameSocket,
+    outbox: Vec<Frame>,
     id: WorkerId,
     coordinator: WorkerId,
-    pub(super) arena: OwnedArena,
+    arena: OwnedArena,
     arena_note: Option<String>,
     peers: HashMap<ArenaId, Arc<PeerArena>>,
     own: Option<Arc<PeerArena>>,
@@ -57,6 +60,7 @@ impl Link {
         Ok(Self {
             client,
             frames: registration.frames,
+            outbox: Vec::new(),
             id: registration.worker,
             coordinator: registration.owner,
             arena: created.arena,
@@ -64,14 +68,6 @@ impl Link {
             peers: HashMap::new(),
             own: None,
         })
-    }
-
-    pub(super) fn id(&self) -> WorkerId {
-        self.id
-    }
-
-    pub(super) fn coordinator(&self) -> WorkerId {
-        self.coordinator
     }
 
     pub(super) fn arena_note(&self) -> Option<&str> {
@@ -118,28 +114,32 @@ impl Link {
         }
     }
 
-    /// Sends one frame of that kind.
-    pub(super) async fn send(&mut self, to: WorkerId, kind: FrameKind, frame: Frame) -> anyhow::Result<()> {
-        self.send_all(&[self.frame(to, kind, frame)]).await
+    /// Sends what has been [posted](Ground::post), in one call.
+    pub(super) async fn flush(&mut self) -> anyhow::Result<()> {
+        let sent = self.frames.send(&self.outbox).await;
+        self.outbox.clear();
+        sent.context("the frame socket failed")
+    }
+}
+
+impl Ground for Link {
+    fn id(&self) -> WorkerId {
+        self.id
     }
 
-    /// The frame with its address filled in.
-    pub(super) fn frame(&self, to: WorkerId, kind: FrameKind, frame: Frame) -> Frame {
-        Frame {
-            to,
-            from: self.id,
-            kind: kind as u16,
-            ..frame
-        }
+    fn coordinator(&self) -> WorkerId {
+        self.coordinator
     }
 
-    /// Sends frames in one call.
-    pub(super) async fn send_all(&mut self, frames: &[Frame]) -> anyhow::Result<()> {
-        self.frames.send(frames).await.context("the frame socket failed")
+    fn arena(&mut self) -> &mut OwnedArena {
+        &mut self.arena
     }
 
-    /// The own arena as others see it, for what is sent from it.
-    pub(super) async fn own(&mut self) -> anyhow::Result<Arc<PeerArena>> {
+    fn outbox(&mut self) -> &mut Vec<Frame> {
+        &mut self.outbox
+    }
+
+    async fn own(&mut self) -> anyhow::Result<Arc<PeerArena>> {
         if let Some(own) = &self.own {
             return Ok(Arc::clone(own));
         }
@@ -148,16 +148,22 @@ impl Link {
         Ok(Arc::clone(self.own.insert(Arc::new(own))))
     }
 
-    /// Another worker's arena, mapped at the first use.
-    pub(super) async fn peer(&mut self, arena: ArenaId) -> anyhow::Result<Arc<PeerArena>> {
+    /// Mapped at the first use.
+    async fn peer(&mut self, arena: ArenaId) -> anyhow::Result<Option<Arc<PeerArena>>> {
         if arena == self.arena.id() {
             bail!("{arena} is this worker's own arena");
         }
         if let Some(peer) = self.peers.get(&arena) {
-            return Ok(Arc::clone(peer));
+            return Ok(Some(Arc::clone(peer)));
         }
-        let peer = Arc::new(self.client.open_arena(arena).await?);
+        let peer = match self.client.open_arena(arena).await {
+            Err(ClientError::Refused {
+                code: ErrorCode::NotFound,
+                ..
+            }) => return Ok(None),
+            opened => Arc::new(opened?),
+        };
         self.peers.insert(arena, Arc::clone(&peer));
-        Ok(peer)
+        Ok(Some(peer))
     }
 }

@@ -1,6 +1,7 @@
 //! The worker processes: what all roles share, the aggregator, the trainer.
 
 mod aggregator;
+mod ground;
 mod link;
 mod remote_trainer;
 mod trainer;
@@ -17,6 +18,7 @@ use lifl_common::session::{JobToken, TOKEN_VARIABLE};
 use lifl_common::update::Schema;
 
 use crate::memory;
+use crate::work::ground::Ground;
 use crate::work::link::Link;
 use crate::work::uplink::{Dial, Uplink};
 
@@ -88,5 +90,6 @@ async fn join(place: &Place, job: &JobSpec, spec: &WorkerSpec, schema: &Schema) 
 /// Tells the coordinator that this worker can begin.
 async fn ready(link: &mut Link) -> anyhow::Result<()> {
     let coordinator = link.coordinator();
-    link.send(coordinator, FrameKind::Ready, Frame::default()).await
+    link.post(coordinator, FrameKind::Ready, Frame::default());
+    link.flush().await
 }

@@ -12,7 +12,7 @@ use std::sync::Arc;
 use anyhow::{Context, bail};
 use lifl_common::config::{JobSpec, UpdateKind, WorkerSpec};
 use lifl_common::session::{Buffer, Object, Room, Source, UpdateHeader};
-use lifl_common::update::Schema;
+use lifl_common::update::{Cover, Schema};
 use tokio::task::JoinHandle;
 
 use super::trainer::{Shared, finished, learn_round};
@@ -52,6 +52,7 @@ pub(super) async fn play(up: Uplink, job: JobSpec, spec: WorkerSpec, schema: Sch
     let bytes = schema.data_bytes();
     let shared = Shared {
         name: spec.name,
+        cover: Cover::of(share),
         updates,
         schema,
         threads: Threads::new(1)?,
@@ -167,7 +168,7 @@ impl RemoteTrainer {
                 schema: schema.digest(),
             },
             samples: trained.samples,
-            covers: 1,
+            cover: self.shared.cover.clone(),
             loss: trained.loss.unwrap_or(f64::NAN),
             folded: 0,
             bytes_copied: trained.bytes_copied,

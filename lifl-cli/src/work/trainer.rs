@@ -1,8 +1,11 @@
 //! The trainer: once a round it is lent the model, trains on its own share of the data, and lends what came out.
 //!
 //! ```text
-//!          Begin (coordinator), Model (parent), a free slot
-//!   idle ───────────────────────────────────────────────────▶ training ──▶ model released, update lent ──▶ idle
+//!          Begin (coordinator), Model (parent), a free slot                              Release or Refuse
+//!   idle ───────────────────────────────────────────────────▶ training ──▶ update lent ──────────────────▶ idle
+//!    ▲                                                           │ ▲          │  ▲ │
+//!    │                     the parent's successor lends the same └─┘          │  └─┘ Begin again: lent to the successor
+//!    └───────────── the parent is gone and the next round is announced ───────┘
 //! ```
 //!
 //! Training runs beside the event loop, so that the end of the job is never waited for.
@@ -14,10 +17,11 @@ use lifl_common::arena::{PeerArena, WritableSlot};
 use lifl_common::config::{JobSpec, UpdateKind, WorkerSpec};
 use lifl_common::frame::{Frame, FrameKind, Refusal};
 use lifl_common::id::WorkerId;
-use lifl_common::update::{Metadata, Schema, Tensors, TensorsMut, image};
+use lifl_common::update::{Cover, Metadata, Schema, Tensors, TensorsMut, image};
 use tokio::task::JoinHandle;
 
-use super::link::{Incoming, Link};
+use super::ground::Ground;
+use super::link::Incoming;
 use super::{Place, join, ready};
 use crate::aggregate::{Threads, subtract};
 use crate::learn::{self, Learner, Trained};
@@ -25,13 +29,14 @@ use crate::learn::{self, Learner, Trained};
 /// What stays the same from round to round.
 pub(super) struct Shared {
     pub(super) name: String,
+    pub(super) cover: Cover,
     pub(super) updates: UpdateKind,
     pub(super) schema: Schema,
     pub(super) threads: Threads,
 }
 
 /// One round's work, handed to the training thread.
-struct Lesson {
+pub(super) struct Lesson {
     learner: Box<dyn Learner>,
     slot: WritableSlot,
     arena: Arc<PeerArena>,
@@ -39,22 +44,27 @@ struct Lesson {
 }
 
 /// What comes back from it.
-struct Learned {
+pub(super) struct Learned {
     learner: Box<dyn Learner>,
     slot: WritableSlot,
-    model: Frame,
     trained: Trained,
 }
 
-struct Trainer {
-    link: Link,
-    shared: Arc<Shared>,
+pub(super) struct Trainer<G> {
+    pub(super) ground: G,
+    pub(super) shared: Arc<Shared>,
     /// `None` while it is with the training thread.
     learner: Option<Box<dyn Learner>>,
-    training: Option<JoinHandle<anyhow::Result<Learned>>>,
+    /// The model that is being trained on, as it was lent last.
+    training: Option<Frame>,
     /// The parent that the coordinator named last, and for which round.
-    begun: Option<(u32, WorkerId)>,
+    begun: (u32, WorkerId),
+    /// The model that is to be trained on.
     model: Option<Frame>,
+    /// The update that there is no verdict on yet.
+    pub(super) update: Option<Frame>,
+    /// The last round that was trained for.
+    trained: u32,
 }
 
 /// Plays the role until the job ends.
@@ -68,37 +78,29 @@ pub(super) async fn play(place: Place, job: JobSpec, spec: WorkerSpec, schema: S
     let link = join(&place, &job, &spec, &schema).await?;
     let shared = Shared {
         name: spec.name,
+        cover: Cover::of(share),
         updates: job.updates,
         schema,
         threads: Threads::new(1)?,
     };
-    let mut trainer = Trainer {
-        link,
-        shared: Arc::new(shared),
-        learner: Some(learner),
-        training: None,
-        begun: None,
-        model: None,
-    };
-    ready(&mut trainer.link).await?;
+    let mut trainer = Trainer::new(link, shared, learner);
+    ready(&mut trainer.ground).await?;
+    let mut training: Option<JoinHandle<anyhow::Result<Learned>>> = None;
     loop {
         tokio::select! {
-            learned = finished(&mut trainer.training) => {
-                trainer.training = None;
-                trainer.deliver(learned?).await?;
+            learned = finished(&mut training) => {
+                training = None;
+                trainer.deliver(learned?)?;
             }
-            incoming = trainer.link.next() => match incoming? {
-                Incoming::Frame(kind, frame) => trainer.frame(kind, frame).await?,
-                // The arena has taken back what was lent; its round is over for us.
-                Incoming::Lost(_) => {}
-                Incoming::Undelivered(letter) => trainer.link.arena.take_back(letter.to),
-                Incoming::Ended(reason) => {
-                    tracing::info!("the job has ended: {reason}");
-                    return Ok(());
-                }
+            incoming = trainer.ground.next() => if trainer.take(incoming?)? {
+                return Ok(());
             },
         }
-        trainer.start().await?;
+        if let Some(lesson) = trainer.start().await? {
+            let shared = Arc::clone(&trainer.shared);
+            training = Some(tokio::task::spawn_blocking(move || learn_one(&shared, lesson)));
+        }
+        trainer.ground.flush().await?;
     }
 }
 
@@ -110,104 +112,207 @@ pub(super) async fn finished<T>(training: &mut Option<JoinHandle<anyhow::Result<
     }
 }
 
-impl Trainer {
-    async fn frame(&mut self, kind: FrameKind, frame: Frame) -> anyhow::Result<()> {
+impl<G: Ground> Trainer<G> {
+    pub(super) fn new(ground: G, shared: Shared, learner: Box<dyn Learner>) -> Self {
+        Self {
+            ground,
+            shared: Arc::new(shared),
+            learner: Some(learner),
+            training: None,
+            begun: (0, WorkerId::NONE),
+            model: None,
+            update: None,
+            trained: 0,
+        }
+    }
+
+    /// Deals with one thing that came; says whether it was the job's end.
+    pub(super) fn take(&mut self, incoming: Incoming) -> anyhow::Result<bool> {
+        match incoming {
+            Incoming::Frame(kind, frame) => self.frame(kind, &frame)?,
+            Incoming::Lost(_) => self.forget_orphan(),
+            Incoming::Undelivered(letter) => {
+                self.ground.arena().take_back(letter.to);
+                self.forget_orphan();
+            }
+            Incoming::Ended(reason) => {
+                tracing::info!("the job has ended: {reason}");
+                return Ok(true);
+            }
+        }
+        Ok(false)
+    }
+
+    fn frame(&mut self, kind: FrameKind, frame: &Frame) -> anyhow::Result<()> {
         match kind {
-            FrameKind::Begin if frame.from == self.link.coordinator() => {
+            FrameKind::Begin if frame.from == self.ground.coordinator() => {
                 let parent =
                     u32::try_from(frame.value).context("the coordinator named an impossible parent")?;
-                self.begun = Some((frame.round, WorkerId(parent)));
+                self.begin(frame.round, WorkerId(parent));
             }
-            FrameKind::Model => {
-                if let Some(before) = self.model.replace(frame) {
-                    self.release(&before).await?;
-                }
-            }
+            FrameKind::Model => self.model(frame),
             FrameKind::Release | FrameKind::Refuse => {
+                if self.update.take_if(|update| update.key == frame.key).is_none() {
+                    // Said twice, by a parent and its successor.
+                    tracing::debug!(from = %frame.from, "a verdict on what is settled");
+                    return Ok(());
+                }
                 if kind == FrameKind::Refuse {
                     let refusal = Refusal::from_number(frame.refusal).unwrap_or(Refusal::BadKey);
                     tracing::warn!(round = frame.round, "our update was refused: {refusal}");
                 }
-                if let Err(error) = self.link.arena.release(frame.key, frame.from) {
-                    tracing::warn!(from = %frame.from, "released what was not lent: {error}");
+                let arena = self.ground.arena();
+                if let Err(error) = arena.release(frame.key, frame.from) {
+                    tracing::debug!(from = %frame.from, "judged by who was lent nothing: {error}");
                 }
-                self.link.arena.free(frame.key);
+                arena.free(frame.key);
             }
             other => tracing::warn!(kind = ?other, from = %frame.from, "not for a trainer"),
         }
         Ok(())
     }
 
-    async fn release(&mut self, model: &Frame) -> anyhow::Result<()> {
-        let Frame { round, key, from, .. } = *model;
-        self.link
-            .send(
-                from,
-                FrameKind::Release,
-                Frame {
+    /// The coordinator announces a round; or the same again, when the parent has a successor, which is to hear what its
+    /// predecessor may have heard.
+    fn begin(&mut self, round: u32, parent: WorkerId) {
+        if round < self.begun.0 {
+            return tracing::warn!(round, "announced after a later round");
+        }
+        let again = round == self.begun.0;
+        self.begun = (round, parent);
+        match self.update {
+            Some(update) if update.round == round => self.lend(update, parent),
+            Some(_) => self.forget_orphan(),
+            None if again && self.trained == round => {
+                let nothing = Frame {
                     round,
-                    key,
                     ..Frame::default()
-                },
-            )
-            .await
+                };
+                self.ground.post(parent, FrameKind::Nothing, nothing);
+            }
+            None => {}
+        }
     }
 
-    /// Begins to train when the round is announced, its model is there, a slot is free and no training runs.
-    async fn start(&mut self) -> anyhow::Result<()> {
-        let (Some((round, parent)), Some(model)) = (self.begun, self.model) else {
-            return Ok(());
+    /// Lends the update to the round's parent, and to nobody else.
+    fn lend(&mut self, update: Frame, parent: WorkerId) {
+        let arena = self.ground.arena();
+        // Whether or not its end is known here already, who had it before is gone.
+        let _ = arena.release(update.key, update.to);
+        if let Err(error) = arena.lend(update.key, parent) {
+            return tracing::error!(key = %update.key, "cannot be lent: {error}");
+        }
+        self.update = Some(Frame { to: parent, ..update });
+        self.ground.post(parent, FrameKind::Update, update);
+    }
+
+    /// An update of a round that is over, whose parent is gone: nobody will give it back any more.
+    fn forget_orphan(&mut self) {
+        let round = self.begun.0;
+        if let Some(update) = self.update.filter(|update| update.round < round)
+            && self.ground.arena().free(update.key)
+        {
+            tracing::warn!(
+                round = update.round,
+                "the round went on without the aggregator that had our update"
+            );
+            self.update = None;
+        }
+    }
+
+    /// A model has come.
+    fn model(&mut self, frame: &Frame) {
+        match &mut self.training {
+            Some(training) if training.round == frame.round => {
+                if training.key != frame.key {
+                    // A new top's, with the same bytes: what we have will do.
+                    return self.release(frame);
+                }
+                // The parent's successor: it is to get it back.
+                training.from = frame.from;
+            }
+            _ if frame.round <= self.trained => self.release(frame),
+            _ => {
+                let before = self.model.replace(*frame);
+                if let Some(before) = before.filter(|before| before.key != frame.key) {
+                    self.release(&before);
+                }
+            }
+        }
+    }
+
+    fn release(&mut self, model: &Frame) {
+        let Frame { round, key, from, .. } = *model;
+        let back = Frame {
+            round,
+            key,
+            ..Frame::default()
+        };
+        self.ground.post(from, FrameKind::Release, back);
+    }
+
+    /// A lesson to learn, when the round is announced, its model is there, a slot is free and no training runs.
+    pub(super) async fn start(&mut self) -> anyhow::Result<Option<Lesson>> {
+        let (round, parent) = self.begun;
+        let Some(model) = self.model else {
+            return Ok(None);
         };
         if model.round < round || (model.round == round && model.from != parent) {
             tracing::warn!(from = %model.from, round = model.round, "a model of an old round or from a stranger");
             self.model = None;
-            return self.release(&model).await;
+            self.release(&model);
+            return Ok(None);
         }
         if model.round > round || self.training.is_some() {
-            return Ok(());
+            return Ok(None);
         }
-        // An update whose parent died was taken back; nobody will release it any more.
-        self.link.arena.free_unheld();
-        let Some(slot) = self.link.arena.begin() else {
-            return Ok(());
+        let Some(slot) = self.ground.arena().begin() else {
+            return Ok(None);
         };
         let Some(learner) = self.learner.take() else {
-            return Ok(());
+            return Ok(None);
         };
         self.model = None;
         let arena = self
-            .link
+            .ground
             .peer(model.key.arena)
             .await
             .context("cannot read the model")?;
-        let lesson = Lesson {
+        let Some(arena) = arena else {
+            // The top's that has just died; its successor's is on its way.
+            tracing::warn!(key = %model.key, "the model's arena is gone");
+            self.learner = Some(learner);
+            self.release(&model);
+            return Ok(None);
+        };
+        self.training = Some(model);
+        Ok(Some(Lesson {
             learner,
             slot,
             arena,
             model,
-        };
-        let shared = Arc::clone(&self.shared);
-        self.training = Some(tokio::task::spawn_blocking(move || learn_one(&shared, lesson)));
-        Ok(())
+        }))
     }
 
     /// The model goes back, the update goes up.
-    async fn deliver(&mut self, learned: Learned) -> anyhow::Result<()> {
+    pub(super) fn deliver(&mut self, learned: Learned) -> anyhow::Result<()> {
         let Learned {
             learner,
             slot,
-            model,
             trained,
         } = learned;
         self.learner = Some(learner);
-        let key = self.link.arena.publish(slot);
-        let parent = model.from;
-        self.link.arena.lend(key, parent)?;
-        let release = Frame {
-            round: model.round,
-            key: model.key,
-            ..Frame::default()
-        };
+        let model = self.training.take().context("nothing was to be learnt")?;
+        self.trained = model.round;
+        self.release(&model);
+        tracing::info!(
+            round = model.round,
+            samples = trained.samples,
+            loss = trained.loss,
+            "trained"
+        );
+        let key = self.ground.arena().publish(slot);
+        let (round, parent) = self.begun;
         let update = Frame {
             round: model.round,
             key,
@@ -217,17 +322,10 @@ impl Trainer {
             covers: 1,
             ..Frame::default()
         };
-        let frames = [
-            self.link.frame(parent, FrameKind::Release, release),
-            self.link.frame(parent, FrameKind::Update, update),
-        ];
-        tracing::info!(
-            round = model.round,
-            samples = trained.samples,
-            loss = trained.loss,
-            "trained"
-        );
-        self.link.send_all(&frames).await
+        // Late, it goes to who handed the round's model down, to hear that it is.
+        let parent = if model.round == round { parent } else { model.from };
+        self.lend(update, parent);
+        Ok(())
     }
 }
 
@@ -251,7 +349,7 @@ pub(super) fn learn_round(
     Ok(trained)
 }
 
-fn learn_one(shared: &Shared, lesson: Lesson) -> anyhow::Result<Learned> {
+pub(super) fn learn_one(shared: &Shared, lesson: Lesson) -> anyhow::Result<Learned> {
     let Lesson {
         mut learner,
         mut slot,
@@ -270,6 +368,7 @@ fn learn_one(shared: &Shared, lesson: Lesson) -> anyhow::Result<Learned> {
         round: model.round,
         generation: slot.key().generation,
         samples: trained.samples,
+        cover: shared.cover.clone(),
         loss: trained.loss,
         folded: 0,
         bytes_copied: trained.bytes_copied,
@@ -278,7 +377,6 @@ fn learn_one(shared: &Shared, lesson: Lesson) -> anyhow::Result<Learned> {
     Ok(Learned {
         learner,
         slot,
-        model,
         trained,
     })
 }

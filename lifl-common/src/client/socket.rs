@@ -103,6 +103,27 @@ impl FrameSocket {
         }
     }
 
+    /// The next frame that is there already, whole.
+    ///
+    /// # Errors
+    /// If the socket fails.
+    pub fn try_recv(&mut self) -> io::Result<Option<Frame>> {
+        if let Some(frame) = self.buffered() {
+            return Ok(Some(frame));
+        }
+        self.buffer.copy_within(self.start..self.end, 0);
+        self.end -= self.start;
+        self.start = 0;
+        // What has come may not have been noticed yet: the socket itself is asked.
+        let room = &mut self.buffer[self.end..];
+        match recv(self.near.get_ref().as_raw_fd(), room, MsgFlags::MSG_DONTWAIT) {
+            Ok(read) => self.end += read,
+            Err(Errno::EAGAIN | Errno::EINTR) => {}
+            Err(errno) => return Err(errno.into()),
+        }
+        Ok(self.buffered())
+    }
+
     fn buffered(&mut self) -> Option<Frame> {
         let (frame, _) = Frame::read_from_prefix(&self.buffer[self.start..self.end]).ok()?;
         self.start += Frame::BYTES;

@@ -55,7 +55,7 @@ pub use spec::{
 /// Bytes of the largest file that is read.
 pub const MAX_FILE_BYTES: u64 = 16 << 20;
 /// Workers of the largest job.
-pub const MAX_WORKERS: usize = 65_536;
+pub const MAX_WORKERS: usize = crate::update::MAX_TRAINERS as usize;
 /// Levels of aggregators of the deepest tree: top, middle, leaf.
 pub const MAX_LEVELS: usize = 3;
 /// The dataset that needs no file.
@@ -197,6 +197,9 @@ fn understand(paths: &[PathBuf], overrides: &Overrides, findings: &mut Findings)
         training: settings.training,
         optimizer: settings.optimizer,
         data: settings.data,
+        quorum: settings.quorum,
+        round_timeout_s: settings.round_timeout_s,
+        grace_time_s: settings.grace_time_s,
         max_run_time_s: settings.max_run_time_s,
     })
 }

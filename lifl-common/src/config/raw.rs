@@ -270,6 +270,15 @@ pub(super) struct Lifl {
     pub(super) updates: Option<Updates>,
     /// The built-in model; `cnn` when not given.
     pub(super) model: Option<Model>,
+    /// Trainers whose updates a round's model needs; 1 when not given.
+    #[schemars(range(min = 1))]
+    pub(super) quorum: Option<u32>,
+    /// Seconds after which a round goes on without those who have not answered, once there is a quorum; never when not given.
+    #[schemars(extend("exclusiveMinimum" = 0))]
+    pub(super) round_timeout: Option<f64>,
+    /// Seconds after which a worker is ended that owes an answer and does not stir; 30 when not given.
+    #[schemars(extend("exclusiveMinimum" = 0))]
+    pub(super) grace_time: Option<f64>,
     /// What the dataset's file must hash to.
     #[schemars(extend("pattern" = "^[0-9a-fA-F]{64}$"))]
     pub(super) sha256: Option<String>,

@@ -35,6 +35,9 @@ pub(super) struct Settings {
     pub(super) training: TrainingSpec,
     pub(super) optimizer: Optimizer,
     pub(super) data: Option<DataSource>,
+    pub(super) quorum: u32,
+    pub(super) round_timeout_s: Option<f64>,
+    pub(super) grace_time_s: f64,
     pub(super) max_run_time_s: u64,
 }
 
@@ -65,6 +68,9 @@ impl Settings {
         let timing = lifl.agreed("timing", |lifl| lifl.timing.as_ref(), findings);
         let updates = lifl.agreed("updates", |lifl| lifl.updates.as_ref(), findings);
         let seed = lifl.agreed("seed", |lifl| lifl.seed.as_ref(), findings);
+        let quorum = quorum(&lifl, trainers, findings);
+        let round_timeout = lifl.agreed("roundTimeout", |lifl| lifl.round_timeout.as_ref(), findings);
+        let grace_time = lifl.agreed("graceTime", |lifl| lifl.grace_time.as_ref(), findings);
         let model = match model.map(|(model, _)| model) {
             None | Some(Model::Named(ModelName::Cnn)) => ModelSpec::Cnn,
             Some(Model::Named(ModelName::Softmax)) => ModelSpec::Softmax,
@@ -97,9 +103,25 @@ impl Settings {
             optimizer: optimizer(sources, findings),
             data: data::understand(sources, overrides, &model, trainers, findings),
             model,
+            quorum,
+            round_timeout_s: round_timeout.map(|(&seconds, _)| seconds),
+            grace_time_s: grace_time.map_or(30.0, |(&seconds, _)| seconds),
             max_run_time_s: leads(sources, "maxRunTime", |raw| raw.max_run_time, findings).unwrap_or(300),
         }
     }
+}
+
+/// How many trainers a round's model needs; no more than there are.
+fn quorum(lifl: &Extra<'_>, trainers: usize, findings: &mut Findings) -> u32 {
+    let Some((&quorum, place)) = lifl.agreed("quorum", |lifl| lifl.quorum.as_ref(), findings) else {
+        return 1;
+    };
+    if trainers > 0 && quorum as usize > trainers {
+        findings
+            .add(ProblemKind::Invalid, &place, quorum.to_string())
+            .expected(format!("at most {trainers}, the job's trainers"));
+    }
+    quorum
 }
 
 fn rounds(sources: &Sources<'_>, overrides: &Overrides, findings: &mut Findings) -> u32 {

@@ -41,6 +41,12 @@ pub struct JobSpec {
     /// Where samples come from; `None` for a model without data. Models are judged on its test samples, and trainers
     /// without [data of their own](WorkerSpec::dataset) train on it.
     pub data: Option<DataSource>,
+    /// Trainers whose updates a round's model needs, at least 1: with fewer, the round leaves the model as it was.
+    pub quorum: u32,
+    /// Seconds after which a round goes on without those who have not answered, once there is a quorum.
+    pub round_timeout_s: Option<f64>,
+    /// Seconds after which a worker is ended that owes an answer and does not stir.
+    pub grace_time_s: f64,
     /// Flame's `maxRunTime` in seconds.
     pub max_run_time_s: u64,
 }

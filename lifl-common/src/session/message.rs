@@ -4,6 +4,7 @@ use std::io;
 use std::time::Duration;
 
 use super::{JobToken, MAX_NAME_BYTES, VERSION};
+use crate::update::{Cover, MAX_TRAINERS};
 
 /// The longest chunk's data.
 pub(super) const MAX_CHUNK_BYTES: usize = 1 << 20;
@@ -12,7 +13,10 @@ pub(super) const MAX_CHUNK_BYTES: usize = 1 << 20;
 pub(super) const CHUNK_HEAD_BYTES: usize = 1 + 4 + 8;
 
 /// The longest message that is no chunk.
-pub(super) const MAX_CONTROL_BYTES: usize = 1024;
+pub(super) const MAX_CONTROL_BYTES: usize = 1024 + MAX_COVER_BYTES;
+
+/// The longest [`Cover`].
+const MAX_COVER_BYTES: usize = MAX_TRAINERS as usize / 8;
 
 /// The longest reason.
 const MAX_REASON_BYTES: usize = 512;
@@ -65,14 +69,14 @@ pub struct Object {
 }
 
 /// What an update's maker says of it.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct UpdateHeader {
     /// Its data.
     pub object: Object,
     /// Training samples behind it.
     pub samples: u64,
     /// Trainers whose updates it contains.
-    pub covers: u32,
+    pub cover: Cover,
     /// Mean training loss; NaN for none.
     pub loss: f64,
     /// Updates folded in its making.
@@ -252,10 +256,12 @@ impl Message {
                 out.push(5);
                 put_object(&mut out, &header.object);
                 out.extend(header.samples.to_le_bytes());
-                out.extend(header.covers.to_le_bytes());
                 out.extend(header.loss.to_le_bytes());
                 out.extend(header.folded.to_le_bytes());
                 out.extend(header.bytes_copied.to_le_bytes());
+                let cover = header.cover.to_bytes();
+                out.extend((cover.len() as u16).to_le_bytes());
+                out.extend(cover);
             }
             Self::Chunk { round, offset, .. } => {
                 out.push(CHUNK);
@@ -308,10 +314,10 @@ impl Message {
             5 => Self::Update(UpdateHeader {
                 object: fields.object()?,
                 samples: fields.u64()?,
-                covers: fields.u32()?,
                 loss: f64::from_bits(fields.u64()?),
                 folded: fields.u64()?,
                 bytes_copied: fields.u64()?,
+                cover: fields.cover()?,
             }),
             7 => Self::Ack {
                 round: fields.u32()?,
@@ -458,6 +464,14 @@ impl Fields<'_> {
             length: self.u64()?,
             schema: self.u64()?,
         })
+    }
+
+    fn cover(&mut self) -> Result<Cover, Malformed> {
+        let bytes = usize::from(self.u16()?);
+        let cover = self.left.split_at_checked(bytes);
+        let (cover, rest) = cover.ok_or(Malformed::Fields(self.kind))?;
+        self.left = rest;
+        Cover::from_bytes(cover).map_err(|_| Malformed::Fields(self.kind))
     }
 
     fn reason(&mut self) -> Result<String, Malformed> {

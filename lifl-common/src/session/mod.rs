@@ -15,7 +15,7 @@
 //! | 2 | welcome | gateway | version `u16` | let in |
 //! | 3 | ready | worker | | can begin |
 //! | 4 | model | gateway | round `u32`, length `u64`, schema `u64` | a round begins: its model's data is to come |
-//! | 5 | update | worker | round `u32`, length `u64`, schema `u64`, samples `u64`, covers `u32`, loss `f64`, folded `u64`, bytes copied `u64` | an update's data is to come |
+//! | 5 | update | worker | round `u32`, length `u64`, schema `u64`, samples `u64`, loss `f64`, folded `u64`, bytes copied `u64`, cover `u16` length and bytes | an update's data is to come |
 //! | 6 | chunk | both | round `u32`, offset `u64`, then 1 to 1 MiB of data | a piece of the sender's object |
 //! | 7 | ack | both | round `u32`, offset `u64` | all before the offset is there. The first after a header says where to begin |
 //! | 8 | verdict | gateway | round `u32`, refusal `u16` (0: accepted) | what became of the update |
@@ -70,7 +70,7 @@ pub use token::{JobToken, random};
 pub use wire::{Limits, Wire};
 
 /// The version of what is said in sessions; both ends must have the same.
-pub const VERSION: u16 = 1;
+pub const VERSION: u16 = 2;
 
 /// How long a proxy and its worker wait for a broken session to be taken up again.
 pub const GRACE: Duration = Duration::from_secs(60);

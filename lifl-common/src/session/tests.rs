@@ -9,6 +9,7 @@ use tokio::net::{TcpListener, TcpStream};
 
 use super::message::{MAX_CHUNK_BYTES, check_length};
 use super::*;
+use crate::update::Cover;
 
 fn any_object() -> impl Strategy<Value = Object> {
     (any::<u32>(), any::<u64>(), any::<u64>()).prop_map(|(round, length, schema)| Object {
@@ -25,14 +26,17 @@ fn any_message() -> impl Strategy<Value = Message> {
         });
     let update = (
         any_object(),
-        any::<(u64, u32, u64, u64)>(),
+        any::<(u64, u64, u64)>(),
+        proptest::collection::vec(0_u32..1000, 0..5),
         proptest::num::f64::NORMAL,
     );
-    let update = update.prop_map(|(object, (samples, covers, folded, bytes_copied), loss)| {
+    let update = update.prop_map(|(object, (samples, folded, bytes_copied), shares, loss)| {
+        let mut cover = Cover::default();
+        shares.into_iter().for_each(|share| cover.add(&Cover::of(share)));
         Message::Update(UpdateHeader {
             object,
             samples,
-            covers,
+            cover,
             loss,
             folded,
             bytes_copied,

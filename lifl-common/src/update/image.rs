@@ -11,22 +11,22 @@
 
 use std::collections::BTreeMap;
 
-use serde::{Deserialize, Serialize};
-
+use super::cover::{Cover, MAX_TRAINERS};
 use super::schema::{DType, Schema, TensorSpec, TensorsMut};
 use crate::id::Generation;
 
 /// The data's alignment within the image, and so in memory: slots are page-aligned.
 pub const DATA_ALIGN: usize = 64;
 
-/// Room for `__metadata__` in an image of ours.
-const METADATA_ROOM: usize = 1024;
+/// Room for `__metadata__` in an image of ours: a [`Cover`] of all trainers that a job may have, four of them a digit, and
+/// the rest.
+const METADATA_ROOM: usize = 1024 + MAX_TRAINERS as usize / 4;
 
 /// The largest header that is read from another worker's image.
 const MAX_HEADER_BYTES: usize = 16 << 20;
 
 /// What an image says of itself in `__metadata__`; there every value is a string.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq)]
 pub struct Metadata {
     /// Who wrote it, at most 128 bytes of it are kept.
     pub maker: String,
@@ -36,6 +36,8 @@ pub struct Metadata {
     pub generation: Generation,
     /// Training samples behind it.
     pub samples: u64,
+    /// Trainers whose updates it contains.
+    pub cover: Cover,
     /// Sample-weighted mean training loss, when there is one.
     pub loss: Option<f64>,
     /// Updates that have been folded in its making, on all levels below and in itself.
@@ -92,7 +94,7 @@ pub enum ImageError {
     #[error("tensor {0:?} has an element type that is not supported")]
     ElementType(String),
     /// `__metadata__` without what LIFL needs.
-    #[error("__metadata__.{0} is missing or not a number")]
+    #[error("__metadata__.{0} is missing or not what it should be")]
     Metadata(&'static str),
 }
 
@@ -130,6 +132,9 @@ pub fn write_header(image: &mut [u8], schema: &Schema, metadata: &Metadata) {
         ("folded", metadata.folded.to_string()),
         ("bytes_copied", metadata.bytes_copied.to_string()),
     ]);
+    if !metadata.cover.is_empty() {
+        fields.insert("cover", metadata.cover.to_string());
+    }
     if let Some(loss) = metadata.loss {
         fields.insert("loss", loss.to_string());
     }
@@ -172,6 +177,10 @@ pub fn check(image: &[u8], schema: &Schema) -> Result<(Metadata, usize), ImageEr
         round: u32::try_from(number("round")?).map_err(|_| ImageError::Metadata("round"))?,
         generation: Generation(number("generation")?),
         samples: number("samples")?,
+        cover: match text("cover") {
+            None => Cover::default(),
+            Some(cover) => cover.parse().map_err(|_| ImageError::Metadata("cover"))?,
+        },
         loss: text("loss")
             .and_then(|loss| loss.parse().ok())
             .filter(|loss: &f64| loss.is_finite()),
@@ -330,6 +339,7 @@ mod tests {
             round: 3,
             generation: Generation(9),
             samples: 600,
+            cover: Cover::of(70),
             loss: Some(0.25),
             folded: 4,
             bytes_copied: 0,

@@ -2,10 +2,13 @@
 //!
 //! A model, an update and an aggregate are the same thing: the job's tensors, as a
 //! [safetensors](https://github.com/huggingface/safetensors) image. All of a job's have the same layout, so
-//! arithmetic on them runs over flat regions of one element type ([`Schema::regions`]).
+//! arithmetic on them runs over flat regions of one element type ([`Schema::regions`]). Whose work is in one, its
+//! [`Cover`] says.
 
+mod cover;
 pub mod image;
 mod schema;
 
+pub use cover::{Cover, MAX_TRAINERS, NoCover};
 pub use image::{ImageError, Metadata};
 pub use schema::{DType, Region, Schema, SchemaError, TensorSpec, Tensors, TensorsMut};

@@ -20,7 +20,7 @@ use lifl_common::arena::{ArenaError, Layout, OwnedArena, PeerArena, SlotError};
 use lifl_common::client::{Client, ClientError, FrameSocket};
 use lifl_common::control::Event;
 use lifl_common::frame::{Frame, FrameKind, Refusal};
-use lifl_common::id::{ArenaId, JobId, Key, WorkerId};
+use lifl_common::id::{ArenaId, JobId, WorkerId};
 use lifl_common::session::{
     Broken, Exchange, Happened, Malformed, Message, Object, Patience, Room, Source, Traffic, UpdateHeader,
     VERSION, Wire, proxy_name,
@@ -75,10 +75,10 @@ enum ProxyError {
     Unprepared,
 }
 
-/// An update that the parent has.
+/// An update that the parent has, or its predecessor had.
 struct Lent {
-    round: u32,
-    key: Key,
+    /// The frame that it went up with.
+    update: Frame,
     parent: WorkerId,
 }
 
@@ -262,7 +262,9 @@ impl Proxy {
         match FrameKind::from_number(frame.kind) {
             Some(FrameKind::Begin) if frame.from == self.coordinator => {
                 let parent = u32::try_from(frame.value).map_err(|_| ProxyError::Parent(frame.value))?;
+                let again = frame.round == self.begun.0;
                 self.begun = (frame.round, WorkerId(parent));
+                self.announced(again).await?;
                 // What was coming for an earlier round comes too late.
                 if let Some(late) = self.coming.take_if(|coming| coming.object.round != frame.round) {
                     self.exchange.abandon();
@@ -276,21 +278,21 @@ impl Proxy {
             Some(kind @ (FrameKind::Release | FrameKind::Refuse)) => {
                 let Some(lent) = self
                     .lent
-                    .take_if(|lent| lent.key == frame.key && lent.parent == frame.from)
+                    .take_if(|lent| lent.update.key == frame.key && lent.parent == frame.from)
                 else {
                     tracing::warn!(from = %frame.from, key = %frame.key, "released what was not lent");
                     return Ok(());
                 };
-                if let Err(error) = self.arena.release(lent.key, lent.parent) {
+                if let Err(error) = self.arena.release(lent.update.key, lent.parent) {
                     tracing::warn!(from = %frame.from, "released what was not lent: {error}");
                 }
-                self.arena.free(lent.key);
+                self.arena.free(lent.update.key);
                 let refusal = match kind {
                     FrameKind::Refuse if frame.refusal == 0 => Refusal::BadKey as u16,
                     FrameKind::Refuse => frame.refusal,
                     _ => 0,
                 };
-                self.judge(lent.round, refusal);
+                self.judge(lent.update.round, refusal);
             }
             _ => tracing::warn!(kind = frame.kind, from = %frame.from, "not for a proxy"),
         }
@@ -319,15 +321,45 @@ impl Proxy {
         if self.model.take_if(|model| model.from == worker).is_some() {
             self.exchange.withdraw();
         }
-        if let Some(lent) = self.lent.take_if(|lent| lent.parent == worker) {
-            self.arena.free(lent.key);
-            self.judge(lent.round, Refusal::WorkerGone as u16);
+        // Its successor in the round is lent the same.
+        self.give_up_orphan();
+    }
+
+    /// The coordinator has announced a round, or the same again with the parent's successor.
+    async fn announced(&mut self, again: bool) -> Result<(), ProxyError> {
+        let (round, parent) = self.begun;
+        match &mut self.lent {
+            Some(lent) if lent.update.round == round => {
+                let _ = self.arena.release(lent.update.key, lent.parent);
+                self.arena.lend(lent.update.key, parent)?;
+                lent.parent = parent;
+                let update = lent.update;
+                self.send(parent, FrameKind::Update, update).await
+            }
+            Some(_) => {
+                self.give_up_orphan();
+                Ok(())
+            }
+            None if again && self.answered == round => {
+                let nothing = Frame {
+                    round,
+                    ..Frame::default()
+                };
+                self.send(parent, FrameKind::Nothing, nothing).await
+            }
+            None => Ok(()),
         }
-        if self.begun.1 == worker
-            && let Some(late) = self.coming.take()
+    }
+
+    /// An update of a round that is over, whose parent is gone: nobody will decide on it any more.
+    fn give_up_orphan(&mut self) {
+        let round = self.begun.0;
+        let orphan = |lent: &mut Lent| lent.update.round < round;
+        if let Some(lent) = self
+            .lent
+            .take_if(|lent| orphan(lent) && self.arena.free(lent.update.key))
         {
-            self.exchange.abandon();
-            self.judge(late.object.round, Refusal::WorkerGone as u16);
+            self.judge(lent.update.round, Refusal::RoundOver as u16);
         }
     }
 
@@ -344,7 +376,7 @@ impl Proxy {
                 self.stream(&model).await?;
             }
         }
-        if let (Some(header), Some(schema), Some(wire)) = (self.coming, &self.schema, &mut self.wire)
+        if let (Some(header), Some(schema), Some(wire)) = (&self.coming, &self.schema, &mut self.wire)
             && self.exchange.receiving() != Some(header.object.round)
             && let Some(slot) = self.arena.begin()
         {
@@ -467,16 +499,17 @@ impl Proxy {
             round: object.round,
             generation: slot.key().generation,
             samples: header.samples,
+            cover: header.cover,
             loss: Some(header.loss).filter(|loss| loss.is_finite()),
             folded: header.folded,
             bytes_copied: header.bytes_copied,
         };
+        let covers = metadata.cover.count();
         image::write_header(slot.bytes_mut(), schema, &metadata);
         let length = image::image_bytes(schema) as u64;
         let key = self.arena.publish(slot);
         let (round, parent) = (object.round, self.begun.1);
         self.arena.lend(key, parent)?;
-        self.lent = Some(Lent { round, key, parent });
         self.answered = round;
         let update = Frame {
             round,
@@ -484,9 +517,10 @@ impl Proxy {
             length,
             samples: header.samples,
             value: header.loss.to_bits(),
-            covers: header.covers,
+            covers,
             ..Frame::default()
         };
+        self.lent = Some(Lent { update, parent });
         self.send(parent, FrameKind::Update, update).await
     }
 }

@@ -1,25 +1,33 @@
-//! A round's children: who has answered, and how.
+//! A round's children: who has answered, and how. Each has its place in folding order for all of the round; who sits in it
+//! may change, when a child dies and a successor takes over.
 //!
 //! ```text
 //!             ┌── give ────▶ given ──▶ folded
 //!   waiting ──┼── nothing ─▶ gone
 //!             ├── refuse ──▶ gone            (also from given and folded, when an update turns out not finite)
-//!             └── lost ────▶ gone            (what was given before stays: it lies whole in the dead one's arena)
+//!             └── close, or the place is empty now ──▶ gone
+//!
+//!   a successor takes the place:   waiting: it answers instead
+//!                                  given, folded: that update stays, it lies whole in the dead one's arena; the verdict on
+//!                                  it goes to the successor
 //! ```
+//!
+//! That is the one decision on a child's update in a round, and it is made here: the first that comes is taken, nobody's
+//! work is taken twice ([`Cover`]), and what was taken stays taken until the verdict.
 
 use std::sync::Arc;
 
 use lifl_common::arena::PeerArena;
-use lifl_common::frame::Frame;
+use lifl_common::frame::{Frame, Refusal};
 use lifl_common::id::WorkerId;
-use lifl_common::update::Metadata;
+use lifl_common::update::{Cover, Metadata};
 
 /// An update that a child has lent, checked but for its numbers.
 #[derive(Clone, Debug)]
 pub(super) struct Given {
     /// Its place among the round's updates in the order of their arrival; set when it is [taken](Children::give).
     pub(super) arrival: u64,
-    /// The frame that brought it.
+    /// The frame that brought it; `from` is who is to hear the verdict.
     pub(super) frame: Frame,
     /// Where it lies.
     pub(super) arena: Arc<PeerArena>,
@@ -31,7 +39,7 @@ pub(super) struct Given {
 
 /// How a child stands.
 #[derive(Clone, Debug)]
-pub(super) enum Answer {
+enum Answer {
     /// Nothing has come.
     Waiting,
     /// An update has come.
@@ -39,6 +47,17 @@ pub(super) enum Answer {
     /// It is in the aggregate.
     Folded(Given),
     /// Nothing will come.
+    Gone,
+}
+
+/// What a successor finds in its place.
+#[derive(Clone, Debug, PartialEq)]
+pub(super) enum Found {
+    /// Its update is awaited.
+    Waiting,
+    /// Its predecessor's was taken.
+    Taken(Frame, Cover),
+    /// Nothing is awaited.
     Gone,
 }
 
@@ -51,12 +70,14 @@ pub(super) struct Children {
 }
 
 impl Children {
-    pub(super) fn new(children: Vec<WorkerId>) -> Self {
+    /// [`WorkerId::NONE`] is a place that nobody sits in.
+    pub(super) fn new(children: &[WorkerId]) -> Self {
+        let answer = |&child: &WorkerId| match child {
+            WorkerId::NONE => (child, Answer::Gone),
+            child => (child, Answer::Waiting),
+        };
         Self {
-            answers: children
-                .into_iter()
-                .map(|child| (child, Answer::Waiting))
-                .collect(),
+            answers: children.iter().map(answer).collect(),
             arrivals: 0,
         }
     }
@@ -76,18 +97,38 @@ impl Children {
             .any(|(_, answer)| matches!(answer, Answer::Waiting))
     }
 
-    pub(super) fn give(&mut self, worker: WorkerId, mut given: Given) {
-        given.arrival = self.arrivals;
-        self.arrivals += 1;
-        self.waiting(worker, Answer::Given(given));
+    /// Whether this very update has been taken.
+    pub(super) fn has(&self, update: &Frame) -> bool {
+        self.taken()
+            .any(|given| (given.frame.from, given.frame.key) == (update.from, update.key))
     }
 
+    /// Takes an awaited child's update.
+    ///
+    /// # Errors
+    /// If somebody's work that is in it has been taken already.
+    pub(super) fn give(&mut self, mut given: Given) -> Result<(), Refusal> {
+        if !self.cover().is_disjoint(&given.metadata.cover) {
+            return Err(Refusal::BadCover);
+        }
+        given.arrival = self.arrivals;
+        self.arrivals += 1;
+        self.waiting(given.frame.from, Answer::Given(given));
+        Ok(())
+    }
+
+    /// A child has nothing, or is not waited for any more.
     pub(super) fn nothing(&mut self, worker: WorkerId) {
         self.waiting(worker, Answer::Gone);
     }
 
-    pub(super) fn lost(&mut self, worker: WorkerId) {
-        self.waiting(worker, Answer::Gone);
+    /// Nobody is waited for any more.
+    pub(super) fn close(&mut self) {
+        for (_, answer) in &mut self.answers {
+            if matches!(answer, Answer::Waiting) {
+                *answer = Answer::Gone;
+            }
+        }
     }
 
     /// An update is out, whether or not it had been folded.
@@ -99,9 +140,30 @@ impl Children {
         }
     }
 
+    /// Somebody else sits in a child's place now; with [`WorkerId::NONE`] nobody does.
+    pub(super) fn replace(&mut self, old: WorkerId, new: WorkerId) -> Found {
+        if new == WorkerId::NONE {
+            self.nothing(old);
+            return Found::Gone;
+        }
+        let Some((child, answer)) = self.answers.iter_mut().find(|(child, _)| *child == old) else {
+            return Found::Gone;
+        };
+        *child = new;
+        match answer {
+            Answer::Waiting => Found::Waiting,
+            Answer::Given(given) | Answer::Folded(given) => {
+                given.frame.from = new;
+                Found::Taken(given.frame, given.metadata.cover.clone())
+            }
+            Answer::Gone => Found::Gone,
+        }
+    }
+
     fn waiting(&mut self, worker: WorkerId, becomes: Answer) {
-        let child = self.answers.iter_mut().find(|(child, _)| *child == worker);
-        if let Some((_, answer @ Answer::Waiting)) = child {
+        let waiting =
+            |(child, answer): &&mut (WorkerId, Answer)| *child == worker && matches!(answer, Answer::Waiting);
+        if let Some((_, answer)) = self.answers.iter_mut().find(waiting) {
             *answer = becomes;
         }
     }
@@ -158,12 +220,20 @@ impl Children {
         })
     }
 
-    /// Every update that is still lent to this aggregator, with its child.
-    pub(super) fn given(&self) -> Vec<(WorkerId, Frame)> {
-        let given = self.answers.iter().filter_map(|(child, answer)| match answer {
-            Answer::Given(given) | Answer::Folded(given) => Some((*child, given.frame)),
+    /// Every update that is still lent to this aggregator.
+    pub(super) fn taken(&self) -> impl Iterator<Item = &Given> {
+        self.answers.iter().filter_map(|(_, answer)| match answer {
+            Answer::Given(given) | Answer::Folded(given) => Some(given),
             Answer::Waiting | Answer::Gone => None,
-        });
-        given.collect()
+        })
+    }
+
+    /// Whose work has been taken.
+    fn cover(&self) -> Cover {
+        let mut cover = Cover::default();
+        for given in self.taken() {
+            cover.add(&given.metadata.cover);
+        }
+        cover
     }
 }

@@ -5,17 +5,17 @@ use lifl_common::arena::WritableSlot;
 use lifl_common::config::Timing;
 use lifl_common::frame::{Frame, Refusal};
 use lifl_common::id::{Key, WorkerId};
-use lifl_common::update::{Metadata, Schema, image};
+use lifl_common::update::{Cover, Metadata, Schema, image};
 
+use super::Shared;
 use super::children::{Children, Given};
-use super::{Lent, Shared};
+use super::models::Lent;
 use crate::aggregate::{Accumulator, FoldError, Input, ServerOptimizer};
-use crate::work::link::Link;
+use crate::work::ground::Ground;
 
 /// An aggregate in the making.
 pub(super) struct Collecting {
     pub(super) round: u32,
-    pub(super) parent: WorkerId,
     pub(super) children: Children,
     /// Those of them that have not been handed the model yet.
     pub(super) owed: Vec<WorkerId>,
@@ -29,19 +29,22 @@ pub(super) struct Collecting {
 pub(super) struct Done {
     pub(super) slot: WritableSlot,
     pub(super) metadata: Metadata,
-    pub(super) covers: u32,
-    /// Whose updates it contains, with the frames that brought them.
-    pub(super) children: Vec<(WorkerId, Frame)>,
-    pub(super) model: Lent,
+    /// The updates in it, and whose work is in each.
+    pub(super) children: Vec<(Frame, Cover)>,
 }
 
 /// Looks at an update before it is taken: that it lies where its key says and has the job's tensors. Its numbers are
 /// looked at when they are folded.
-pub(super) async fn inspect(link: &mut Link, schema: &Schema, frame: &Frame) -> Result<Given, Refusal> {
-    let arena = link.peer(frame.key.arena).await.map_err(|error| {
+pub(super) async fn inspect(
+    ground: &mut impl Ground,
+    schema: &Schema,
+    frame: &Frame,
+) -> Result<Given, Refusal> {
+    let arena = ground.peer(frame.key.arena).await.map_err(|error| {
         tracing::warn!(from = %frame.from, key = %frame.key, "cannot read the update: {error:#}");
         Refusal::BadKey
     })?;
+    let arena = arena.ok_or(Refusal::NoArena)?;
     let bytes = arena.object(frame.key, frame.length).map_err(|error| {
         tracing::warn!(from = %frame.from, "{error}");
         Refusal::BadKey
@@ -57,6 +60,9 @@ pub(super) async fn inspect(link: &mut Link, schema: &Schema, frame: &Frame) -> 
     if frame.samples == 0 || metadata.samples != frame.samples {
         return Err(Refusal::BadSamples);
     }
+    if metadata.cover.is_empty() || metadata.cover.count() != frame.covers {
+        return Err(Refusal::BadCover);
+    }
     Ok(Given {
         arrival: 0,
         frame: *frame,
@@ -69,15 +75,13 @@ pub(super) async fn inspect(link: &mut Link, schema: &Schema, frame: &Frame) -> 
 impl Collecting {
     pub(super) fn new(
         round: u32,
-        parent: WorkerId,
-        children: Vec<WorkerId>,
+        children: &[WorkerId],
         goal: Option<u32>,
         slot: WritableSlot,
         model: Lent,
     ) -> Self {
         Self {
             round,
-            parent,
             // A goal that all children together do not reach waits for all.
             goal: goal.map_or(usize::MAX, |goal| goal as usize),
             children: Children::new(children),
@@ -171,17 +175,11 @@ impl Collecting {
             samples,
             ..Metadata::default()
         };
-        let mut covers = 0_u32;
         let (mut loss, mut with_loss) = (0.0, 0.0);
-        for Given {
-            frame,
-            metadata: child,
-            ..
-        } in self.children.folded()
-        {
+        for Given { metadata: child, .. } in self.children.folded() {
             metadata.folded += child.folded + 1;
             metadata.bytes_copied += child.bytes_copied;
-            covers = covers.saturating_add(frame.covers);
+            metadata.cover.add(&child.cover);
             if let Some(mean) = child.loss {
                 loss += mean * child.samples as f64;
                 with_loss += child.samples as f64;
@@ -192,14 +190,12 @@ impl Collecting {
         let children = self
             .children
             .folded()
-            .map(|given| (given.frame.from, given.frame))
+            .map(|given| (given.frame, given.metadata.cover.clone()))
             .collect();
         Ok(Some(Done {
             slot: self.slot,
             metadata,
-            covers,
             children,
-            model: self.model,
         }))
     }
 }

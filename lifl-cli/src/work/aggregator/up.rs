@@ -1,11 +1,12 @@
 //! An aggregator's way up, in two forms: frames to a parent on the node, or sessions with the gateway.
 
 use lifl_common::frame::{Frame, FrameKind};
-use lifl_common::id::WorkerId;
+use lifl_common::id::{Key, WorkerId};
 use lifl_common::session::{Object, Room, Source, UpdateHeader};
 use lifl_common::update::{Metadata, image};
 
 use super::Aggregator;
+use crate::work::ground::Ground;
 use crate::work::uplink::{FromAbove, Uplink};
 
 /// How an aggregator reaches its parent.
@@ -27,6 +28,11 @@ impl Up {
         }
     }
 
+    /// Whether the parent is beyond a wire.
+    pub(super) fn is_wire(&self) -> bool {
+        matches!(self, Self::Wire(_))
+    }
+
     /// Waits for what comes over the wire; for ever without one. Cancel-safe.
     pub(super) async fn next(&mut self) -> anyhow::Result<FromAbove> {
         match self {
@@ -36,16 +42,19 @@ impl Up {
     }
 }
 
-impl Aggregator {
+impl<G: Ground> Aggregator<G> {
     /// Deals with what came over the wire; says whether it was the job's end.
-    pub(super) async fn above(&mut self, above: FromAbove) -> anyhow::Result<bool> {
+    pub(super) fn above(&mut self, above: FromAbove) -> anyhow::Result<bool> {
         match above {
             // `make_room` sees to it.
             FromAbove::Offered => {}
-            FromAbove::Model(object, room) => self.model_received(object, room).await?,
+            FromAbove::Model(object, room) => self.model_received(object, room)?,
             FromAbove::Verdict(round, refusal) => {
-                let judged = self.outstanding.iter().find(|(_, sent)| sent.round == round);
-                if let Some((&key, _)) = judged {
+                let undecided = self
+                    .sent
+                    .iter()
+                    .find(|sent| sent.round == round && sent.verdict.is_none());
+                if let Some(key) = undecided.map(|sent| sent.key) {
                     let (kind, number) = match refusal {
                         None => (FrameKind::Release, 0),
                         Some(refusal) => {
@@ -53,7 +62,7 @@ impl Aggregator {
                             (FrameKind::Refuse, refusal as u16)
                         }
                     };
-                    self.settle(key, WorkerId::NONE, kind, number).await?;
+                    self.settle(key, WorkerId::NONE, (kind, number));
                 }
             }
             FromAbove::Ended(reason) => {
@@ -70,7 +79,7 @@ impl Aggregator {
         if uplink.offered().is_none() {
             return;
         }
-        if let Some(slot) = self.link.arena.begin() {
+        if let Some(slot) = self.ground.arena().begin() {
             uplink.accept(Room::Slot {
                 slot,
                 start: image::data_offset(&self.shared.schema),
@@ -80,7 +89,7 @@ impl Aggregator {
     }
 
     /// A model's data is in a slot: it is made an image.
-    async fn model_received(&mut self, object: Object, room: Room) -> anyhow::Result<()> {
+    fn model_received(&mut self, object: Object, room: Room) -> anyhow::Result<()> {
         let schema = &self.shared.schema;
         let ours = (schema.data_bytes() as u64, schema.digest());
         anyhow::ensure!(
@@ -97,20 +106,23 @@ impl Aggregator {
             ..Metadata::default()
         };
         image::write_header(slot.bytes_mut(), schema, &metadata);
-        let key = self.link.arena.publish(slot);
+        let key = self.ground.arena().publish(slot);
         let lent = self.own(key);
-        self.model(object.round, lent).await
+        self.model(object.round, lent)
     }
 
     /// Gives the parent an aggregate.
-    pub(super) async fn send_up(&mut self, update: Frame, metadata: &Metadata) -> anyhow::Result<()> {
+    pub(super) async fn send_up(&mut self, key: Key) -> anyhow::Result<()> {
+        let Some(sent) = self.sent.iter().find(|sent| sent.key == key) else {
+            return Ok(());
+        };
+        let (Some((update, metadata)), parent) = (&sent.own, sent.holder.unwrap_or(WorkerId::NONE)) else {
+            return Ok(());
+        };
         let Up::Wire(uplink) = &mut self.up else {
-            let parent = self
-                .outstanding
-                .get(&update.key)
-                .map_or(WorkerId::NONE, |sent| sent.parent);
-            self.link.arena.lend(update.key, parent)?;
-            return self.link.send(parent, FrameKind::Update, update).await;
+            self.ground.arena().lend(key, parent)?;
+            self.ground.post(parent, FrameKind::Update, *update);
+            return Ok(());
         };
         let schema = &self.shared.schema;
         let header = UpdateHeader {
@@ -120,14 +132,14 @@ impl Aggregator {
                 schema: schema.digest(),
             },
             samples: update.samples,
-            covers: update.covers,
+            cover: metadata.cover.clone(),
             loss: f64::from_bits(update.value),
             folded: metadata.folded,
             bytes_copied: metadata.bytes_copied,
         };
         let source = Source::Arena {
-            arena: self.link.own().await?,
-            key: update.key,
+            arena: self.ground.own().await?,
+            key,
             start: image::data_offset(schema),
             bytes: schema.data_bytes(),
         };
@@ -136,15 +148,14 @@ impl Aggregator {
     }
 
     /// Tells the parent that nothing comes.
-    pub(super) async fn send_nothing(&mut self, round: u32, parent: WorkerId) -> anyhow::Result<()> {
+    pub(super) fn send_nothing(&mut self, round: u32, parent: WorkerId) {
         if let Up::Wire(uplink) = &mut self.up {
-            uplink.nothing(round);
-            return Ok(());
+            return uplink.nothing(round);
         }
         let nothing = Frame {
             round,
             ..Frame::default()
         };
-        self.link.send(parent, FrameKind::Nothing, nothing).await
+        self.ground.post(parent, FrameKind::Nothing, nothing);
     }
 }

@@ -448,7 +448,7 @@ fn data_must_fit() {
 fn a_job_is_bounded() {
     assert_problems(
         with(job(), &[("/roles/2/replica", json!(u32::MAX))]),
-        &["roles: 8589934593 workers; expected 65536 at most"],
+        &["roles: 8589934593 workers; expected 16384 at most"],
     );
     let folder = TempDir::new().expect("a folder");
     let path = folder.path().join("big.json");

@@ -1,0 +1,310 @@
+//! What becomes of those who die or hang: a successor is started in their place, or the job goes on without them.
+//!
+//! ```text
+//!                its process ends, or its connection             both have ended
+//!   at work ─────────────────────────────────────────▶ lost ───────────────────────▶ another is started ── ready ──▶ at work
+//!      ▲                                                 └── too often since it finished a round, or remote ──▶ given up
+//!      └── hangs: it is killed
+//! ```
+//!
+//! The coordinator alone decides. A dead aggregator's place is kept for its successor, which gets the references that its
+//! children still lend; a dead trainer's is empty until the next round.
+
+use std::time::{Duration, Instant};
+
+use anyhow::anyhow;
+use lifl_common::config::Kind;
+use lifl_common::control::Status;
+use lifl_common::frame::FrameKind;
+use nix::time::{ClockId, clock_gettime};
+
+use super::report::Event;
+use super::rounds::Rounds;
+use super::watch::Seen;
+use crate::exit::{Because, Cause, Failure, Outcome};
+use crate::memory;
+
+/// How often a worker may die without having finished a round in between before it is given up.
+const MOST_DEATHS: u32 = 3;
+
+/// How long a worker may take from its start until it is ready, at the least.
+const START_TIME: Duration = Duration::from_secs(30);
+
+/// How long the children of an aggregator that has just taken over have to say again what they have, when the round's time is
+/// over.
+const SAY_AGAIN: Duration = Duration::from_secs(1);
+
+/// How often the plane's counters are looked at, once there is a reason to.
+const LOOK_EVERY: Duration = Duration::from_millis(200);
+
+/// One worker's process and connection.
+#[derive(Debug, Default)]
+pub(super) struct Life {
+    pub(super) running: bool,
+    pub(super) registered: bool,
+    /// It is dead and what follows from that has been done, but for the successor's start.
+    lost: bool,
+    given_up: bool,
+    deaths: u32,
+    started: Option<Instant>,
+}
+
+impl Life {
+    /// Of a process that has just been started.
+    pub(super) fn started() -> Self {
+        Self {
+            running: true,
+            ..Self::default()
+        }
+    }
+}
+
+/// When a round began, and what its clock has done.
+#[derive(Debug)]
+pub(super) struct Clock {
+    begun: Instant,
+    begun_ns: u64,
+    closed: Option<(Instant, u64)>,
+    /// Aggregators that took over after that: when they are told.
+    to_close: Vec<(Instant, usize)>,
+    looked: Instant,
+}
+
+impl Clock {
+    pub(super) fn start() -> Self {
+        Self {
+            begun: Instant::now(),
+            begun_ns: monotonic_ns(),
+            closed: None,
+            to_close: Vec::new(),
+            looked: Instant::now(),
+        }
+    }
+
+    pub(super) fn seconds(&self) -> f64 {
+        self.begun.elapsed().as_secs_f64()
+    }
+}
+
+/// The clock of the plane's counters.
+fn monotonic_ns() -> u64 {
+    let time = clock_gettime(ClockId::CLOCK_MONOTONIC).map_or(Duration::ZERO, Duration::from);
+    u64::try_from(time.as_nanos()).unwrap_or(u64::MAX)
+}
+
+fn nanos(seconds: f64) -> u64 {
+    (seconds * 1e9) as u64
+}
+
+impl Rounds<'_, '_> {
+    /// A worker's connection to the daemon, or its proxy's, is closed.
+    pub(super) fn connection_closed(&mut self, index: usize) -> Outcome {
+        self.lives[index].registered = false;
+        let remote = memory::is_remote(&self.run.job.workers[index]);
+        let how = if remote {
+            "its session with the gateway is over"
+        } else {
+            "its connection to the daemon closed"
+        };
+        self.is_lost(index, how)?;
+        // Without the connection it is of no use.
+        self.workers.kill(index);
+        Ok(())
+    }
+
+    /// A worker's process has ended.
+    pub(super) fn process_ended(&mut self, index: usize, status: &str) -> Outcome {
+        self.lives[index].running = false;
+        self.is_lost(index, status)
+    }
+
+    /// A worker is dead. Before the first round that ends the job.
+    fn is_lost(&mut self, index: usize, how: &str) -> Outcome {
+        let life = &mut self.lives[index];
+        if std::mem::replace(&mut life.lost, true) {
+            return Ok(());
+        }
+        life.deaths += 1;
+        life.started = None;
+        let spec = &self.run.job.workers[index];
+        let remote = memory::is_remote(spec);
+        if remote {
+            self.to_drop.push(index);
+        }
+        let too_often = life.deaths > MOST_DEATHS;
+        if self.round == 0 || (spec.kind == Kind::Top && too_often) {
+            let log = self.run.folder.log_tail(&spec.name, 5);
+            let when = if self.round == 0 {
+                "before the first round".to_owned()
+            } else {
+                format!(
+                    "in round {}, {MOST_DEATHS} times without having finished one",
+                    self.round
+                )
+            };
+            let error = anyhow!("{} is gone {when} ({how}); the end of its log:\n{log}", spec.name);
+            return Err(Failure::new(Cause::Job, error));
+        }
+        let restarting = !remote && !too_often;
+        if !restarting {
+            life.given_up = true;
+            self.roster.give_up(index);
+        }
+        if spec.kind == Kind::Trainer || !restarting {
+            self.outgoing.extend(self.roster.vacated(index));
+        }
+        let event = Event::WorkerLost {
+            worker: spec.name.clone(),
+            round: self.round,
+            how: how.to_owned(),
+            last_words: self.run.folder.log_tail(&spec.name, 1),
+            restarting,
+        };
+        self.reporter.event(&event).because(Cause::Job)
+    }
+
+    /// Starts successors for those who are wholly gone.
+    pub(super) fn restart_lost(&mut self) -> Outcome {
+        for index in 0..self.lives.len() {
+            let life = &self.lives[index];
+            if !life.lost || life.given_up || life.running || life.registered {
+                continue;
+            }
+            self.start_successor(index)?;
+            let life = &mut self.lives[index];
+            life.lost = false;
+            life.running = true;
+            life.started = Some(Instant::now());
+        }
+        Ok(())
+    }
+
+    /// A successor can begin.
+    pub(super) fn successor_ready(&mut self, index: usize) -> Outcome {
+        self.lives[index].started = None;
+        let frames = self.roster.succeeds(index);
+        self.outgoing.extend(frames);
+        if self.clock.closed.is_some() && self.roster.takes_part(index) {
+            self.clock.to_close.push((Instant::now() + SAY_AGAIN, index));
+        }
+        let event = Event::WorkerReplaced {
+            worker: self.run.job.workers[index].name.clone(),
+            round: self.round,
+        };
+        self.reporter.event(&event).because(Cause::Job)
+    }
+
+    /// Whoever finished the round may die anew.
+    pub(super) fn round_finished(&mut self) {
+        for (index, life) in self.lives.iter_mut().enumerate() {
+            if self.roster.is_present(index) {
+                life.deaths = 0;
+            }
+        }
+    }
+
+    /// Looks at the clock: closes a round whose time is over, ends workers that hang.
+    pub(super) async fn look(&mut self, in_round: bool) -> Outcome {
+        let grace = Duration::from_secs_f64(self.run.job.grace_time_s);
+        for index in 0..self.lives.len() {
+            let started = self.lives[index].started;
+            if started.is_some_and(|started| started.elapsed() > START_TIME.max(grace)) {
+                self.end_stuck(index, "it did not become ready");
+            }
+        }
+        if !in_round || self.clock.looked.elapsed() < LOOK_EVERY {
+            return Ok(());
+        }
+        let now = Instant::now();
+        let (due, later) = self
+            .clock
+            .to_close
+            .iter()
+            .copied()
+            .partition(|(when, _)| *when <= now);
+        self.clock.to_close = later;
+        let due: Vec<(Instant, usize)> = due;
+        self.outgoing
+            .extend(due.into_iter().filter_map(|(_, index)| self.roster.close(index)));
+        let elapsed = self.clock.begun.elapsed();
+        let timeout = self.run.job.round_timeout_s;
+        let overdue = timeout.is_some_and(|timeout| elapsed.as_secs_f64() > timeout);
+        if (overdue && self.clock.closed.is_none()) || elapsed > grace {
+            self.clock.looked = now;
+            let status = self.status().await?;
+            if overdue && self.clock.closed.is_none() {
+                self.close_round(&status);
+            }
+            self.end_who_hangs(&status);
+        }
+        Ok(())
+    }
+
+    /// The round's time is over: once there is a quorum, whoever has not answered is left out.
+    fn close_round(&mut self, status: &Status) {
+        let last = last_frames(status);
+        let begun = self.clock.begun_ns;
+        let answered = self.roster.trainers().filter(|&trainer| {
+            let seen = self.roster.child_id(trainer).and_then(|id| last(id));
+            seen.is_some_and(|last| last >= begun)
+        });
+        if (answered.count() as u32) < self.run.job.quorum {
+            return;
+        }
+        self.clock.closed = Some((Instant::now(), monotonic_ns()));
+        let job = self.run.job;
+        let above_trainers = self.roster.aggregators().filter(|(_, pair)| {
+            pair.children
+                .iter()
+                .any(|&child| job.workers[child].kind == Kind::Trainer)
+        });
+        let frames: Vec<_> = above_trainers
+            .filter_map(|(index, _)| self.roster.close(index))
+            .collect();
+        debug_assert!(frames.iter().all(|frame| frame.kind == FrameKind::Close as u16));
+        self.outgoing.extend(frames);
+    }
+
+    fn end_who_hangs(&mut self, status: &Status) {
+        let job = self.run.job;
+        let last = last_frames(status);
+        let seen = Seen {
+            pairs: self.roster.pairs(),
+            kind: |index: usize| job.workers[index].kind,
+            last: |index: usize| {
+                self.roster
+                    .child_id(index)
+                    .filter(|_| self.roster.is_present(index))
+                    .and_then(&last)
+            },
+            begun: self.clock.begun_ns,
+            closed: self.clock.closed.map(|(_, ns)| ns),
+            now: monotonic_ns(),
+            grace: nanos(job.grace_time_s),
+            trainers: job.round_timeout_s.map(nanos),
+            models_wait: job
+                .workers
+                .iter()
+                .any(|worker| memory::most_held(job, worker).is_some()),
+        };
+        for index in seen.stuck() {
+            self.end_stuck(index, "it owes an answer and does not stir");
+        }
+    }
+
+    fn end_stuck(&mut self, index: usize, why: &str) {
+        let name = &self.run.job.workers[index].name;
+        self.reporter
+            .say(&format!("round {}: {name} is ended: {why}", self.round));
+        self.lives[index].started = None;
+        self.workers.kill(index);
+    }
+}
+
+/// When each worker sent its last frame.
+fn last_frames(status: &Status) -> impl Fn(lifl_common::id::WorkerId) -> Option<u64> {
+    |id| {
+        let worker = status.workers.iter().find(|worker| worker.worker == id)?;
+        Some(worker.counters.last_ns)
+    }
+}

@@ -1,0 +1,46 @@
+//! What a role stands on: who it is, its arena, the frames that it posts, the arenas that it reads. In a running worker that
+//! is its [`Link`](super::link::Link); in tests it is whatever lets a whole tree run in one thread.
+
+use std::sync::Arc;
+
+use lifl_common::arena::{OwnedArena, PeerArena};
+use lifl_common::frame::{Frame, FrameKind};
+use lifl_common::id::{ArenaId, WorkerId};
+
+/// See the [module](self).
+pub(super) trait Ground {
+    /// Who this worker is.
+    fn id(&self) -> WorkerId;
+
+    /// Who decides what it does.
+    fn coordinator(&self) -> WorkerId;
+
+    /// Its arena.
+    fn arena(&mut self) -> &mut OwnedArena;
+
+    /// Frames that are to be sent, in this order.
+    fn outbox(&mut self) -> &mut Vec<Frame>;
+
+    /// Another worker's arena; `None` if the job has none of that number, as a rule because its owner is gone.
+    ///
+    /// # Errors
+    /// If it cannot be had.
+    async fn peer(&mut self, arena: ArenaId) -> anyhow::Result<Option<Arc<PeerArena>>>;
+
+    /// The own arena as others see it.
+    ///
+    /// # Errors
+    /// If it cannot be had.
+    async fn own(&mut self) -> anyhow::Result<Arc<PeerArena>>;
+
+    /// Has a frame sent: at the latest when what has come has been dealt with.
+    fn post(&mut self, to: WorkerId, kind: FrameKind, frame: Frame) {
+        let frame = Frame {
+            to,
+            from: self.id(),
+            kind: kind as u16,
+            ..frame
+        };
+        self.outbox().push(frame);
+    }
+}
