@@ -62,6 +62,8 @@ fn start(kind: PlaneKind, flame: flame::Options) -> Result<Node, StartError> {
         pool_bytes: 4 << 20,
         huge_pages: HugePages::Never,
         max_workers: 8,
+        pin: None,
+        grace: Duration::ZERO,
         flame: Some(flame),
         gateway: GatewayOptions::default(),
     };

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, anyhow};
 use lifl_common::arena::PeerArena;
 use lifl_common::config::Kind;
-use lifl_common::control::{Event as DaemonEvent, GatewayStatus, Status};
+use lifl_common::control::{DeadLetter, Event as DaemonEvent, GatewayStatus, Status};
 use lifl_common::frame::{Frame, FrameKind};
 use lifl_common::id::WorkerId;
 use lifl_common::session::proxied;
@@ -142,11 +142,17 @@ impl<'r, 'j> Rounds<'r, 'j> {
 
     /// What the daemon has of this job.
     async fn status(&mut self) -> Outcome<Status> {
-        self.run
-            .client
-            .status(Some(self.run.job_id))
-            .await
-            .because(Cause::Job)
+        // What a worker has counted shows when it is back.
+        let mut patience = 20;
+        loop {
+            let status = self.run.client.status(Some(self.run.job_id)).await;
+            let status = status.because(Cause::Job)?;
+            if status.daemon.awaited == 0 || patience == 0 {
+                return Ok(status);
+            }
+            patience -= 1;
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
     }
 
     /// What has moved so far.
@@ -303,7 +309,10 @@ impl<'r, 'j> Rounds<'r, 'j> {
             frame = self.run.frames.recv() => {
                 let frame = frame.context("the frame socket failed").because(Cause::Job)?;
                 let frame = frame.context("the frame socket was closed").because(Cause::Job)?;
-                return Ok(News::Frame(frame));
+                let Some(letter) = DeadLetter::returned(&frame, self.run.id) else {
+                    return Ok(News::Frame(frame));
+                };
+                self.daemon_event(DaemonEvent::DeadLetter(letter))?;
             }
             event = self.run.client.event() => {
                 let event = event.context("the daemon is gone").because(Cause::Job)?;
@@ -340,6 +349,18 @@ impl<'r, 'j> Rounds<'r, 'j> {
                     self.worker_gone(index, "its connection to the daemon closed")?;
                 } else if let Some(&index) = self.proxies.get(&lost.worker) {
                     self.worker_gone(index, "its session with the gateway is over")?;
+                }
+            }
+            DaemonEvent::Living { first, last, workers } => {
+                tracing::info!("the daemon is back");
+                let known = self.ids.iter().chain(&self.proxies);
+                let gone = |id: &WorkerId| (first..=last).contains(id) && workers.binary_search(id).is_err();
+                let gone: Vec<usize> = known
+                    .filter(|(id, _)| gone(id))
+                    .map(|(_, &index)| index)
+                    .collect();
+                for index in gone {
+                    self.worker_gone(index, "it ended while the daemon was away")?;
                 }
             }
             DaemonEvent::DeadLetter(letter) => {
