@@ -142,17 +142,17 @@ impl<'r, 'j> Rounds<'r, 'j> {
 
     /// What the daemon has of this job.
     async fn status(&mut self) -> Outcome<Status> {
-        // What a worker has counted shows when it is back.
-        let mut patience = 20;
-        loop {
-            let status = self.run.client.status(Some(self.run.job_id)).await;
-            let status = status.because(Cause::Job)?;
-            if status.daemon.awaited == 0 || patience == 0 {
-                return Ok(status);
-            }
-            patience -= 1;
-            tokio::time::sleep(Duration::from_millis(50)).await;
-        }
+        self.run
+            .client
+            .status(Some(self.run.job_id))
+            .await
+            .because(Cause::Job)
+    }
+
+    /// The same, unless that would have to wait for a daemon that is being started anew.
+    async fn status_now(&mut self) -> Outcome<Option<Status>> {
+        let job = self.run.job_id;
+        self.run.client.status_now(Some(job)).await.because(Cause::Job)
     }
 
     /// What has moved so far.
@@ -222,8 +222,9 @@ impl<'r, 'j> Rounds<'r, 'j> {
                 anyhow!("{} sent a model but is not the top", frame.from),
             ));
         }
-        let status = self.status().await?;
-        let now = self.moved(&status);
+        // What moved while no daemon was there to tell counts for the round after.
+        let status = self.status_now().await?;
+        let now = status.map_or(self.moved_before, |status| self.moved(&status));
         let moved = now.since(&self.moved_before);
         self.moved_before = now;
         let arena = match &self.arena {
@@ -506,12 +507,10 @@ impl<'r, 'j> Rounds<'r, 'j> {
 
     async fn finish(&mut self) -> Outcome {
         self.peak.sample(self.workers.pids());
-        let status = self.status().await?;
-        let arenas = status
-            .jobs
-            .iter()
-            .find(|job| job.job == self.run.job_id)
-            .map_or(0, |job| job.arena_peak_bytes);
+        let status = self.status_now().await?;
+        let jobs = status.iter().flat_map(|status| &status.jobs);
+        let mut own = jobs.filter(|job| job.job == self.run.job_id);
+        let arenas = own.next().map_or(0, |job| job.arena_peak_bytes);
         self.reporter.end();
         let event = Event::JobFinished {
             rounds: self.run.job.rounds,

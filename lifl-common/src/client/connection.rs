@@ -116,6 +116,8 @@ pub struct Client {
     events: VecDeque<Event>,
     welcome: Welcome,
     patience: Duration,
+    /// Whether requests wait for the next daemon.
+    waits: bool,
     job_name: Option<String>,
     identity: Option<Arc<Identity>>,
     /// Why nothing of this process outlives the daemon.
@@ -183,6 +185,7 @@ impl Client {
             events: VecDeque::new(),
             welcome,
             patience: PATIENCE,
+            waits: true,
             job_name: None,
             identity: None,
             mortal,
@@ -395,6 +398,25 @@ impl Client {
         }
     }
 
+    /// As [`status`](Self::status), but `None` instead of waiting while there is no daemon, or its workers are still coming
+    /// back.
+    ///
+    /// # Errors
+    /// If the connection fails for good.
+    pub async fn status_now(&mut self, job: Option<JobId>) -> Result<Option<Status>, ClientError> {
+        if matches!(self.line, Line::ComingBack(_)) {
+            return Ok(None);
+        }
+        self.waits = false;
+        let status = self.status(job).await;
+        self.waits = true;
+        match status {
+            Ok(status) => Ok((status.daemon.awaited == 0).then_some(status)),
+            Err(ClientError::Closed) if self.may_come_back() => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
     /// Flame's workers that this user may see; `None` if the daemon does not serve them.
     ///
     /// # Errors
@@ -482,7 +504,7 @@ impl Client {
                 }
                 Err(error) if error.is_passing() => {
                     self.line_down()?;
-                    if !repeatable {
+                    if !repeatable || !self.waits {
                         return Err(ClientError::Closed);
                     }
                 }
