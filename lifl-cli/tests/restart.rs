@@ -12,7 +12,7 @@ use lifl_daemon::{Daemon, GatewayOptions, Options};
 use nix::sys::signal::Signal;
 use tokio_util::sync::CancellationToken;
 
-use support::{Finished, Job, PATIENCE, Place, can_have, signal};
+use support::{Finished, Job, PATIENCE, Place, can_have, free_port, signal, transports};
 
 /// Where the daemon of a test is to listen, and to pin; nothing for no pins.
 const SOCKET: &str = "LIFL_TEST_SOCKET";
@@ -237,4 +237,31 @@ fn on_the_relay_a_job_ends_with_its_daemon_and_says_why() {
         "{}",
         finished.stderr
     );
+}
+
+/// Their proxies live in the daemon, and cannot outlive it.
+#[test]
+fn a_job_with_workers_beyond_the_gateway_ends_with_its_daemon_and_says_why() {
+    if !can_have("sockmap") {
+        return;
+    }
+    for how in [Signal::SIGKILL, Signal::SIGTERM] {
+        let mut node = Node::start(Some(&format!("gateway-{}", how as i32)));
+        node.wait_until_it_listens();
+        let mut job = Job::synthetic(&[1, 2], 10_000, "F32");
+        job.rounds = 1_000_000;
+        let mut file = job.file();
+        transports(&mut file, &["p2p"], free_port(), 1883);
+        let place = Place::new(&file);
+        let mut run = place.start_at(&node.socket(), &["--checkpoint-every", "0"]);
+        run.wait_for_round(1);
+        if how == Signal::SIGKILL {
+            node.kill();
+        } else {
+            node.end();
+        }
+        let finished = run.wait();
+        assert_eq!(finished.code(), Some(4), "{}", finished.stderr);
+        assert!(finished.stderr.contains("remote workers"), "{}", finished.stderr);
+    }
 }

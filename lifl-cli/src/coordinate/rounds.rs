@@ -309,14 +309,14 @@ impl<'r, 'j> Rounds<'r, 'j> {
         tokio::select! {
             frame = self.run.frames.recv() => {
                 let frame = frame.context("the frame socket failed").because(Cause::Job)?;
-                let frame = frame.context("the frame socket was closed").because(Cause::Job)?;
+                let Some(frame) = frame else { return Err(self.daemon_gone().await) };
                 let Some(letter) = DeadLetter::returned(&frame, self.run.id) else {
                     return Ok(News::Frame(frame));
                 };
                 self.daemon_event(DaemonEvent::DeadLetter(letter))?;
             }
             event = self.run.client.event() => {
-                let event = event.context("the daemon is gone").because(Cause::Job)?;
+                let event = event.because(Cause::Job)?;
                 self.daemon_event(event)?;
             }
             (index, status) = self.workers.exited() => self.process_gone(index, &status)?,
@@ -332,6 +332,22 @@ impl<'r, 'j> Rounds<'r, 'j> {
         }
         self.peak.sample(self.workers.pids());
         Ok(News::Other)
+    }
+
+    /// On the relay plane the frame socket closes with the daemon: what the control connection says tells more.
+    async fn daemon_gone(&mut self) -> Failure {
+        loop {
+            let event = tokio::time::timeout(Duration::from_secs(1), self.run.client.event()).await;
+            let error = match event {
+                Ok(Ok(event)) => match self.daemon_event(event) {
+                    Ok(()) => continue,
+                    Err(failure) => return failure,
+                },
+                Ok(Err(error)) => anyhow::Error::new(error),
+                Err(_) => anyhow!("the frame socket was closed"),
+            };
+            return Failure::new(Cause::Job, error);
+        }
     }
 
     fn daemon_event(&mut self, event: DaemonEvent) -> Outcome {
