@@ -25,7 +25,7 @@ macro_rules! id {
 }
 
 id!(
-    /// A worker's number on its node. The daemon gives each out once in its lifetime, so that a late frame cannot
+    /// A worker's number on its node. Each is given out once, by a daemon and those that take its jobs over, so that a late frame cannot
     /// reach a successor. 0 is nobody: as a destination it is the daemon's dead-letter socket.
     WorkerId, u32, "w"
 );
