@@ -24,7 +24,6 @@ use lifl_common::kernel::State;
 use lifl_common::plane::PlaneKind;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
-use zerocopy::{FromBytes, IntoBytes};
 
 /// How long a test waits for what should come soon.
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -194,6 +193,16 @@ impl Machine {
             counters.keys().map(|key| key.expect("a key")).collect(),
             senders.collect(),
         ]
+    }
+
+    /// Changes what the next daemon finds.
+    fn change_state(&self, change: impl FnOnce(&mut State)) {
+        let mut map: Array<_, [u8; 64]> = self.map("STATE").try_into().expect("an array");
+        let mut state: State = zerocopy::transmute!(map.get(&0, 0).expect("an entry"));
+        assert_eq!(state.magic, State::MAGIC);
+        change(&mut state);
+        let bytes: [u8; 64] = zerocopy::transmute!(state);
+        map.set(0, bytes, 0).expect("set");
     }
 
     fn expect_in_maps(&self, workers: &[&Worker]) {
@@ -741,16 +750,13 @@ async fn maps_of_another_version_are_left_alone_until_somebody_clears_them() {
 
     let (_top, _) = machine.job().await;
     machine.kill();
-    let mut state: Array<_, [u8; 64]> = machine.map("STATE").try_into().expect("an array");
-    let bytes = state.get(&0, 0).expect("an entry");
-    let mut theirs = State::read_from_bytes(&bytes).expect("64 bytes");
-    assert_eq!(theirs.magic, State::MAGIC);
-    theirs.abi = 99;
-    state
-        .set(0, <[u8; 64]>::read_from_bytes(theirs.as_bytes()).expect("64"), 0)
-        .expect("set");
-    drop(state);
+    machine.change_state(|state| state.netns += 1);
+    let refused = machine.run(&[]);
+    let says = String::from_utf8_lossy(&refused.stderr);
+    assert_eq!(refused.status.code(), Some(3), "{says}");
+    assert!(says.contains("another network namespace"), "{says}");
 
+    machine.change_state(|state| state.abi = 99);
     let refused = machine.run(&[]);
     let says = String::from_utf8_lossy(&refused.stderr);
     assert_eq!(refused.status.code(), Some(3), "{says}");
