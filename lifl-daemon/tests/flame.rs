@@ -754,7 +754,7 @@ fn two_thousand_registrations_fit_into_256_descriptors() {
     let mut daemon = Command::new("bash")
         .arg("-c")
         .arg(format!(
-            "ulimit -n 256; exec \"$0\" --socket {}/lifl.sock --plane {} --huge-pages never \
+            "ulimit -n 256; exec \"$0\" --socket {}/lifl.sock --no-pin --plane {} --huge-pages never \
              --flame-skmsg 127.0.0.1:{skmsg} --flame-rpc 127.0.0.1:{rpc} --log-format json",
             folder.path().display(),
             if root { "auto" } else { "relay" },
