@@ -135,7 +135,10 @@ fn sockmap() -> Check {
             .build()
             .ok()?;
         Some(runtime.block_on(async {
-            let (sockmap, _dead_letters) = Sockmap::load(Options { max_workers: 1 })?;
+            let (sockmap, _dead_letters) = Sockmap::load(Options {
+                max_workers: 1,
+                pin: None,
+            })?;
             sockmap.shutdown()
         }))
     });

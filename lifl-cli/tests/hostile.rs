@@ -140,6 +140,8 @@ impl Stage {
             pool_bytes: 1 << 20,
             huge_pages: HugePages::Never,
             max_workers: 8,
+            pin: None,
+            grace: Duration::ZERO,
             flame: None,
             gateway: GatewayOptions::default(),
         };

@@ -154,6 +154,13 @@ numbered!(
     }
 );
 
+impl Refusal {
+    /// Whether it is a plane that refuses so, and not a worker.
+    pub const fn is_planes(self) -> bool {
+        (self as u16) < Self::WrongShape as u16
+    }
+}
+
 impl fmt::Display for Refusal {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {

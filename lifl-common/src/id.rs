@@ -25,7 +25,7 @@ macro_rules! id {
 }
 
 id!(
-    /// A worker's number on its node. The daemon gives each out once in its lifetime, so that a late frame cannot
+    /// A worker's number on its node. Each is given out once, by a daemon and those that take its jobs over, so that a late frame cannot
     /// reach a successor. 0 is nobody: as a destination it is the daemon's dead-letter socket.
     WorkerId, u32, "w"
 );
@@ -34,7 +34,7 @@ id!(
     JobId, u32, "j"
 );
 id!(
-    /// An arena's number on its node; 0 is no arena.
+    /// An arena's number on its node: four times its owner's, and which of the owner's arenas it is. 0 is no arena.
     ArenaId, u32, "a"
 );
 id!(
@@ -45,6 +45,24 @@ id!(
 impl WorkerId {
     /// Nobody; as a destination, the dead-letter socket.
     pub const NONE: Self = Self(0);
+}
+
+impl ArenaId {
+    /// Arenas that one worker may have.
+    pub const PER_WORKER: u32 = 4;
+
+    /// A worker's arena, from 0; `None` if it may not have so many, or there is no such number.
+    pub const fn of(owner: WorkerId, index: u32) -> Option<Self> {
+        match owner.0.checked_mul(Self::PER_WORKER) {
+            Some(first) if index < Self::PER_WORKER => Some(Self(first + index)),
+            _ => None,
+        }
+    }
+
+    /// Whose it is.
+    pub const fn owner(self) -> WorkerId {
+        WorkerId(self.0 / Self::PER_WORKER)
+    }
 }
 
 /// Names one object in shared memory: 16 bytes, as in LIFL (MLSys 2024, section 4.1).

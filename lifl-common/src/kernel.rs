@@ -6,6 +6,10 @@
 //! | [`MAP_SENDERS`] | `HASH` | [`Connection`] | [`Sender`] | daemon |
 //! | [`MAP_MEMBERS`] | `HASH` | worker u32 | [`Member`] | daemon |
 //! | [`MAP_COUNTERS`] | `HASH` | worker u32 | [`Counters`] | daemon (zero), program |
+//! | [`MAP_STATE`] | `ARRAY` | 0 | [`State`] | daemon |
+//!
+//! A daemon that pins them finds them again when it comes back, with the workers that have gone on meanwhile. What a
+//! daemon must know to trust what it finds is in [`State`]; whoever changes a value here, or the frame, raises [`ABI`].
 
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
@@ -22,6 +26,14 @@ pub const MAP_SENDERS: &str = "SENDERS";
 pub const MAP_MEMBERS: &str = "MEMBERS";
 /// What a worker has sent.
 pub const MAP_COUNTERS: &str = "COUNTERS";
+/// What outlives the daemon beside the workers.
+pub const MAP_STATE: &str = "STATE";
+
+/// All of them.
+pub const MAPS: [&str; 5] = [MAP_SOCKETS, MAP_SENDERS, MAP_MEMBERS, MAP_COUNTERS, MAP_STATE];
+
+/// The version of the maps' values and of the frame. Maps of another version are left alone.
+pub const ABI: u32 = 1;
 
 /// Workers that the maps hold unless the daemon asks for another number.
 pub const DEFAULT_MAX_WORKERS: u32 = 4096;
@@ -59,7 +71,64 @@ pub struct Sender {
 pub struct Member {
     /// Its job.
     pub job: JobId,
+    /// Whose that job is.
+    pub uid: u32,
+    /// [`Member::MAKER`], or 0.
+    pub flags: u32,
 }
+
+impl Member {
+    /// The process that made the job: the job ends with it.
+    pub const MAKER: u32 = 1;
+
+    /// Whether it made its job.
+    pub const fn is_maker(&self) -> bool {
+        self.flags & Self::MAKER != 0
+    }
+}
+
+/// What a daemon leaves to the next.
+///
+/// | offset | field | meaning |
+/// | --- | --- | --- |
+/// | 0 | `magic` | [`State::MAGIC`], once the maps are complete |
+/// | 8 | `abi` | [`ABI`] |
+/// | 12 | `last_worker` | no worker has a larger number |
+/// | 16 | `last_job` | no job has a larger number |
+/// | 20 | `max_workers` | what the maps hold |
+/// | 24 | `netns` | cookie of the network namespace in which [`Connection`]s are unique |
+/// | 32 | `pool_bytes` | the ceiling under which the arenas were made |
+/// | 40 | `reserved` | 0 |
+///
+/// Its size and the first two fields stay the same in every version, so that each can tell the others.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(C)]
+pub struct State {
+    /// Whose maps these are.
+    pub magic: u64,
+    /// Their version.
+    pub abi: u32,
+    /// The last worker's number.
+    pub last_worker: u32,
+    /// The last job's number.
+    pub last_job: u32,
+    /// Entries of the maps.
+    pub max_workers: u32,
+    /// The network namespace's cookie.
+    pub netns: u64,
+    /// Bytes that arenas may take together.
+    pub pool_bytes: u64,
+    /// For later.
+    pub reserved: [u64; 3],
+}
+
+impl State {
+    /// The first eight bytes.
+    pub const MAGIC: u64 = u64::from_le_bytes(*b"LIFLmaps");
+}
+
+const _: () = assert!(size_of::<State>() == 64);
+const _: () = assert!(core::mem::offset_of!(State, abi) == 8);
 
 /// What a worker has sent since it registered.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
@@ -115,7 +184,11 @@ mod tests {
             worker: WorkerId(worker),
             job: JobId(job),
         };
-        let member = |job| Member { job: JobId(job) };
+        let member = |job| Member {
+            job: JobId(job),
+            uid: 0,
+            flags: 0,
+        };
         assert_eq!(verdict(&frame, Some(&sender(1, 1)), Some(&member(1))), Ok(()));
         assert_eq!(
             verdict(&frame, None, Some(&member(1))),

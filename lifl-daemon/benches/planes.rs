@@ -8,11 +8,19 @@ use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use lifl_common::client::FrameSocket;
 use lifl_common::frame::Frame;
 use lifl_common::id::{JobId, WorkerId};
+use lifl_common::kernel::Member;
 use lifl_daemon::plane::{Chosen, Options, Request, choose};
 use tokio::runtime::Runtime;
 
 const FRAMES: usize = 10_000;
 const BATCH: usize = 10;
+
+/// What both workers are.
+const MEMBER: Member = Member {
+    job: JobId(1),
+    uid: 0,
+    flags: 0,
+};
 
 /// Two workers of one job. The plane lives as long as they do.
 struct Pair {
@@ -22,7 +30,13 @@ struct Pair {
 }
 
 fn pair(request: Request) -> Option<Pair> {
-    let mut chosen = match choose(request, Options { max_workers: 2 }) {
+    let mut chosen = match choose(
+        request,
+        Options {
+            max_workers: 2,
+            pin: None,
+        },
+    ) {
         Ok(chosen) => chosen,
         Err(error) => {
             eprintln!("NOT RUN: {error}");
@@ -33,7 +47,7 @@ fn pair(request: Request) -> Option<Pair> {
         let (socket, registered) = FrameSocket::pair_for(chosen.plane.kind()).expect("a pair");
         chosen
             .plane
-            .register(WorkerId(id), JobId(1), registered)
+            .register(WorkerId(id), MEMBER, registered)
             .expect("registered");
         socket
     };

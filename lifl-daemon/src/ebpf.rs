@@ -3,6 +3,7 @@
 
 use std::fmt;
 use std::io;
+use std::path::PathBuf;
 
 use aya::maps::sock::SockMapFd;
 use aya::maps::{Map, MapError};
@@ -26,11 +27,12 @@ pub(crate) struct Program {
 }
 
 impl Program {
-    /// Loads an object, its maps with that many entries.
+    /// Loads an object, its maps with that many entries; a map with a path is taken from there, or made and pinned there.
     pub(crate) fn load(
         object: &[u8],
         name: &'static str,
         entries: &[(&'static str, u32)],
+        pins: &[(&'static str, PathBuf)],
     ) -> Result<Self, LoadError> {
         // The program makes no log record that nobody would see.
         let level = log_level();
@@ -38,6 +40,9 @@ impl Program {
         loader.btf(None).override_global(aya_log::LEVEL, &level, false);
         for &(map, entries) in entries {
             loader.map_max_entries(map, entries);
+        }
+        for (map, path) in pins {
+            loader.map_pin_path(map, path.as_path());
         }
         Ok(Self {
             ebpf: loader.load(object)?,
@@ -88,6 +93,16 @@ impl Program {
             return Ok(());
         };
         self.program()?.detach(link)
+    }
+
+    /// Leaves it on the map's sockets, and on those that come into the map.
+    pub(crate) fn leave(mut self) -> Result<(), ProgramError> {
+        let Some(link) = self.link.take() else {
+            return Ok(());
+        };
+        // The map keeps the program. Dropping the link would take it away.
+        std::mem::forget(self.program()?.take_link(link)?);
+        Ok(())
     }
 
     fn program(&mut self) -> Result<&mut SkMsg, ProgramError> {

@@ -14,6 +14,7 @@ mod registry;
 mod server;
 
 use std::path::PathBuf;
+use std::time::Duration;
 
 use lifl_common::plane::PlaneKind;
 use tokio_util::sync::CancellationToken;
@@ -28,6 +29,12 @@ use crate::server::{Beside, Listener};
 
 /// Connections beside those of workers: coordinators that have no worker yet, `lifl status`.
 const SPARE_CONNECTIONS: usize = 256;
+
+/// How long workers of the daemon before have to come back, unless somebody says otherwise.
+pub const DEFAULT_GRACE: Duration = Duration::from_secs(10);
+
+/// Where `lifl-daemon` pins the maps, unless somebody says otherwise.
+pub const DEFAULT_PINS: &str = "/sys/fs/bpf/lifl";
 
 /// How a daemon is to be.
 #[derive(Clone, Debug)]
@@ -46,6 +53,10 @@ pub struct Options {
     pub huge_pages: HugePages,
     /// Workers that can be registered at a time.
     pub max_workers: u32,
+    /// The folder of a BPF filesystem in which jobs on the sockmap outlive this daemon; `None` to end them with it.
+    pub pin: Option<PathBuf>,
+    /// How long workers of the daemon before this one have to come back.
+    pub grace: Duration,
     /// Whether and how Flame's Python workers are served.
     pub flame: Option<flame::Options>,
     /// The door for workers beyond shared memory.
@@ -90,21 +101,30 @@ pub struct Daemon {
 
 impl Daemon {
     /// Starts one: when this returns, it listens. It ends when `shutdown` is cancelled: then its jobs are told, its
-    /// clients have a moment to leave, and the program, the memory and the socket file go.
+    /// clients have a moment to leave, and the program, the memory and the socket file go. Jobs that are pinned stay, with
+    /// the program and their memory, for the daemon that is started next.
     ///
     /// # Errors
-    /// If it cannot listen, or the plane that is asked for cannot be had.
+    /// If it cannot listen, or the plane that is asked for cannot be had, or another daemon or version has the pins.
     ///
     /// # Panics
     /// Outside of a tokio runtime.
     pub fn start(options: Options, shutdown: CancellationToken) -> Result<Self, StartError> {
         let listener = Listener::bind(&options.socket, options.socket_mode, options.socket_group)?;
-        let chosen = plane::choose(
+        let mut chosen = plane::choose(
             options.plane,
             plane::Options {
                 max_workers: options.max_workers,
+                pin: options.pin,
             },
         )?;
+        let recovered = chosen.plane.recovered()?;
+        // Memory that was granted stays granted, and takes from what a daemon finds free at its start.
+        let mut pool_bytes = options.pool_bytes;
+        if !recovered.members.is_empty() {
+            pool_bytes = pool_bytes.max(recovered.pool_bytes);
+        }
+        chosen.plane.note_pool(pool_bytes)?;
         let (plane, plane_reason) = (chosen.plane.kind(), chosen.reason.clone());
         let flame = options
             .flame
@@ -112,13 +132,14 @@ impl Daemon {
         let flame = flame.transpose()?;
         let facts = Facts {
             plane_reason: chosen.reason,
-            max_workers: options.max_workers,
+            max_workers: chosen.plane.capacity(),
         };
-        let pool = Pool::new(options.pool_bytes, options.huge_pages);
+        let pool = Pool::new(pool_bytes, options.huge_pages);
         let gateway_stop = CancellationToken::new();
         let (handle, opened, gateway) =
             gateway::gateway(options.socket.clone(), &options.gateway, gateway_stop.clone());
-        let registry = Registry::new(facts, chosen.plane, pool, handle, options.gateway);
+        let mut registry = Registry::new(facts, chosen.plane, pool, handle, options.gateway);
+        registry.recover(recovered, options.grace);
         let max_connections = options.max_workers as usize + SPARE_CONNECTIONS;
         let served = server::serve(
             listener,

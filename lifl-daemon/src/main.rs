@@ -10,8 +10,12 @@ use anyhow::Context;
 use clap::{Parser, ValueEnum};
 use lifl_common::control::paths;
 use lifl_common::kernel::DEFAULT_MAX_WORKERS;
+use lifl_daemon::plane::PinError;
 use lifl_daemon::pool::HugePages;
-use lifl_daemon::{Daemon, GatewayOptions, Options, StartError, default_pool_bytes, raise_open_files};
+use lifl_daemon::{
+    DEFAULT_GRACE, DEFAULT_PINS, Daemon, GatewayOptions, Options, StartError, default_pool_bytes,
+    raise_open_files,
+};
 use lifl_daemon::{flame, plane};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
@@ -27,7 +31,8 @@ const GROUP: &str = "lifl";
 ///   sudo lifl-daemon
 ///
 /// Then `lifl run JOB` uses it. Members of the group `lifl` may connect where that group exists; else only root may,
-/// unless --socket-mode says otherwise. It ends on SIGINT and SIGTERM and leaves nothing behind.
+/// unless --socket-mode says otherwise. It ends on SIGINT and SIGTERM and leaves nothing behind but jobs that are under way:
+/// those go on without it, and the next daemon takes them over.
 #[derive(Parser, Debug)]
 #[command(version)]
 struct Cli {
@@ -52,6 +57,20 @@ struct Cli {
     /// Workers that can be registered at a time, of all jobs
     #[arg(long, value_name = "N", default_value_t = DEFAULT_MAX_WORKERS, value_parser = clap::value_parser!(u32).range(1..=65535))]
     max_workers: u32,
+    /// The folder of a BPF filesystem in which jobs on the sockmap outlive this daemon; daemons that run side by side need
+    /// one each
+    #[arg(long, value_name = "FOLDER", default_value = DEFAULT_PINS)]
+    pin: PathBuf,
+    /// Have jobs end with this daemon
+    #[arg(long, conflicts_with = "pin")]
+    no_pin: bool,
+    /// How long workers of the daemon before this one have to come back
+    #[arg(long, value_name = "SECONDS", default_value_t = DEFAULT_GRACE.as_secs())]
+    grace: u64,
+    /// Take away what daemons have left pinned in the folder of --pin, of whatever version, and end: jobs that still use
+    /// it end
+    #[arg(long)]
+    reset: bool,
     /// Where Flame's Python workers connect, on the loopback
     #[arg(long, value_name = "ADDR", default_value_t = flame::Options::SKMSG)]
     flame_skmsg: SocketAddrV4,
@@ -93,11 +112,13 @@ fn octal(text: &str) -> Result<u32, String> {
 fn main() -> ExitCode {
     let cli = Cli::parse();
     log_to_stderr(cli.log_format);
-    match run(&cli) {
+    let done = if cli.reset { reset(&cli) } else { run(&cli) };
+    match done {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             tracing::error!("{error:#}");
-            let lacking = error.downcast_ref::<StartError>().is_some();
+            let lacking =
+                error.downcast_ref::<StartError>().is_some() || error.downcast_ref::<PinError>().is_some();
             ExitCode::from(if lacking { 3 } else { 2 })
         }
     }
@@ -114,6 +135,18 @@ fn log_to_stderr(format: LogFormat) {
         LogFormat::Text => log.init(),
         LogFormat::Json => log.json().init(),
     }
+}
+
+/// Takes away what daemons have left pinned.
+fn reset(cli: &Cli) -> anyhow::Result<()> {
+    let removed = plane::reset(&cli.pin)?;
+    if removed.is_empty() {
+        tracing::info!("nothing is pinned in {}", cli.pin.display());
+    }
+    for path in removed {
+        tracing::info!("removed {}", path.display());
+    }
+    Ok(())
 }
 
 fn run(cli: &Cli) -> anyhow::Result<()> {
@@ -145,7 +178,7 @@ fn run(cli: &Cli) -> anyhow::Result<()> {
             shutdown.cancel();
         });
         daemon.wait().await.context("something could not be taken down")?;
-        tracing::info!("stopped, nothing left behind");
+        tracing::info!("stopped");
         Ok(())
     })
 }
@@ -176,6 +209,8 @@ fn options(cli: &Cli) -> anyhow::Result<Options> {
             .map_or_else(default_pool_bytes, |mib| mib.saturating_mul(1 << 20)),
         huge_pages: cli.huge_pages,
         max_workers: cli.max_workers,
+        pin: (!cli.no_pin).then(|| cli.pin.clone()),
+        grace: Duration::from_secs(cli.grace),
         flame: (!cli.no_flame).then_some(flame::Options {
             skmsg: cli.flame_skmsg,
             rpc: cli.flame_rpc,

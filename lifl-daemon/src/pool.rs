@@ -142,6 +142,13 @@ impl Pool {
         })
     }
 
+    /// Takes over arenas that a daemon before this one made.
+    pub(crate) fn adopt(&mut self, bytes: u64) -> Result<(), PoolError> {
+        self.check_room(bytes)?;
+        self.used_bytes += bytes;
+        Ok(())
+    }
+
     /// An arena is gone.
     pub(crate) fn free(&mut self, bytes: u64) {
         self.used_bytes = self.used_bytes.saturating_sub(bytes);

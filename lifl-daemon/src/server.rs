@@ -32,6 +32,7 @@ use tokio_util::task::TaskTracker;
 use crate::chain::error_chain;
 use crate::flame::Desk;
 use crate::gateway::Opened;
+use crate::registry::reattach::CHECK;
 use crate::registry::{ConnId, Outgoing, Peer, Registry};
 
 /// Answers and events that wait for one client; who lets more pile up is disconnected.
@@ -241,6 +242,9 @@ pub(crate) async fn serve(
     ));
     let mut queues: HashMap<ConnId, (mpsc::Sender<Outgoing>, CancellationToken)> = HashMap::new();
     let mut draining = false;
+    let mut jobs_stay = false;
+    let mut check = tokio::time::interval(CHECK);
+    check.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     let drained = tokio::time::sleep(Duration::MAX);
     tokio::pin!(drained);
     loop {
@@ -274,9 +278,10 @@ pub(crate) async fn serve(
             Some(opened) = opened.recv() => registry.gateway_opened(opened),
             () = shutdown.cancelled(), if !draining => {
                 draining = true;
-                registry.end_all("the daemon is stopping");
+                jobs_stay = registry.leave_jobs();
                 drained.as_mut().reset(tokio::time::Instant::now() + DRAIN);
             }
+            now = check.tick(), if registry.awaits() => registry.check_awaited(now),
             () = &mut drained, if draining => {
                 tracing::warn!(left = registry.connections(), "clients did not leave in time");
                 break;
@@ -291,9 +296,12 @@ pub(crate) async fn serve(
                 kick.cancel();
             }
         }
-        if draining && registry.connections() == 0 {
+        if draining && registry.is_deserted(jobs_stay) {
             break;
         }
+    }
+    if jobs_stay {
+        tracing::info!("jobs go on without this daemon, until the next one is started");
     }
     for (_, kick) in queues.values() {
         kick.cancel();

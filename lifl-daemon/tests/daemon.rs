@@ -34,6 +34,8 @@ fn options(socket: PathBuf, plane: Request) -> Options {
         pool_bytes: 4 << 20,
         huge_pages: HugePages::Never,
         max_workers: 8,
+        pin: None,
+        grace: Duration::ZERO,
         flame: None,
         gateway: GatewayOptions::default(),
     }

@@ -62,6 +62,8 @@ fn start(kind: PlaneKind, flame: flame::Options) -> Result<Node, StartError> {
         pool_bytes: 4 << 20,
         huge_pages: HugePages::Never,
         max_workers: 8,
+        pin: None,
+        grace: Duration::ZERO,
         flame: Some(flame),
         gateway: GatewayOptions::default(),
     };
@@ -752,7 +754,7 @@ fn two_thousand_registrations_fit_into_256_descriptors() {
     let mut daemon = Command::new("bash")
         .arg("-c")
         .arg(format!(
-            "ulimit -n 256; exec \"$0\" --socket {}/lifl.sock --plane {} --huge-pages never \
+            "ulimit -n 256; exec \"$0\" --socket {}/lifl.sock --no-pin --plane {} --huge-pages never \
              --flame-skmsg 127.0.0.1:{skmsg} --flame-rpc 127.0.0.1:{rpc} --log-format json",
             folder.path().display(),
             if root { "auto" } else { "relay" },

@@ -62,6 +62,8 @@ impl Stage {
             pool_bytes: 512 << 20,
             huge_pages: HugePages::Never,
             max_workers: 16,
+            pin: None,
+            grace: Duration::ZERO,
             flame: None,
             gateway: GatewayOptions {
                 grace,

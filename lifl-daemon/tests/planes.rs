@@ -14,7 +14,7 @@ use aya::programs::loaded_programs;
 use lifl_common::client::FrameSocket;
 use lifl_common::frame::{Frame, FrameKind, Refusal};
 use lifl_common::id::{JobId, WorkerId};
-use lifl_common::kernel::Counters;
+use lifl_common::kernel::{Counters, Member};
 use lifl_common::plane::PlaneKind;
 use lifl_daemon::plane::{Chosen, Options, Plane, PlaneError, Request, SocketError, choose, support};
 use tokio::sync::mpsc;
@@ -38,7 +38,13 @@ fn node_for(kind: PlaneKind, max_workers: u32) -> Option<Node> {
         PlaneKind::Sockmap => Request::Sockmap,
         PlaneKind::Relay => Request::Relay,
     };
-    match choose(request, Options { max_workers }) {
+    match choose(
+        request,
+        Options {
+            max_workers,
+            pin: None,
+        },
+    ) {
         Ok(Chosen {
             plane, dead_letters, ..
         }) => Some(Node { plane, dead_letters }),
@@ -63,7 +69,12 @@ impl Node {
     }
 
     fn register(&mut self, worker: u32, job: u32, socket: OwnedFd) -> Result<(), PlaneError> {
-        self.plane.register(WorkerId(worker), JobId(job), socket)
+        let member = Member {
+            job: JobId(job),
+            uid: 0,
+            flags: 0,
+        };
+        self.plane.register(WorkerId(worker), member, socket)
     }
 
     fn counters(&self, worker: u32) -> Counters {
@@ -267,6 +278,19 @@ on_both_planes! {
         expect(&mut two, frame(3, 2, 3)).await;
         assert!(node.dead_letters.try_recv().is_err());
         assert_eq!(node.plane.counters(WorkerId(1)).expect("readable"), None);
+    }
+
+    /// A worker that wrote and died has written: the frames of its last moment arrive.
+    async fn what_was_sent_before_the_end_arrives(node: Node) {
+        let mut two = node.worker(2, 1);
+        let mut one = node.worker(1, 1);
+        let sent: Vec<Frame> = (1..=500).map(|n| frame(1, 2, n)).collect();
+        one.send(&sent).await.expect("sent");
+        drop(one);
+        node.plane.unregister(WorkerId(1)).expect("unregistered");
+        for frame in sent {
+            expect(&mut two, frame).await;
+        }
     }
 
     async fn counters_count_what_was_sent(node: Node) {
@@ -503,7 +527,16 @@ fn two_capabilities_are_enough_for_the_sockmap() {
         let on_thread = move || {
             limit_capabilities(effective);
             let request = Request::Sockmap;
-            runtime().block_on(async { choose(request, Options { max_workers: 2 }).map(|_| ()) })
+            runtime().block_on(async {
+                choose(
+                    request,
+                    Options {
+                        max_workers: 2,
+                        pin: None,
+                    },
+                )
+                .map(|_| ())
+            })
         };
         std::thread::spawn(on_thread).join().expect("the thread's work")
     });

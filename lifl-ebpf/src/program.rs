@@ -7,10 +7,14 @@
 //!  sendmsg ─────────────────────▶ cork    ─────────────────▶ verdict ── taken ───▶ SOCKETS[to]
 //!                                   │                           │
 //!                                   └── the rest comes ────▶    └────── refused ─▶ SOCKETS[0], with the reason
+//!                                                                          │ no daemon
+//!                                                                          └─────▶ SOCKETS[sender]
 //! ```
 //!
 //! Who may send to whom is in the maps, which only the daemon writes ([`lifl_common::kernel`]). A refused frame is
-//! redirected and never dropped: after `SK_DROP` the kernel fails every later send on that socket.
+//! redirected and never dropped: after `SK_DROP` the kernel fails every later send on that socket. While there is no
+//! daemon to read dead letters, the sender gets its own back: a frame that says that it is from its receiver can be
+//! nothing else, since no other socket may send it.
 //!
 //! A write is one or more whole frames, or a piece of one. Whole frames followed by a piece of one would be corked
 //! wrongly: `sk_msg_memcopy_from_iter` in `net/core/skmsg.c` does not notice that the message became shorter, and
@@ -22,12 +26,12 @@ use core::ptr;
 use aya_ebpf::bindings::{BPF_F_INGRESS, sk_action};
 use aya_ebpf::helpers::{bpf_ktime_get_ns, bpf_msg_apply_bytes, bpf_msg_cork_bytes, bpf_msg_pull_data};
 use aya_ebpf::macros::{map, sk_msg};
-use aya_ebpf::maps::{HashMap, SockHash};
+use aya_ebpf::maps::{Array, HashMap, SockHash};
 use aya_ebpf::programs::SkMsgContext;
 use aya_log_ebpf::warn;
 use lifl_common::frame::{Frame, FrameKind, Refusal};
 use lifl_common::id::WorkerId;
-use lifl_common::kernel::{self, Connection, Counters, DEFAULT_MAX_WORKERS, Member, Sender};
+use lifl_common::kernel::{self, Connection, Counters, DEFAULT_MAX_WORKERS, Member, Sender, State};
 use lifl_ebpf::{add, connection};
 
 /// The worker's sockets; one more for the dead letters, under 0.
@@ -45,6 +49,10 @@ static MEMBERS: HashMap<u32, Member> = HashMap::with_max_entries(DEFAULT_MAX_WOR
 /// What each worker has sent.
 #[map]
 static COUNTERS: HashMap<u32, Counters> = HashMap::with_max_entries(DEFAULT_MAX_WORKERS, 0);
+
+/// What the daemon leaves to the next; nothing for the program, but pinned with the rest.
+#[map]
+static STATE: Array<State> = Array::with_max_entries(1, 0);
 
 /// [`Frame::BYTES`] as the helpers take it.
 const FRAME: u32 = Frame::BYTES as u32;
@@ -103,7 +111,11 @@ pub(crate) fn lifl_verdict(ctx: SkMsgContext) -> u32 {
         count_refused(stamp);
     }
     log_refused(stamp.0, frame.from.0, frame.to.0, refusal as u32);
-    redirect(&ctx, WorkerId::NONE)
+    let read = redirect(&ctx, WorkerId::NONE);
+    if read == sk_action::SK_PASS || stamp.0 == 0 {
+        return read;
+    }
+    redirect(&ctx, stamp)
 }
 
 // Logging has subprograms to itself: within the program, its variables would share stack slots with pointers, which

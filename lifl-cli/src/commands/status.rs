@@ -57,6 +57,12 @@ fn print(socket: &Path, status: &Status) {
         socket.display()
     );
     outln!("  plane {}: {}", daemon.plane, daemon.plane_reason);
+    if daemon.awaited > 0 {
+        outln!(
+            "  {} workers of the daemon before have not come back yet",
+            daemon.awaited
+        );
+    }
     let (used, ceiling) = (
         human_bytes(daemon.pool_used_bytes),
         human_bytes(daemon.pool_bytes),

@@ -231,11 +231,13 @@ impl Rounds<'_, '_> {
         let overdue = timeout.is_some_and(|timeout| elapsed.as_secs_f64() > timeout);
         if (overdue && self.clock.closed.is_none()) || elapsed > grace {
             self.clock.looked = now;
-            let status = self.status().await?;
-            if overdue && self.clock.closed.is_none() {
-                self.close_round(&status);
+            // While the daemon is away, nobody can be told to hang.
+            if let Some(status) = self.status_now().await? {
+                if overdue && self.clock.closed.is_none() {
+                    self.close_round(&status);
+                }
+                self.end_who_hangs(&status);
             }
-            self.end_who_hangs(&status);
         }
         Ok(())
     }

@@ -2,6 +2,7 @@
 
 use std::io;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use anyhow::{Context, anyhow};
 use lifl_common::client::{Client, ClientError};
@@ -118,6 +119,9 @@ impl Node {
                 pool_bytes: options.pool_bytes.unwrap_or_else(default_pool_bytes),
                 huge_pages: options.huge_pages,
                 max_workers: options.workers.max(DEFAULT_MAX_WORKERS),
+                // It ends with this process, and so do its jobs.
+                pin: None,
+                grace: Duration::ZERO,
                 // Flame's ports are for a daemon that stays.
                 flame: None,
                 gateway: GatewayOptions::default(),

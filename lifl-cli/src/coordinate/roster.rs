@@ -70,7 +70,10 @@ impl<'j> Roster<'j> {
         let index = self.workers.iter().position(|spec| spec.name == name)?;
         let seat = &mut self.seats[index];
         let place = if is_proxy { &mut seat.proxy } else { &mut seat.own };
-        *place = Some((id, false));
+        // A daemon that is back says again who is there.
+        if place.is_none_or(|(known, _)| known != id) {
+            *place = Some((id, false));
+        }
         Some(index)
     }
 
@@ -98,6 +101,12 @@ impl<'j> Roster<'j> {
     /// Nobody is awaited in that place any more.
     pub(crate) fn give_up(&mut self, index: usize) {
         self.seats[index].given_up = true;
+    }
+
+    /// All who are registered.
+    pub(crate) fn ids(&self) -> Vec<WorkerId> {
+        let places = self.seats.iter().flat_map(|seat| [seat.own, seat.proxy]);
+        places.flatten().map(|(id, _)| id).collect()
     }
 
     /// Whose place a worker has.

@@ -11,7 +11,7 @@ use std::time::Duration;
 use anyhow::{Context, anyhow};
 use lifl_common::arena::PeerArena;
 use lifl_common::config::Kind;
-use lifl_common::control::{Event as DaemonEvent, GatewayStatus, Status};
+use lifl_common::control::{DeadLetter, Event as DaemonEvent, GatewayStatus, Status};
 use lifl_common::frame::{Frame, FrameKind};
 use lifl_common::id::WorkerId;
 use lifl_common::update::{Cover, Metadata, Tensors, image};
@@ -158,6 +158,12 @@ impl<'r, 'j> Rounds<'r, 'j> {
             .because(Cause::Job)
     }
 
+    /// The same, unless that would have to wait for a daemon that is being started anew.
+    pub(super) async fn status_now(&mut self) -> Outcome<Option<Status>> {
+        let job = self.run.job_id;
+        self.run.client.status_now(Some(job)).await.because(Cause::Job)
+    }
+
     /// What has moved so far.
     fn moved(&self, status: &Status) -> Moved {
         let referenced = status
@@ -218,8 +224,9 @@ impl<'r, 'j> Rounds<'r, 'j> {
         }
         let asked = self.asked();
         self.round_finished();
-        let status = self.status().await?;
-        let now = self.moved(&status);
+        // What moved while no daemon was there to tell counts for the round after.
+        let status = self.status_now().await?;
+        let now = status.map_or(self.moved_before, |status| self.moved(&status));
         let moved = now.since(&self.moved_before);
         self.moved_before = now;
         let arena = match &self.arena {
@@ -298,10 +305,11 @@ impl<'r, 'j> Rounds<'r, 'j> {
             None => tokio::select! {
                 frame = self.run.frames.recv() => {
                     let frame = frame.context("the frame socket failed").because(Cause::Job)?;
-                    Some(frame.context("the frame socket was closed").because(Cause::Job)?)
+                    let Some(frame) = frame else { return Err(self.daemon_gone().await) };
+                    Some(frame)
                 }
                 event = self.run.client.event() => {
-                    let event = event.context("the daemon is gone").because(Cause::Job)?;
+                    let event = event.because(Cause::Job)?;
                     self.daemon_event(event)?;
                     None
                 }
@@ -319,10 +327,13 @@ impl<'r, 'j> Rounds<'r, 'j> {
             },
         };
         if let Some(frame) = frame {
-            if frame.kind != FrameKind::Ready as u16 {
+            if let Some(letter) = DeadLetter::returned(&frame, self.run.id) {
+                self.daemon_event(DaemonEvent::DeadLetter(letter))?;
+            } else if frame.kind != FrameKind::Ready as u16 {
                 return Ok(News::Frame(frame));
+            } else {
+                self.ready(frame.from)?;
             }
-            self.ready(frame.from)?;
         }
         for index in std::mem::take(&mut self.to_drop) {
             let name = &self.run.job.workers[index].name;
@@ -365,6 +376,22 @@ impl<'r, 'j> Rounds<'r, 'j> {
         self.successor_ready(index)
     }
 
+    /// On the relay plane the frame socket closes with the daemon: what the control connection says tells more.
+    async fn daemon_gone(&mut self) -> Failure {
+        loop {
+            let event = tokio::time::timeout(Duration::from_secs(1), self.run.client.event()).await;
+            let error = match event {
+                Ok(Ok(event)) => match self.daemon_event(event) {
+                    Ok(()) => continue,
+                    Err(failure) => return failure,
+                },
+                Ok(Err(error)) => anyhow::Error::new(error),
+                Err(_) => anyhow!("the frame socket was closed"),
+            };
+            return Failure::new(Cause::Job, error);
+        }
+    }
+
     fn daemon_event(&mut self, event: DaemonEvent) -> Outcome {
         match event {
             DaemonEvent::PeerJoined { worker, name } => {
@@ -376,6 +403,16 @@ impl<'r, 'j> Rounds<'r, 'j> {
                 self.read_all()?;
                 if let Some(index) = self.roster.left(lost.worker) {
                     self.connection_closed(index)?;
+                }
+            }
+            DaemonEvent::Living { first, last, workers } => {
+                tracing::info!("the daemon is back");
+                let gone = |id: &WorkerId| (first..=last).contains(id) && workers.binary_search(id).is_err();
+                self.read_all()?;
+                for id in self.roster.ids().into_iter().filter(gone) {
+                    if let Some(index) = self.roster.left(id) {
+                        self.connection_closed(index)?;
+                    }
                 }
             }
             DaemonEvent::DeadLetter(letter) => {
@@ -517,12 +554,10 @@ impl<'r, 'j> Rounds<'r, 'j> {
 
     async fn finish(&mut self) -> Outcome {
         self.peak.sample(self.workers.pids());
-        let status = self.status().await?;
-        let arenas = status
-            .jobs
-            .iter()
-            .find(|job| job.job == self.run.job_id)
-            .map_or(0, |job| job.arena_peak_bytes);
+        let status = self.status_now().await?;
+        let jobs = status.iter().flat_map(|status| &status.jobs);
+        let mut own = jobs.filter(|job| job.job == self.run.job_id);
+        let arenas = own.next().map_or(0, |job| job.arena_peak_bytes);
         self.reporter.end();
         let event = Event::JobFinished {
             rounds: self.run.job.rounds,

@@ -1,12 +1,16 @@
 //! What ties a worker to its job: the daemon, the frames, its arena, the arenas that it reads.
+//!
+//! The daemon may go and another come: frames flow meanwhile, and what it would have said is made up for when the worker
+//! is back ([`Client`]). What the kernel returns because there was no daemon is an undelivered letter like any other.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::path::Path;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
 use lifl_common::arena::{Layout, OwnedArena, PeerArena};
-use lifl_common::client::{Client, ClientError, FrameSocket};
+use lifl_common::client::{Client, ClientError, FrameSocket, Registration};
 use lifl_common::config::WorkerSpec;
 use lifl_common::control::{DeadLetter, ErrorCode, Event};
 use lifl_common::frame::{Frame, FrameKind};
@@ -39,7 +43,14 @@ pub(super) struct Link {
     arena_note: Option<String>,
     peers: HashMap<ArenaId, Arc<PeerArena>>,
     own: Option<Arc<PeerArena>>,
+    /// Whom it has had to do with, and who has not been reported lost.
+    known: HashSet<WorkerId>,
+    /// Lost, and not yet reported.
+    lost: Vec<WorkerId>,
 }
+
+/// How long a worker that is being started waits for a daemon that is being started anew.
+const JOIN: Duration = Duration::from_secs(15);
 
 impl Link {
     pub(super) async fn join(
@@ -48,11 +59,16 @@ impl Link {
         spec: &WorkerSpec,
         layout: Layout,
     ) -> anyhow::Result<Self> {
-        let mut client = Client::connect(socket).await?;
-        let registration = client
-            .register(job, &spec.role, &spec.name)
-            .await
-            .context("cannot register")?;
+        let given_up = Instant::now() + JOIN;
+        let (mut client, registration) = loop {
+            match Self::register(socket, job, spec).await {
+                Ok(registered) => break registered,
+                Err(error) if error.is_passing() && Instant::now() < given_up => {
+                    tokio::time::sleep(Duration::from_millis(100)).await;
+                }
+                Err(error) => return Err(error).context("cannot register"),
+            }
+        };
         let created = client
             .create_arena(layout)
             .await
@@ -67,7 +83,19 @@ impl Link {
             arena_note: created.note,
             peers: HashMap::new(),
             own: None,
+            known: HashSet::new(),
+            lost: Vec::new(),
         })
+    }
+
+    async fn register(
+        socket: &Path,
+        job: JobId,
+        spec: &WorkerSpec,
+    ) -> Result<(Client, Registration), ClientError> {
+        let mut client = Client::connect(socket).await?;
+        let registration = client.register(job, &spec.role, &spec.name).await?;
+        Ok((client, registration))
     }
 
     pub(super) fn arena_note(&self) -> Option<&str> {
@@ -77,9 +105,16 @@ impl Link {
     /// Waits for whatever comes next. Cancel-safe.
     pub(super) async fn next(&mut self) -> anyhow::Result<Incoming> {
         loop {
+            if let Some(worker) = self.lost.pop() {
+                return Ok(Incoming::Lost(worker));
+            }
             tokio::select! {
                 frame = self.frames.recv() => {
                     let frame = frame.context("the frame socket failed")?.context("the frame socket was closed")?;
+                    if let Some(letter) = DeadLetter::returned(&frame, self.id) {
+                        return Ok(undelivered(letter));
+                    }
+                    self.known.insert(frame.from);
                     match FrameKind::from_number(frame.kind) {
                         Some(kind) => return Ok(Incoming::Frame(kind, frame)),
                         None => tracing::warn!(from = %frame.from, kind = frame.kind, "a frame of no known kind"),
@@ -88,21 +123,34 @@ impl Link {
                 event = self.client.event() => match event.context("the daemon is gone")? {
                     Event::PeerLost(lost) => {
                         tracing::info!(worker = %lost.worker, name = %lost.name, "peer lost");
-                        self.arena.take_back(lost.worker);
-                        // What of it is still to be read is held by its readers.
-                        self.peers.retain(|_, peer| peer.owner() != lost.worker);
-                        return Ok(Incoming::Lost(lost.worker));
+                        self.lose(lost.worker);
                     }
-                    Event::DeadLetter(letter) => {
-                        let to = letter.to_name.as_deref().unwrap_or("a worker that is gone");
-                        tracing::warn!(%to, kind = letter.kind, "not delivered: {}", letter.refusal);
-                        return Ok(Incoming::Undelivered(letter));
+                    Event::Living { first, last, workers } => {
+                        tracing::info!("the daemon is back");
+                        let gone = |id: &WorkerId| {
+                            (first..=last).contains(id) && workers.binary_search(id).is_err()
+                        };
+                        let gone: Vec<WorkerId> = self.known.iter().copied().filter(gone).collect();
+                        for worker in gone {
+                            tracing::info!(%worker, "peer lost while the daemon was away");
+                            self.lose(worker);
+                        }
                     }
+                    Event::DeadLetter(letter) => return Ok(undelivered(letter)),
                     Event::JobEnded { reason } => return Ok(Incoming::Ended(reason)),
                     Event::PeerJoined { .. } => {}
                 },
             }
         }
+    }
+
+    /// Takes back what a worker that is gone held; it is reported next.
+    fn lose(&mut self, worker: WorkerId) {
+        self.arena.take_back(worker);
+        // What of it is still to be read is held by its readers.
+        self.peers.retain(|_, peer| peer.owner() != worker);
+        self.known.remove(&worker);
+        self.lost.push(worker);
     }
 
     /// What has come already, if anything has.
@@ -116,6 +164,7 @@ impl Link {
 
     /// Sends what has been [posted](Ground::post), in one call.
     pub(super) async fn flush(&mut self) -> anyhow::Result<()> {
+        self.known.extend(self.outbox.iter().map(|frame| frame.to));
         let sent = self.frames.send(&self.outbox).await;
         self.outbox.clear();
         sent.context("the frame socket failed")
@@ -166,4 +215,10 @@ impl Ground for Link {
         self.peers.insert(arena, Arc::clone(&peer));
         Ok(Some(peer))
     }
+}
+
+fn undelivered(letter: DeadLetter) -> Incoming {
+    let to = letter.to_name.as_deref().unwrap_or("a worker that is gone");
+    tracing::warn!(%to, kind = letter.kind, "not delivered: {}", letter.refusal);
+    Incoming::Undelivered(letter)
 }

@@ -136,11 +136,18 @@ impl Place {
 
     /// `lifl run --json` on this job with a daemon of its own.
     pub(crate) fn command(&self, more: &[&str]) -> Command {
+        self.command_at(Path::new("own"), more)
+    }
+
+    /// `lifl run --json` on this job with that daemon.
+    pub(crate) fn command_at(&self, daemon: &Path, more: &[&str]) -> Command {
         let mut command = lifl();
         command
             .arg("run")
             .arg(&self.job)
-            .args(["--json", "--daemon", "own", "--out"])
+            .args(["--json", "--daemon"])
+            .arg(daemon)
+            .arg("--out")
             .arg(self.run())
             .args(more);
         command.stdin(Stdio::null());
@@ -155,8 +162,13 @@ impl Place {
 
     /// Starts it.
     pub(crate) fn start(&self, more: &[&str]) -> Started {
+        self.start_at(Path::new("own"), more)
+    }
+
+    /// Starts it with that daemon.
+    pub(crate) fn start_at(&self, daemon: &Path, more: &[&str]) -> Started {
         let (out, err) = (self.folder.path().join("out"), self.folder.path().join("err"));
-        let mut command = self.command(more);
+        let mut command = self.command_at(daemon, more);
         command
             .stdout(fs::File::create(&out).expect("made"))
             .stderr(fs::File::create(&err).expect("made"));
@@ -191,9 +203,19 @@ impl Started {
 
     /// Waits until an event of that name has come.
     pub(crate) fn wait_for(&mut self, name: &str) -> Value {
+        self.wait_until(name, |_| true)
+    }
+
+    /// Waits until that round is over.
+    pub(crate) fn wait_for_round(&mut self, round: u64) {
+        self.wait_until("round", |event| event["round"].as_u64() >= Some(round));
+    }
+
+    fn wait_until(&mut self, name: &str, is_it: impl Fn(&Value) -> bool) -> Value {
         let begun = Instant::now();
         loop {
-            if let Some(event) = events(&self.out).into_iter().find(|event| event["event"] == name) {
+            let mut found = events(&self.out).into_iter();
+            if let Some(event) = found.find(|event| event["event"] == name && is_it(event)) {
                 return event;
             }
             let ended = self.child.try_wait().expect("a child");

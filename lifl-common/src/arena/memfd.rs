@@ -12,7 +12,7 @@ use nix::sys::memfd::{MFdFlags, memfd_create};
 pub const HUGE_PAGE_BYTES: u64 = 2 << 20;
 
 /// The kernel's seals that make an arena: nobody new may write, nobody may change its size or add seals.
-const ARENA_SEALS: i32 =
+pub const ARENA_SEALS: i32 =
     libc::F_SEAL_FUTURE_WRITE | libc::F_SEAL_GROW | libc::F_SEAL_SHRINK | libc::F_SEAL_SEAL;
 
 /// The seals without which a reader does not map: a cut would be a `SIGBUS`, a write a torn read.

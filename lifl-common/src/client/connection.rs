@@ -1,4 +1,4 @@
-//! A process's connection to its daemon.
+//! A process's connection to its daemon; and, where that can be, to the daemon after it.
 
 use std::collections::VecDeque;
 use std::fs::File;
@@ -6,14 +6,20 @@ use std::io;
 use std::net::SocketAddr;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::time::Instant;
 
 use super::FrameSocket;
+use super::comeback::{Back, ComingBack, Identity, PATIENCE, greet};
 use crate::arena::{ArenaError, Layout, OwnedArena, PeerArena};
 use crate::control::packet::{PacketError, PacketSocket};
 use crate::control::{
-    ErrorCode, Event, FlamePage, Message, PROTOCOL, RemoteWorker, Reply, Request, Status, Welcome,
+    ErrorCode, Event, FlamePage, HeldArena, Message, PROTOCOL, RemoteWorker, Reply, Request, Status, Welcome,
 };
 use crate::id::{ArenaId, JobId, WorkerId};
+use crate::plane::PlaneKind;
 use crate::session::JobToken;
 
 /// Workers named in one packet: with their roles they must fit.
@@ -34,6 +40,23 @@ pub enum ClientError {
     /// The daemon is gone.
     #[error("the daemon closed the control socket")]
     Closed,
+    /// The daemon is gone, and what it had of the job with it.
+    #[error("the daemon is gone and the job with it: {reason}")]
+    Gone {
+        /// Why the job does not outlive it.
+        reason: &'static str,
+    },
+    /// No other daemon came.
+    #[error("the daemon is gone, and none came back to {path} in {} s", patience.as_secs())]
+    NotBack {
+        /// The socket.
+        path: PathBuf,
+        /// How long it was waited for.
+        patience: Duration,
+        /// What the last attempt met.
+        #[source]
+        source: Box<ClientError>,
+    },
     /// A broken packet.
     #[error("the daemon's packet cannot be read")]
     Packet(#[from] PacketError),
@@ -65,13 +88,47 @@ pub enum ClientError {
     Arena(#[from] ArenaError),
 }
 
+impl ClientError {
+    /// Whether it may be otherwise in a moment, with a daemon that is just being started.
+    pub fn is_passing(&self) -> bool {
+        match self {
+            Self::Connect { .. } | Self::Closed | Self::Gone { .. } | Self::Packet(PacketError::Io(_)) => {
+                true
+            }
+            Self::Refused { code, .. } => *code == ErrorCode::NotYet,
+            _ => false,
+        }
+    }
+}
+
+/// How often something is asked again that the daemon does not have yet.
+const NOT_YET: Duration = Duration::from_millis(100);
+
 /// A connection to the daemon. Requests are answered in order; events that come in between wait for
 /// [`event`](Self::event).
+///
+/// A worker of a daemon whose plane is pinned goes on when that daemon is gone: it comes back to the next one by itself,
+/// and what it asks or waits for meanwhile takes so much longer.
 #[derive(Debug)]
 pub struct Client {
-    socket: PacketSocket,
+    path: PathBuf,
+    line: Line,
     events: VecDeque<Event>,
     welcome: Welcome,
+    patience: Duration,
+    /// Whether requests wait for the next daemon.
+    waits: bool,
+    job_name: Option<String>,
+    identity: Option<Arc<Identity>>,
+    /// Why nothing of this process outlives the daemon.
+    mortal: &'static str,
+}
+
+#[derive(Debug)]
+enum Line {
+    Up(PacketSocket),
+    ComingBack(ComingBack),
+    Lost,
 }
 
 /// This process as a worker.
@@ -116,30 +173,28 @@ impl Client {
     /// # Errors
     /// If nobody listens at `path`, this user may not connect, or the daemon is of another version.
     pub async fn connect(path: &Path) -> Result<Self, ClientError> {
-        let connected = PacketSocket::connect(path);
-        let socket = connected.map_err(|source| ClientError::Connect {
-            path: path.to_owned(),
-            source,
-        })?;
-        let hello = Request::Hello { protocol: PROTOCOL };
-        socket.send(&hello, &[]).await?;
-        let welcome = match socket.recv::<Message>().await?.ok_or(ClientError::Closed)?.0 {
-            Message::Reply(Reply::Welcome(welcome)) => welcome,
-            Message::Reply(Reply::Error { code, message }) => {
-                return Err(ClientError::Refused { code, message });
-            }
-            _ => return Err(ClientError::Unexpected { request: "hello" }),
+        let (socket, welcome) = greet(path).await?;
+        let mortal = match (welcome.plane, welcome.pinned) {
+            (PlaneKind::Relay, _) => "frames on the relay plane lie in the daemon's memory",
+            (_, false) => "its maps are not pinned",
+            (_, true) => "this process is not a worker yet",
         };
-        if welcome.protocol != PROTOCOL {
-            return Err(ClientError::Protocol {
-                theirs: welcome.protocol,
-            });
-        }
         Ok(Self {
-            socket,
+            path: path.to_owned(),
+            line: Line::Up(socket),
             events: VecDeque::new(),
             welcome,
+            patience: PATIENCE,
+            waits: true,
+            job_name: None,
+            identity: None,
+            mortal,
         })
+    }
+
+    /// How long to wait for the next daemon when this one is gone: a minute, unless this says otherwise.
+    pub fn set_patience(&mut self, patience: Duration) {
+        self.patience = patience;
     }
 
     /// What the daemon said first.
@@ -155,7 +210,9 @@ impl Client {
         let request = Request::CreateJob {
             name: name.to_owned(),
         };
-        Ok(expect_reply!(self, request, &[], (Reply::JobCreated { job }, _) => job))
+        let job = expect_reply!(self, request, &[], (Reply::JobCreated { job }, _) => job);
+        self.job_name = Some(name.to_owned());
+        Ok(job)
     }
 
     /// Makes this process a worker.
@@ -177,6 +234,16 @@ impl Client {
         let fds = [to_daemon.as_raw_fd()];
         let (worker, owner) =
             expect_reply!(self, request, &fds, (Reply::Registered { worker, owner }, _) => (worker, owner));
+        if self.welcome.pinned {
+            self.identity = Some(Arc::new(Identity {
+                worker,
+                role: role.to_owned(),
+                name: name.to_owned(),
+                job_name: self.job_name.clone(),
+                socket: to_daemon,
+                arenas: Vec::new(),
+            }));
+        }
         Ok(Registration {
             worker,
             owner,
@@ -189,6 +256,16 @@ impl Client {
     /// # Errors
     /// If the pool has not so much room, with the numbers.
     pub async fn create_arena(&mut self, layout: Layout) -> Result<CreatedArena, ClientError> {
+        loop {
+            match self.try_create_arena(layout).await {
+                // Nobody knows it yet: the next daemon makes another.
+                Err(ClientError::Closed) if self.may_come_back() => self.line_up().await?,
+                created => return created,
+            }
+        }
+    }
+
+    async fn try_create_arena(&mut self, layout: Layout) -> Result<CreatedArena, ClientError> {
         let (reply, fds) = self.request(&Request::CreateArena { layout }, &[]).await?;
         let Reply::ArenaCreated {
             arena: id,
@@ -205,11 +282,28 @@ impl Client {
         })?;
         let arena = OwnedArena::new(&file, id, layout)?;
         expect_reply!(self, Request::SealArena { arena: id }, &[], (Reply::Done {}, _) => ());
+        self.hold(HeldArena { arena: id, layout }, file)?;
         Ok(CreatedArena {
             arena,
             page_bytes,
             note,
         })
+    }
+
+    /// Keeps an arena's memfd for the next daemon.
+    fn hold(&mut self, arena: HeldArena, memfd: File) -> Result<(), ClientError> {
+        let Some(identity) = &mut self.identity else {
+            return Ok(());
+        };
+        if Arc::get_mut(identity).is_none() {
+            // A task that came back is only just letting go of it.
+            let copied: io::Result<Identity> = identity.try_clone();
+            *identity = Arc::new(copied.map_err(ClientError::Socket)?);
+        }
+        if let Some(identity) = Arc::get_mut(identity) {
+            identity.arenas.push((arena, memfd));
+        }
+        Ok(())
     }
 
     /// Maps another worker's arena for reading.
@@ -247,6 +341,8 @@ impl Client {
         };
         let (token, p2p) =
             expect_reply!(self, request, &[], (Reply::GatewayOpened { token, p2p }, _) => (token, p2p));
+        self.identity = None;
+        self.mortal = "its remote workers come through the daemon's gateway";
         let token = JobToken::from_hex(&token).ok_or(ClientError::Unexpected {
             request: "open_gateway",
         })?;
@@ -302,6 +398,25 @@ impl Client {
         }
     }
 
+    /// As [`status`](Self::status), but `None` instead of waiting while there is no daemon, or its workers are still coming
+    /// back.
+    ///
+    /// # Errors
+    /// If the connection fails for good.
+    pub async fn status_now(&mut self, job: Option<JobId>) -> Result<Option<Status>, ClientError> {
+        if matches!(self.line, Line::ComingBack(_)) {
+            return Ok(None);
+        }
+        self.waits = false;
+        let status = self.status(job).await;
+        self.waits = true;
+        match status {
+            Ok(status) => Ok((status.daemon.awaited == 0).then_some(status)),
+            Err(ClientError::Closed) if self.may_come_back() => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
     /// Flame's workers that this user may see; `None` if the daemon does not serve them.
     ///
     /// # Errors
@@ -328,8 +443,11 @@ impl Client {
     /// Ends the job that this connection made.
     ///
     /// # Errors
-    /// If it made none.
+    /// If it made none; or if the daemon is gone: the job ends with this process then.
     pub async fn end_job(&mut self, reason: &str) -> Result<(), ClientError> {
+        if !matches!(self.line, Line::Up(_)) {
+            return Err(ClientError::Closed);
+        }
         let request = Request::EndJob {
             reason: reason.to_owned(),
         };
@@ -340,26 +458,72 @@ impl Client {
     /// Waits for the next event. Cancel-safe.
     ///
     /// # Errors
-    /// If the daemon is gone.
+    /// If the daemon is gone, and no other takes its place.
     pub async fn event(&mut self) -> Result<Event, ClientError> {
-        if let Some(event) = self.events.pop_front() {
-            return Ok(event);
-        }
-        match self.socket.recv::<Message>().await?.ok_or(ClientError::Closed)?.0 {
-            Message::Event(event) => Ok(event),
-            Message::Reply(_) => Err(ClientError::Unexpected { request: "none" }),
+        loop {
+            if let Some(event) = self.events.pop_front() {
+                return Ok(event);
+            }
+            let received = match &self.line {
+                Line::Up(socket) => socket.recv::<Message>().await,
+                _ => {
+                    self.line_up().await?;
+                    continue;
+                }
+            };
+            match received.map_err(ClientError::from) {
+                Ok(Some((Message::Event(event), _))) => return Ok(event),
+                Ok(Some((Message::Reply(_), _))) => return Err(ClientError::Unexpected { request: "none" }),
+                Ok(None) => self.line_down()?,
+                Err(error) if error.is_passing() => self.line_down()?,
+                Err(error) => return Err(error),
+            }
         }
     }
 
-    /// Sends a request and waits for its answer.
+    /// Sends a request and waits for its answer. What changes nothing is asked again, of the next daemon if need be.
     async fn request(
         &mut self,
         request: &Request,
         fds: &[RawFd],
     ) -> Result<(Reply, Vec<OwnedFd>), ClientError> {
-        self.socket.send(request, fds).await?;
+        let repeatable = matches!(
+            request,
+            Request::OpenArena { .. } | Request::Status { .. } | Request::Flame { .. }
+        );
+        let given_up = Instant::now() + self.patience;
         loop {
-            let (message, fds) = self.socket.recv::<Message>().await?.ok_or(ClientError::Closed)?;
+            self.line_up().await?;
+            match self.exchange(request, fds).await {
+                Err(ClientError::Refused {
+                    code: ErrorCode::NotYet,
+                    ..
+                }) if repeatable && Instant::now() < given_up => tokio::time::sleep(NOT_YET).await,
+                Err(ClientError::Refused { code, message }) => {
+                    return Err(ClientError::Refused { code, message });
+                }
+                Err(error) if error.is_passing() => {
+                    self.line_down()?;
+                    if !repeatable || !self.waits {
+                        return Err(ClientError::Closed);
+                    }
+                }
+                answer => return answer,
+            }
+        }
+    }
+
+    async fn exchange(
+        &mut self,
+        request: &Request,
+        fds: &[RawFd],
+    ) -> Result<(Reply, Vec<OwnedFd>), ClientError> {
+        let Line::Up(socket) = &self.line else {
+            return Err(ClientError::Closed);
+        };
+        socket.send(request, fds).await?;
+        loop {
+            let (message, fds) = socket.recv::<Message>().await?.ok_or(ClientError::Closed)?;
             match message {
                 Message::Event(event) => self.events.push_back(event),
                 Message::Reply(Reply::Error { code, message }) => {
@@ -367,6 +531,47 @@ impl Client {
                 }
                 Message::Reply(reply) => return Ok((reply, fds)),
             }
+        }
+    }
+
+    fn may_come_back(&self) -> bool {
+        self.identity.is_some() && !matches!(self.line, Line::Lost)
+    }
+
+    /// The daemon is gone.
+    fn line_down(&mut self) -> Result<(), ClientError> {
+        let Some(identity) = &self.identity else {
+            self.line = Line::Lost;
+            return Err(self.gone());
+        };
+        let coming = ComingBack::start(self.path.clone(), Arc::clone(identity), self.patience);
+        self.line = Line::ComingBack(coming);
+        Ok(())
+    }
+
+    /// Waits until there is a daemon. Cancel-safe.
+    async fn line_up(&mut self) -> Result<(), ClientError> {
+        let back = match &mut self.line {
+            Line::Up(_) => return Ok(()),
+            Line::Lost => return Err(self.gone()),
+            Line::ComingBack(coming) => coming.wait().await,
+        };
+        self.line = Line::Lost;
+        let Back {
+            socket,
+            welcome,
+            events,
+        } = back?;
+        self.line = Line::Up(socket);
+        self.welcome = welcome;
+        self.events.extend(events);
+        Ok(())
+    }
+
+    fn gone(&self) -> ClientError {
+        match &self.identity {
+            Some(_) => ClientError::Closed,
+            None => ClientError::Gone { reason: self.mortal },
         }
     }
 }

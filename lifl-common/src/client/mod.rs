@@ -1,5 +1,6 @@
 //! The worker's side: a connection to the daemon, a socket for frames, arenas.
 
+mod comeback;
 mod connection;
 mod socket;
 

@@ -133,12 +133,12 @@ impl FrameSocket {
     /// Sends the frames in order, waiting while the socket is full.
     ///
     /// Success means that the plane has them. A frame that it refuses, or whose destination is gone, is reported
-    /// through the daemon and fails nothing here. When the future is dropped some of the frames may have been
+    /// through the daemon and fails nothing here; while there is no daemon it comes back on this socket
+    /// ([`DeadLetter::returned`](crate::control::DeadLetter::returned)). When the future is dropped some of the frames may have been
     /// sent.
     ///
     /// # Errors
-    /// If the socket fails: `EPIPE` when the plane has closed it, `EACCES` when the daemon is gone and a frame was
-    /// refused, `ENOMEM` when the kernel's TCP memory is used up.
+    /// If the socket fails: `EPIPE` when the plane has closed it, `ENOMEM` when the kernel's TCP memory is used up.
     pub async fn send(&mut self, frames: &[Frame]) -> io::Result<()> {
         let bytes = frames.as_bytes();
         let mut sent = 0;

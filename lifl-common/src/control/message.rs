@@ -5,7 +5,7 @@ use std::net::SocketAddr;
 use serde::{Deserialize, Serialize};
 
 use crate::arena::Layout;
-use crate::frame::Refusal;
+use crate::frame::{Frame, Refusal};
 use crate::id::{ArenaId, JobId, Key, WorkerId};
 use crate::kernel::Counters;
 use crate::plane::PlaneKind;
@@ -34,6 +34,19 @@ pub enum Request {
         role: String,
         /// Its name, unique in the job.
         name: String,
+    },
+    /// Makes this connection's process the worker again that it was before the daemon was started anew. Beside it, in this
+    /// order, the near end of its socket, which proves who it is, and its arenas' memfds. Answered by
+    /// [`Reply::Reattached`], with [`Event::Living`] before it.
+    Reattach {
+        /// Its role, for people.
+        role: String,
+        /// Its name, unique in the job.
+        name: String,
+        /// The job's name, from the process that made it.
+        job_name: Option<String>,
+        /// Its arenas.
+        arenas: Vec<HeldArena>,
     },
     /// Makes an arena for this worker. Answered by [`Reply::ArenaCreated`] with the memfd beside it.
     CreateArena {
@@ -110,6 +123,13 @@ pub enum Reply {
         /// The worker of the connection that made the job, [`WorkerId::NONE`] if it has not registered.
         owner: WorkerId,
     },
+    /// To [`Request::Reattach`].
+    Reattached {
+        /// The worker that it is.
+        worker: WorkerId,
+        /// Its job.
+        job: JobId,
+    },
     /// To [`Request::CreateArena`].
     ArenaCreated {
         /// The arena.
@@ -152,6 +172,15 @@ pub enum Reply {
     },
 }
 
+/// An arena that its owner has had since before the daemon was started.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HeldArena {
+    /// The arena.
+    pub arena: ArenaId,
+    /// Its slots.
+    pub layout: Layout,
+}
+
 /// A worker that comes through the gateway.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RemoteWorker {
@@ -173,6 +202,8 @@ pub enum ErrorCode {
     Denied,
     /// There is no such thing.
     NotFound,
+    /// Not there yet: the daemon was started anew, and waits for what was there before. To be asked again.
+    NotYet,
     /// A limit is reached.
     Full,
     /// The daemon or its kernel cannot.
@@ -192,6 +223,8 @@ pub struct Welcome {
     pub plane: PlaneKind,
     /// Why that plane.
     pub plane_reason: String,
+    /// Whether jobs outlive the daemon: workers may come back to the next one.
+    pub pinned: bool,
     /// Bytes that arenas may take together.
     pub pool_bytes: u64,
     /// Bytes that they take now.
@@ -202,6 +235,8 @@ pub struct Welcome {
     pub max_workers: u32,
     /// Workers that are.
     pub workers: u32,
+    /// Workers that were there before this daemon, and have not come back yet.
+    pub awaited: u32,
 }
 
 /// What the daemon says unasked.
@@ -217,6 +252,16 @@ pub enum Event {
     },
     /// To the job's other workers: one is gone.
     PeerLost(PeerLost),
+    /// To a worker that comes back: of the job's workers with numbers from `first` to `last`, those that live. The others
+    /// may have gone while nobody could tell.
+    Living {
+        /// The first number.
+        first: WorkerId,
+        /// The last.
+        last: WorkerId,
+        /// Who lives, in order.
+        workers: Vec<WorkerId>,
+    },
     /// To the sender of a frame that was not delivered.
     DeadLetter(DeadLetter),
     /// To the job's workers: it has ended.
@@ -250,6 +295,22 @@ pub struct DeadLetter {
     pub key: Key,
     /// Why it was not delivered.
     pub refusal: Refusal,
+}
+
+impl DeadLetter {
+    /// What a frame that came on a worker's own socket is, if it is one that the worker sent itself: the kernel returns
+    /// what it refuses to its sender while no daemon reads dead letters.
+    pub fn returned(frame: &Frame, own: WorkerId) -> Option<Self> {
+        let refusal = Refusal::from_number(frame.refusal)?;
+        (frame.from == own && refusal.is_planes()).then_some(Self {
+            to: frame.to,
+            to_name: None,
+            kind: frame.kind,
+            round: frame.round,
+            key: frame.key,
+            refusal,
+        })
+    }
 }
 
 /// A page of what is registered. Of other users' jobs only the counts are shown, but to root.
@@ -376,4 +437,29 @@ pub enum Message {
     Reply(Reply),
     /// News.
     Event(Event),
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_a_frame_of_its_own_that_the_plane_refused_is_a_letter_that_came_back() {
+        let own = WorkerId(3);
+        let frame = |from: u32, refusal: u16| Frame {
+            to: WorkerId(9),
+            from: WorkerId(from),
+            refusal,
+            ..Frame::default()
+        };
+        let letter = DeadLetter::returned(&frame(3, Refusal::WorkerGone as u16), own).expect("a letter");
+        assert_eq!((letter.to, letter.refusal), (WorkerId(9), Refusal::WorkerGone));
+        for other in [
+            frame(4, Refusal::WorkerGone as u16),
+            frame(3, Refusal::NotFinite as u16),
+            frame(3, 0),
+        ] {
+            assert_eq!(DeadLetter::returned(&other, own), None);
+        }
+    }
 }

@@ -18,8 +18,8 @@ use crate::watch::watch;
 /// The longest packet.
 pub const MAX_BYTES: usize = 64 << 10;
 
-/// The most descriptors beside a packet.
-const MAX_FDS: usize = 4;
+/// The most descriptors beside a packet: a worker that comes back brings its socket and up to four arenas.
+const MAX_FDS: usize = 8;
 
 /// Why no message came.
 #[derive(Debug, thiserror::Error)]

@@ -64,7 +64,7 @@ impl Kernel {
             (MAP_SENDERS, capacity),
             (MAP_WORKERS, capacity.saturating_mul(2)),
         ];
-        let mut program = Program::load(OBJECT, PROGRAM, &entries)?;
+        let mut program = Program::load(OBJECT, PROGRAM, &entries, &[])?;
         let mut sockets: SockHash<_, AddressBytes> = program.map(MAP_SOCKETS)?;
         let senders = program.map(MAP_SENDERS)?;
         let workers = program.map(MAP_WORKERS)?;

@@ -151,7 +151,8 @@ impl Proxy {
                     Event::PeerLost(lost) => self.lost(lost.worker),
                     Event::DeadLetter(letter) => self.lost(letter.to),
                     Event::JobEnded { reason } => return Ok(reason),
-                    Event::PeerJoined { .. } => {}
+                    // A proxy ends with its daemon, so none comes back.
+                    Event::PeerJoined { .. } | Event::Living { .. } => {}
                 },
                 Some(mut wire) = stand.wires.recv() => {
                     wire.count_in(Arc::clone(&stand.traffic));

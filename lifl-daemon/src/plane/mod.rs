@@ -13,21 +13,27 @@
 //!
 //! The registry task owns the plane; nobody else calls it.
 
+mod pins;
+mod recover;
 mod relay;
 mod socket;
 mod sockmap;
 pub mod support;
 
-use std::os::fd::OwnedFd;
+use std::collections::BTreeSet;
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::{Path, PathBuf};
 
 use aya::maps::MapError;
 use lifl_common::frame::Frame;
 use lifl_common::id::{JobId, WorkerId};
-use lifl_common::kernel::{Counters, DEFAULT_MAX_WORKERS};
+use lifl_common::kernel::{Counters, DEFAULT_MAX_WORKERS, Member};
 use lifl_common::plane::PlaneKind;
 use serde::{Deserialize, Serialize};
 use tokio::sync::mpsc;
 
+pub use pins::{PinError, reset};
+pub use recover::Recovered;
 pub use relay::Relay;
 pub use socket::SocketError;
 pub(crate) use socket::connection;
@@ -61,16 +67,19 @@ impl Request {
 }
 
 /// What a plane is made with.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Options {
     /// Workers that may be registered at a time.
     pub max_workers: u32,
+    /// The folder of a BPF filesystem in which the sockmap outlives the daemon; `None` to have it end with it.
+    pub pin: Option<PathBuf>,
 }
 
 impl Default for Options {
     fn default() -> Self {
         Self {
             max_workers: DEFAULT_MAX_WORKERS,
+            pin: None,
         }
     }
 }
@@ -91,10 +100,12 @@ pub struct Chosen {
 /// Must be called within a tokio runtime that drives I/O.
 ///
 /// # Errors
-/// If the sockmap was asked for and this process cannot have it; the error says why and what to do.
+/// If the sockmap was asked for and this process cannot have it, or if pinned maps are there that it may not use; the
+/// error says why and what to do.
 pub fn choose(request: Request, options: Options) -> Result<Chosen, PlaneError> {
+    let max_workers = options.max_workers;
     let relay = |reason: String| {
-        let (relay, dead_letters) = Relay::new(options);
+        let (relay, dead_letters) = Relay::new(max_workers);
         Chosen {
             plane: Plane::Relay(relay),
             dead_letters,
@@ -106,13 +117,15 @@ pub fn choose(request: Request, options: Options) -> Result<Chosen, PlaneError> 
     }
     match Sockmap::load(options) {
         Ok((sockmap, dead_letters)) => {
-            let reason = "the kernel hands the frames over".to_owned();
+            let reason = sockmap.reason();
             Ok(Chosen {
                 plane: Plane::Sockmap(Box::new(sockmap)),
                 dead_letters,
                 reason,
             })
         }
+        // With the relay beside them, jobs that are in the kernel would be left there for good.
+        Err(error @ PlaneError::Pins(_)) => Err(error),
         Err(error) if request == Request::Sockmap => Err(error),
         Err(PlaneError::Unavailable { reason, .. }) => Ok(relay(reason)),
         Err(error) => Ok(relay(error.to_string())),
@@ -143,10 +156,81 @@ impl Plane {
     /// # Errors
     /// If the descriptor is not the socket that this plane needs, the worker or its socket is registered already, or
     /// the plane is full; everybody else's registration stands.
-    pub fn register(&mut self, worker: WorkerId, job: JobId, socket: OwnedFd) -> Result<(), PlaneError> {
+    pub fn register(&mut self, worker: WorkerId, member: Member, socket: OwnedFd) -> Result<(), PlaneError> {
         match self {
-            Self::Sockmap(plane) => plane.register(worker, job, socket),
-            Self::Relay(plane) => plane.register(worker, job, socket),
+            Self::Sockmap(plane) => plane.register(worker, member, socket),
+            Self::Relay(plane) => plane.register(worker, member.job, socket),
+        }
+    }
+
+    /// Where the plane outlives the daemon; `None` if it ends with it.
+    pub fn pinned(&self) -> Option<&Path> {
+        match self {
+            Self::Sockmap(plane) => plane.pinned(),
+            Self::Relay(_) => None,
+        }
+    }
+
+    /// Workers that it holds: not always as many as were asked for, when it was there before.
+    pub fn capacity(&self) -> u32 {
+        match self {
+            Self::Sockmap(plane) => plane.capacity(),
+            Self::Relay(plane) => plane.capacity(),
+        }
+    }
+
+    /// What the last daemon left; they are registered.
+    ///
+    /// # Errors
+    /// If a kernel's map cannot be read.
+    pub fn recovered(&self) -> Result<Recovered, PlaneError> {
+        match self {
+            Self::Sockmap(plane) => plane.recovered(),
+            Self::Relay(_) => Ok(Recovered::default()),
+        }
+    }
+
+    /// Notes a job's number, so that no later daemon gives it to another.
+    ///
+    /// # Errors
+    /// If the kernel's map cannot be written.
+    pub fn note_job(&mut self, job: JobId) -> Result<(), PlaneError> {
+        match self {
+            Self::Sockmap(plane) => plane.keep(|state| state.last_job = state.last_job.max(job.0)),
+            Self::Relay(_) => Ok(()),
+        }
+    }
+
+    /// Notes the ceiling under which arenas are made, for a later daemon that takes them over.
+    ///
+    /// # Errors
+    /// If the kernel's map cannot be written.
+    pub fn note_pool(&mut self, bytes: u64) -> Result<(), PlaneError> {
+        match self {
+            Self::Sockmap(plane) => plane.keep(|state| state.pool_bytes = bytes),
+            Self::Relay(_) => Ok(()),
+        }
+    }
+
+    /// The registered worker whose socket a descriptor is; `None` if it is nobody's.
+    ///
+    /// # Errors
+    /// If the descriptor is not a socket of this plane.
+    pub fn whose(&self, socket: impl AsFd) -> Result<Option<WorkerId>, SocketError> {
+        match self {
+            Self::Sockmap(plane) => plane.whose(socket),
+            Self::Relay(_) => Ok(None),
+        }
+    }
+
+    /// The workers whose sockets are open, as far as the kernel knows it.
+    ///
+    /// # Errors
+    /// If the kernel's map cannot be read.
+    pub fn open_sockets(&self) -> Result<BTreeSet<u32>, PlaneError> {
+        match self {
+            Self::Sockmap(plane) => plane.open_sockets(),
+            Self::Relay(_) => Ok(BTreeSet::new()),
         }
     }
 
@@ -175,10 +259,11 @@ impl Plane {
         }
     }
 
-    /// Ends the plane. Dropping it does the same but cannot say what went wrong.
+    /// Ends the plane, or leaves it to the next daemon: if it is pinned and somebody is registered. Dropping it does the
+    /// same but cannot say what went wrong.
     ///
     /// # Errors
-    /// If the program cannot be detached.
+    /// If the program cannot be detached, or a pin stays.
     pub fn shutdown(self) -> Result<(), PlaneError> {
         match self {
             Self::Sockmap(plane) => plane.shutdown(),
@@ -227,6 +312,9 @@ pub enum PlaneError {
         /// How many it holds.
         capacity: u32,
     },
+    /// Pinned maps that may not be used.
+    #[error(transparent)]
+    Pins(#[from] PinError),
     /// A kernel map refused.
     #[error("map {map}: cannot {action}")]
     Map {

@@ -10,10 +10,12 @@
 //! ```
 //!
 //! A reader ends with its worker's stream; the inbox stays until the worker is unregistered, and a frame to it comes
-//! back as [`Refusal::WorkerGone`].
+//! back as [`Refusal::WorkerGone`]. What a worker had written before it was unregistered, most often because it died, is
+//! still read and handed over: its reader gets a moment to come to the stream's end.
 
 use std::collections::HashMap;
-use std::os::fd::OwnedFd;
+use std::io;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
@@ -21,10 +23,9 @@ use std::time::Duration;
 use lifl_common::frame::{Frame, FrameKind, Refusal};
 use lifl_common::id::{JobId, WorkerId};
 use lifl_common::kernel::{self, Counters, Member, Sender};
+use nix::sys::socket::{Shutdown, shutdown};
 use nix::time::ClockId;
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
-use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::sync::mpsc;
 use tokio::sync::mpsc::error::TrySendError;
 use tokio_util::sync::CancellationToken;
@@ -32,10 +33,13 @@ use tracing::{debug, warn};
 use zerocopy::{FromBytes, IntoBytes};
 
 use super::socket::{SocketError, check_unix};
-use super::{DEAD_LETTERS, Options, PlaneError};
+use super::{DEAD_LETTERS, PlaneError};
 
 /// Frames that wait for a worker that does not read.
 const INBOX_FRAMES: usize = 65_536;
+
+/// How long the reader of a worker that is gone has to come to its stream's end.
+const DRAIN: Duration = Duration::from_secs(1);
 
 /// Frames that are read or written at a time.
 const BATCH_FRAMES: usize = 64;
@@ -62,9 +66,10 @@ struct Worker {
     identity: Sender,
     /// The kernel's number of its stream.
     cookie: u64,
+    stream: Arc<UnixStream>,
     inbox: mpsc::Sender<Frame>,
     sent: Sent,
-    stop: CancellationToken,
+    gone: CancellationToken,
 }
 
 /// [`Counters`] in the making. Each stands for itself: no order between them is promised.
@@ -78,7 +83,7 @@ struct Sent {
 
 impl Relay {
     /// A relay without workers, and its dead letters.
-    pub fn new(options: Options) -> (Self, mpsc::Receiver<Frame>) {
+    pub fn new(max_workers: u32) -> (Self, mpsc::Receiver<Frame>) {
         let (dead_letters, receiver) = mpsc::channel(DEAD_LETTERS);
         let table = Arc::new(Table {
             workers: RwLock::default(),
@@ -87,7 +92,7 @@ impl Relay {
         (
             Self {
                 table,
-                capacity: options.max_workers,
+                capacity: max_workers,
                 stop: CancellationToken::new(),
             },
             receiver,
@@ -120,29 +125,45 @@ impl Relay {
                 capacity: self.capacity,
             });
         }
-        let (reader, writer) = into_stream(socket).map_err(in_socket)?.into_split();
+        let stream = Arc::new(into_stream(socket).map_err(in_socket)?);
         let (inbox, queued) = mpsc::channel(INBOX_FRAMES);
-        let stop = self.stop.child_token();
+        let gone = self.stop.child_token();
         let entry = Arc::new(Worker {
             identity: Sender { worker, job },
             cookie,
+            stream: Arc::clone(&stream),
             inbox,
             sent: Sent::default(),
-            stop: stop.clone(),
+            gone: gone.clone(),
         });
         workers.insert(worker, Arc::clone(&entry));
         let table = Arc::clone(&self.table);
-        tokio::spawn(stop.clone().run_until_cancelled_owned(read(reader, entry, table)));
+        let drained = gone.clone();
+        let reading = async move {
+            tokio::select! {
+                () = read(entry, table) => {}
+                () = async { drained.cancelled().await; tokio::time::sleep(DRAIN).await } => {}
+            }
+        };
+        tokio::spawn(self.stop.clone().run_until_cancelled_owned(reading));
         let table = Arc::clone(&self.table);
-        tokio::spawn(stop.run_until_cancelled_owned(write(writer, queued, worker, table)));
+        tokio::spawn(gone.run_until_cancelled_owned(write(stream, queued, worker, table)));
         Ok(())
     }
 
     pub(super) fn unregister(&mut self, worker: WorkerId) {
         let mut workers = self.table.workers.write().unwrap_or_else(PoisonError::into_inner);
         if let Some(worker) = workers.remove(&worker) {
-            worker.stop.cancel();
+            // What it has written can still be read to its end; it can write no more.
+            if let Err(errno) = shutdown(worker.stream.as_raw_fd(), Shutdown::Both) {
+                debug!(worker = %worker.identity.worker, %errno, "stream is closed");
+            }
+            worker.gone.cancel();
         }
+    }
+
+    pub(super) fn capacity(&self) -> u32 {
+        self.capacity
     }
 
     pub(super) fn counters(&self, worker: WorkerId) -> Option<Counters> {
@@ -166,12 +187,12 @@ fn into_stream(socket: OwnedFd) -> Result<UnixStream, SocketError> {
 }
 
 /// Reads a worker's frames until its stream ends.
-async fn read(mut stream: OwnedReadHalf, worker: Arc<Worker>, table: Arc<Table>) {
+async fn read(worker: Arc<Worker>, table: Arc<Table>) {
     let id = worker.identity.worker;
     let mut buffer = [0; BATCH_FRAMES * Frame::BYTES];
     let mut filled = 0;
     loop {
-        match stream.read(&mut buffer[filled..]).await {
+        match read_some(&worker.stream, &mut buffer[filled..]).await {
             Ok(0) => break debug!(worker = %id, half_a_frame = filled != 0, "stream ended"),
             Ok(n) => filled += n,
             Err(error) => break debug!(worker = %id, %error, "stream failed"),
@@ -194,14 +215,14 @@ async fn read(mut stream: OwnedReadHalf, worker: Arc<Worker>, table: Arc<Table>)
 
 /// Writes a worker's inbox to its stream.
 async fn write(
-    mut stream: OwnedWriteHalf,
+    stream: Arc<UnixStream>,
     mut inbox: mpsc::Receiver<Frame>,
     worker: WorkerId,
     table: Arc<Table>,
 ) {
     let mut batch = Vec::with_capacity(BATCH_FRAMES);
     while inbox.recv_many(&mut batch, BATCH_FRAMES).await > 0 {
-        if let Err(error) = stream.write_all(batch.as_bytes()).await {
+        if let Err(error) = write_all(&stream, batch.as_bytes()).await {
             debug!(%worker, %error, "stream is closed");
             // From here on `deliver` finds the inbox closed.
             inbox.close();
@@ -215,6 +236,28 @@ async fn write(
     while let Some(frame) = inbox.recv().await {
         table.take_back(frame).await;
     }
+}
+
+async fn read_some(stream: &UnixStream, room: &mut [u8]) -> io::Result<usize> {
+    loop {
+        stream.readable().await?;
+        match stream.try_read(room) {
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+            read => return read,
+        }
+    }
+}
+
+async fn write_all(stream: &UnixStream, mut bytes: &[u8]) -> io::Result<()> {
+    while !bytes.is_empty() {
+        stream.writable().await?;
+        match stream.try_write(bytes) {
+            Ok(written) => bytes = &bytes[written..],
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(())
 }
 
 impl Table {
@@ -231,6 +274,8 @@ impl Table {
         let target = self.get(frame.to);
         let member = target.as_ref().map(|target| Member {
             job: target.identity.job,
+            uid: 0,
+            flags: 0,
         });
         kernel::verdict(&frame, Some(&sender.identity), member.as_ref())?;
         let Some(target) = target else {

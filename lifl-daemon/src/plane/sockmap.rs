@@ -2,25 +2,31 @@
 //!
 //! The maps are this module's alone ([`lifl_common::kernel`]). A worker's entries are made and removed in an order
 //! in which no frame can be misjudged: what is known of it first, its socket last; and back.
+//!
+//! Where the maps are [pinned](super::pins), the plane outlives the daemon: it begins with the workers that it finds
+//! ([`recover`](super::recover)) and, if some are registered when it ends, leaves them and the program in place.
 
 use std::collections::HashMap;
 use std::fmt;
 use std::os::fd::{AsRawFd, OwnedFd};
+use std::path::Path;
 
-use aya::maps::MapData;
+use aya::maps::{MapData, MapError};
 use aya::programs::ProgramError;
 use lifl_common::client::FrameSocket;
 use lifl_common::frame::Frame;
-use lifl_common::id::{JobId, WorkerId};
+use lifl_common::id::WorkerId;
 use lifl_common::kernel::{
-    Connection, Counters, MAP_COUNTERS, MAP_MEMBERS, MAP_SENDERS, MAP_SOCKETS, Member, PROGRAM, Sender,
+    ABI, Connection, Counters, MAP_COUNTERS, MAP_MEMBERS, MAP_SENDERS, MAP_SOCKETS, MAP_STATE, MAPS, Member,
+    PROGRAM, Sender, State,
 };
 use lifl_common::plane::PlaneKind;
 use tokio::sync::mpsc;
 use tokio_util::sync::{CancellationToken, DropGuard};
-use tracing::error;
+use tracing::{error, warn};
 use zerocopy::transmute;
 
+use super::pins::{PinError, Pins, StateBytes};
 use super::socket::{check_tcp, own_netns};
 use super::{DEAD_LETTERS, Options, PlaneError, support};
 use crate::chain::error_chain;
@@ -30,22 +36,30 @@ use crate::ebpf::{LoadError, Program, is_missing};
 static OBJECT: &[u8] = aya::include_bytes_aligned!("../../../lifl-ebpf/lifl.bpf.o");
 
 // The maps' keys and values as aya takes them: plain bytes, which the ABI types turn into at no cost.
-type ConnectionBytes = [u8; size_of::<Connection>()];
-type SenderBytes = [u8; size_of::<Sender>()];
-type MemberBytes = [u8; size_of::<Member>()];
+pub(super) type ConnectionBytes = [u8; size_of::<Connection>()];
+pub(super) type SenderBytes = [u8; size_of::<Sender>()];
+pub(super) type MemberBytes = [u8; size_of::<Member>()];
 type CountersBytes = [u8; size_of::<Counters>()];
 
-/// The loaded program with its maps. Dropping it detaches the program.
+/// The loaded program with its maps. Dropping it detaches the program, unless the maps are pinned and workers are
+/// registered.
 pub struct Sockmap {
-    program: Program,
-    sockets: aya::maps::SockHash<MapData, u32>,
-    senders: aya::maps::HashMap<MapData, ConnectionBytes, SenderBytes>,
-    members: aya::maps::HashMap<MapData, u32, MemberBytes>,
-    counters: aya::maps::HashMap<MapData, u32, CountersBytes>,
-    workers: HashMap<WorkerId, Connection>,
-    holders: HashMap<Connection, WorkerId>,
+    /// `None` once the plane has ended.
+    program: Option<Program>,
+    pub(super) sockets: aya::maps::SockHash<MapData, u32>,
+    pub(super) senders: aya::maps::HashMap<MapData, ConnectionBytes, SenderBytes>,
+    pub(super) members: aya::maps::HashMap<MapData, u32, MemberBytes>,
+    pub(super) counters: aya::maps::HashMap<MapData, u32, CountersBytes>,
+    state_map: aya::maps::Array<MapData, StateBytes>,
+    /// What `state_map` says.
+    pub(super) state: State,
+    pub(super) workers: HashMap<WorkerId, Connection>,
+    pub(super) holders: HashMap<Connection, WorkerId>,
     capacity: u32,
-    netns: u64,
+    pub(super) netns: u64,
+    pins: Option<Pins>,
+    /// Why the maps are not pinned, where they were to be.
+    unpinned: Option<String>,
     /// Ends the tasks that read its dead letters and its log.
     _stop: DropGuard,
 }
@@ -74,11 +88,45 @@ impl Sockmap {
             ),
             remedy: "use the relay plane (--plane relay)".to_owned(),
         })?;
-        Self::load_and_attach(options, netns).map_err(|error| unavailable(&error))
+        let (pins, unpinned) = match options.pin.as_deref().map(Pins::hold) {
+            None => (None, None),
+            Some(Ok(pins)) => (Some(pins), None),
+            Some(Err(PinError::Unavailable(reason))) => (None, Some(reason)),
+            Some(Err(error)) => return Err(error.into()),
+        };
+        let found = match &pins {
+            Some(pins) => find_state(pins, netns, &options)?,
+            None => None,
+        };
+        let mut plane = match Self::load_and_attach(&options, netns, found, pins.as_ref()) {
+            Ok(plane) => plane,
+            Err(error) => {
+                if let (Some(pins), None) = (pins, found)
+                    && let Err(error) = pins.remove()
+                {
+                    warn!("{}", error_chain(&error));
+                }
+                return Err(unavailable(&error));
+            }
+        };
+        plane.0.recover()?;
+        // Only now: a plane that is dropped without workers takes its pins away.
+        plane.0.pins = pins;
+        plane.0.unpinned = unpinned;
+        Ok(plane)
     }
 
-    fn load_and_attach(options: Options, netns: u64) -> Result<(Self, mpsc::Receiver<Frame>), LoadError> {
-        let capacity = options.max_workers;
+    fn load_and_attach(
+        options: &Options,
+        netns: u64,
+        found: Option<State>,
+        pins: Option<&Pins>,
+    ) -> Result<(Self, mpsc::Receiver<Frame>), LoadError> {
+        let mut state = found.unwrap_or_default();
+        if state.max_workers == 0 {
+            state.max_workers = options.max_workers;
+        }
+        let capacity = state.max_workers;
         // The dead-letter socket takes one entry more.
         let entries = [
             (MAP_SOCKETS, capacity.saturating_add(1)),
@@ -86,14 +134,20 @@ impl Sockmap {
             (MAP_MEMBERS, capacity),
             (MAP_COUNTERS, capacity),
         ];
-        let mut program = Program::load(OBJECT, PROGRAM, &entries)?;
+        let paths: Vec<_> = pins
+            .iter()
+            .flat_map(|pins| MAPS.map(|map| (map, pins.path(map))))
+            .collect();
+        let mut program = Program::load(OBJECT, PROGRAM, &entries, &paths)?;
         let mut sockets: aya::maps::SockHash<_, u32> = program.map(MAP_SOCKETS)?;
         let senders = program.map(MAP_SENDERS)?;
         let members = program.map(MAP_MEMBERS)?;
         let counters = program.map(MAP_COUNTERS)?;
+        let mut state_map: aya::maps::Array<_, StateBytes> = program.map(MAP_STATE)?;
         program.attach(sockets.fd())?;
 
         let (dead_letter_socket, near) = FrameSocket::pair_for(PlaneKind::Sockmap)?;
+        // In the place of the last daemon's, if that is not quite closed yet.
         sockets.insert(WorkerId::NONE.0, near.as_raw_fd(), 0)?;
         let stop = CancellationToken::new();
         let (dead_letters, receiver) = mpsc::channel(DEAD_LETTERS);
@@ -102,16 +156,27 @@ impl Sockmap {
             stop.clone()
                 .run_until_cancelled_owned(read_dead_letters(dead_letter_socket, dead_letters)),
         );
+        state = State {
+            magic: State::MAGIC,
+            abi: ABI,
+            netns,
+            ..state
+        };
+        state_map.set(0, state_bytes(state), 0)?;
         let sockmap = Self {
-            program,
+            program: Some(program),
             sockets,
             senders,
             members,
             counters,
+            state_map,
+            state,
             workers: HashMap::new(),
             holders: HashMap::new(),
             capacity,
             netns,
+            pins: None,
+            unpinned: None,
             _stop: stop.drop_guard(),
         };
         Ok((sockmap, receiver))
@@ -122,13 +187,44 @@ impl Sockmap {
     /// # Errors
     /// If the kernel does not tell.
     pub fn program_id(&self) -> Result<u32, ProgramError> {
-        self.program.id()
+        self.program.as_ref().ok_or(ProgramError::NotLoaded)?.id()
+    }
+
+    /// Where its maps outlive the daemon, if they do.
+    pub(super) fn pinned(&self) -> Option<&Path> {
+        self.pins.as_ref().map(Pins::folder)
+    }
+
+    /// Why this plane, for people.
+    pub(super) fn reason(&self) -> String {
+        let handed = "the kernel hands the frames over";
+        match (&self.pins, &self.unpinned) {
+            (Some(pins), _) => format!("{handed}, pinned in {}", pins.folder().display()),
+            (None, Some(reason)) => format!("{handed}; jobs end with this daemon, for {reason}"),
+            (None, None) => handed.to_owned(),
+        }
+    }
+
+    /// Workers that it holds.
+    pub(super) fn capacity(&self) -> u32 {
+        self.capacity
+    }
+
+    /// Changes what the next daemon is to know.
+    pub(super) fn keep(&mut self, change: impl FnOnce(&mut State)) -> Result<(), PlaneError> {
+        let mut state = self.state;
+        change(&mut state);
+        self.state_map
+            .set(0, state_bytes(state), 0)
+            .map_err(failed(MAP_STATE, "change an entry"))?;
+        self.state = state;
+        Ok(())
     }
 
     pub(super) fn register(
         &mut self,
         worker: WorkerId,
-        job: JobId,
+        member: Member,
         socket: OwnedFd,
     ) -> Result<(), PlaneError> {
         if worker == WorkerId::NONE {
@@ -147,9 +243,11 @@ impl Sockmap {
                 capacity: self.capacity,
             });
         }
+        // Before the number is used: whoever comes after this daemon must not use it again.
+        self.keep(|state| state.last_worker = state.last_worker.max(worker.0))?;
         self.workers.insert(worker, connection);
         self.holders.insert(connection, worker);
-        let inserted = self.insert(worker, job, connection, &socket);
+        let inserted = self.insert(worker, member, connection, &socket);
         if inserted.is_err()
             && let Err(error) = self.unregister(worker)
         {
@@ -162,33 +260,28 @@ impl Sockmap {
     fn insert(
         &mut self,
         worker: WorkerId,
-        job: JobId,
+        member: Member,
         connection: Connection,
         socket: &OwnedFd,
     ) -> Result<(), PlaneError> {
-        let failed = |map| {
-            move |source| PlaneError::Map {
-                map,
-                action: "add an entry",
-                source,
-            }
-        };
+        let action = "add an entry";
         let counters: CountersBytes = transmute!(Counters::default());
         self.counters
             .insert(worker.0, counters, 0)
-            .map_err(failed(MAP_COUNTERS))?;
-        let member: MemberBytes = transmute!(Member { job });
+            .map_err(failed(MAP_COUNTERS, action))?;
+        let job = member.job;
+        let member: MemberBytes = transmute!(member);
         self.members
             .insert(worker.0, member, 0)
-            .map_err(failed(MAP_MEMBERS))?;
+            .map_err(failed(MAP_MEMBERS, action))?;
         let connection: ConnectionBytes = transmute!(connection);
         let sender: SenderBytes = transmute!(Sender { worker, job });
         self.senders
             .insert(connection, sender, 0)
-            .map_err(failed(MAP_SENDERS))?;
+            .map_err(failed(MAP_SENDERS, action))?;
         self.sockets
             .insert(worker.0, socket.as_raw_fd(), 0)
-            .map_err(failed(MAP_SOCKETS))
+            .map_err(failed(MAP_SOCKETS, action))
     }
 
     pub(super) fn unregister(&mut self, worker: WorkerId) -> Result<(), PlaneError> {
@@ -206,11 +299,7 @@ impl Sockmap {
         ]
         .into_iter()
         .map(|(map, removed)| match removed {
-            Err(source) if !is_missing(&source) => Err(PlaneError::Map {
-                map,
-                action: "remove an entry",
-                source,
-            }),
+            Err(source) if !is_missing(&source) => Err(failed(map, "remove an entry")(source)),
             _ => Ok(()),
         })
         .fold(Ok(()), Result::and)
@@ -223,21 +312,78 @@ impl Sockmap {
         let counters = self
             .counters
             .get(&worker.0, 0)
-            .map_err(|source| PlaneError::Map {
-                map: MAP_COUNTERS,
-                action: "read an entry",
-                source,
-            })?;
+            .map_err(failed(MAP_COUNTERS, "read an entry"))?;
         Ok(Some(transmute!(counters)))
     }
 
     /// As [`Plane::shutdown`](super::Plane::shutdown).
     ///
     /// # Errors
-    /// If the program cannot be detached.
-    pub fn shutdown(self) -> Result<(), PlaneError> {
-        self.program.detach().map_err(PlaneError::Detach)
+    /// If the program cannot be detached, or a pin stays.
+    pub fn shutdown(mut self) -> Result<(), PlaneError> {
+        self.end()
     }
+
+    fn end(&mut self) -> Result<(), PlaneError> {
+        let Some(program) = self.program.take() else {
+            return Ok(());
+        };
+        let Some(pins) = self.pins.take() else {
+            return program.detach().map_err(PlaneError::Detach);
+        };
+        if !self.workers.is_empty() {
+            return program.leave().map_err(PlaneError::Detach);
+        }
+        let detached = program.detach().map_err(PlaneError::Detach);
+        pins.remove()?;
+        detached
+    }
+}
+
+impl Drop for Sockmap {
+    fn drop(&mut self) {
+        if let Err(error) = self.end() {
+            error!("the plane cannot be taken down: {}", error_chain(&error));
+        }
+    }
+}
+
+/// What pinned maps say, if they can be used. Maps that nobody uses any more are made anew when they have the wrong
+/// size; then only the numbers are kept.
+fn find_state(pins: &Pins, netns: u64, options: &Options) -> Result<Option<State>, PlaneError> {
+    let Some(state) = pins.found()? else {
+        // Left by a daemon that died before its first worker.
+        pins.clear()?;
+        return Ok(None);
+    };
+    let used = super::recover::has_sockets(&pins.path(MAP_SOCKETS))?;
+    if used && state.netns != netns {
+        let folder = pins.folder().to_owned();
+        return Err(PinError::OtherNetns { folder }.into());
+    }
+    if used && state.max_workers != options.max_workers {
+        warn!(
+            "the pinned maps hold {} workers: --max-workers {} will hold when the jobs that use them have ended",
+            state.max_workers, options.max_workers
+        );
+    }
+    if used || state.max_workers == options.max_workers {
+        return Ok(Some(state));
+    }
+    pins.clear()?;
+    Ok(Some(State {
+        max_workers: options.max_workers,
+        ..state
+    }))
+}
+
+fn state_bytes(state: State) -> StateBytes {
+    transmute!(state)
+}
+
+/// A map's refusal, as this plane's.
+pub(super) fn failed(map: &'static str, action: &'static str) -> impl FnOnce(MapError) -> PlaneError {
+    move |source| PlaneError::Map { map, action, source }
 }
 
 impl fmt::Debug for Sockmap {
@@ -270,34 +416,94 @@ fn unavailable(error: &LoadError) -> PlaneError {
 mod tests {
     use std::time::Duration;
 
+    use lifl_common::frame::Refusal;
+    use lifl_common::id::JobId;
+
     use super::*;
+
+    /// A plane for two workers; `None` where this machine cannot have it.
+    fn plane() -> Option<(Sockmap, mpsc::Receiver<Frame>)> {
+        let options = Options {
+            max_workers: 2,
+            pin: None,
+        };
+        Sockmap::load(options)
+            .inspect_err(|error| {
+                eprintln!("NOT RUN: {error}");
+                assert!(std::env::var_os("LIFL_REQUIRE_KERNEL").is_none(), "{error}");
+            })
+            .ok()
+    }
+
+    fn member() -> Member {
+        Member {
+            job: JobId(1),
+            uid: 0,
+            flags: 0,
+        }
+    }
+
+    fn frame(to: u32, from: u32) -> Frame {
+        Frame {
+            to: WorkerId(to),
+            from: WorkerId(from),
+            round: 7,
+            ..Frame::default()
+        }
+    }
 
     #[tokio::test]
     async fn a_socket_that_is_in_the_map_but_nobodys_gets_its_frames_back_unstamped() {
-        let (mut plane, mut dead_letters) = match Sockmap::load(Options { max_workers: 2 }) {
-            Ok(loaded) => loaded,
-            Err(error) => {
-                eprintln!("NOT RUN: {error}");
-                assert!(std::env::var_os("LIFL_REQUIRE_KERNEL").is_none(), "{error}");
-                return;
-            }
+        let Some((mut plane, mut dead_letters)) = plane() else {
+            return;
         };
         let (mut socket, registered) = FrameSocket::pair_for(PlaneKind::Sockmap).expect("a pair");
         plane
-            .register(WorkerId(1), JobId(1), registered)
+            .register(WorkerId(1), member(), registered)
             .expect("registered");
         let connection: ConnectionBytes = transmute!(plane.workers[&WorkerId(1)]);
         plane.senders.remove(&connection).expect("an entry");
 
-        let frame = Frame {
-            to: WorkerId(1),
-            from: WorkerId(1),
-            round: 7,
-            ..Frame::default()
-        };
+        let frame = frame(1, 1);
         socket.send(&[frame]).await.expect("sent");
         let wait = tokio::time::timeout(Duration::from_secs(10), dead_letters.recv());
-        let refusal = lifl_common::frame::Refusal::UnknownSender as u16;
+        let refusal = Refusal::UnknownSender as u16;
         assert_eq!(wait.await.expect("in time"), Some(Frame { refusal, ..frame }));
+    }
+
+    /// A frame that nobody takes must not end its sender's socket, which `SK_DROP` would.
+    #[tokio::test]
+    async fn without_a_daemon_the_sender_gets_its_dead_letters_itself_and_can_send_on() {
+        let Some((mut plane, _dead_letters)) = plane() else {
+            return;
+        };
+        let (mut one, registered) = FrameSocket::pair_for(PlaneKind::Sockmap).expect("a pair");
+        plane
+            .register(WorkerId(1), member(), registered)
+            .expect("registered");
+        let (mut two, registered) = FrameSocket::pair_for(PlaneKind::Sockmap).expect("a pair");
+        plane
+            .register(WorkerId(2), member(), registered)
+            .expect("registered");
+        plane.sockets.remove(&WorkerId::NONE.0).expect("an entry");
+
+        let (nowhere, forged, good) = (frame(9, 1), frame(2, 2), frame(2, 1));
+        one.send(&[nowhere, forged, good]).await.expect("sent");
+        let wait = tokio::time::timeout(Duration::from_secs(10), two.recv());
+        assert_eq!(wait.await.expect("in time").expect("read"), Some(good));
+        for (frame, refusal) in [(nowhere, Refusal::UnknownWorker), (forged, Refusal::ForgedSource)] {
+            let wait = tokio::time::timeout(Duration::from_secs(10), one.recv());
+            let back = Frame {
+                refusal: refusal as u16,
+                stamp: WorkerId(1),
+                ..frame
+            };
+            assert_eq!(wait.await.expect("in time").expect("read"), Some(back));
+        }
+        let counters = plane
+            .counters(WorkerId(1))
+            .expect("readable")
+            .expect("registered");
+        assert_eq!((counters.frames, counters.refused), (1, 2));
     }
 }

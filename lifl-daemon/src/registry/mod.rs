@@ -7,9 +7,12 @@
 //!   worker:     registered ──its connection closes──▶ gone: unregistered, arenas freed, peers told
 //! ```
 //!
+//! With pinned maps, workers of the daemon before this one come in by [`reattach`] instead.
+//!
 //! Requests are judged here and nowhere else. Nothing here waits: answers and events go into an outbox.
 
 mod door;
+pub(crate) mod reattach;
 mod status;
 
 use std::collections::{BTreeMap, HashMap};
@@ -18,11 +21,13 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 
 use lifl_common::arena::{Layout, memfd};
-use lifl_common::control::{DeadLetter, ErrorCode, Event, Message, PROTOCOL, PeerLost, Reply, Request};
+use lifl_common::control::{DeadLetter, ErrorCode, Event, Message, PROTOCOL, Reply, Request};
 use lifl_common::frame::{Frame, Refusal};
 use lifl_common::id::{ArenaId, JobId, WorkerId};
+use lifl_common::kernel::Member;
 use lifl_common::session::Traffic;
 
+use self::reattach::Awaited;
 use crate::chain::error_chain;
 use crate::gateway::{self, GatewayOptions};
 use crate::plane::{Plane, PlaneError};
@@ -33,12 +38,12 @@ const MAX_NAME_BYTES: usize = 128;
 
 const HELLO_FIRST: &str = "the first request must be hello";
 
-/// Arenas that one worker may have.
-const MAX_ARENAS: usize = 4;
-
-/// A connection's number.
+/// A connection's number; 0 is nobody's.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub(crate) struct ConnId(pub(crate) u64);
+
+/// No connection: the maker of a job that has not come back.
+const NOBODY: ConnId = ConnId(0);
 
 /// Who is at the other end, as the kernel says.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -114,7 +119,7 @@ pub(crate) struct Registry {
     arenas: BTreeMap<ArenaId, Arena>,
     last_job: u32,
     last_worker: u32,
-    last_arena: u32,
+    awaited: Awaited,
     outbox: Vec<Outgoing>,
     gateway: gateway::Handle,
     gateway_options: GatewayOptions,
@@ -147,7 +152,7 @@ impl Registry {
             arenas: BTreeMap::new(),
             last_job: 0,
             last_worker: 0,
-            last_arena: 0,
+            awaited: Awaited::default(),
             outbox: Vec::new(),
             gateway,
             gateway_options,
@@ -288,8 +293,15 @@ impl Registry {
         self.conns.len()
     }
 
-    /// Gives the plane back for its orderly end; arenas are let go.
-    pub(crate) fn into_plane(self) -> Plane {
+    /// Gives the plane back for its orderly end; arenas are let go. Whose job has ended is off it, connected or not.
+    pub(crate) fn into_plane(mut self) -> Plane {
+        for (&id, worker) in &self.workers {
+            if self.jobs.get(&worker.job).is_none_or(|job| job.ended)
+                && let Err(error) = self.plane.unregister(id)
+            {
+                tracing::error!(worker = %id, "cannot be taken off the plane: {}", error_chain(&error));
+            }
+        }
         self.plane
     }
 
@@ -313,6 +325,12 @@ impl Registry {
             Request::Flame { .. } => unreachable!("answered by whoever serves Flame's workers"),
             Request::CreateJob { name } => self.create_job(id, name),
             Request::Register { job, role, name } => self.register(id, job, role, name, fds),
+            Request::Reattach {
+                role,
+                name,
+                job_name,
+                arenas,
+            } => self.reattach(id, role, name, job_name, &arenas, fds),
             Request::CreateArena { layout } => self.create_arena(id, layout),
             Request::SealArena { arena } => self.seal_arena(id, arena),
             Request::OpenArena { arena } => self.open_arena(id, arena),
@@ -337,8 +355,11 @@ impl Registry {
             return deny(ErrorCode::BadRequest, "this connection has a job already");
         }
         let uid = conn.peer.uid;
-        self.last_job += 1;
-        let job = JobId(self.last_job);
+        let job = JobId(self.last_job + 1);
+        if let Err(error) = self.plane.note_job(job) {
+            return deny(ErrorCode::Failed, error_chain(&error));
+        }
+        self.last_job = job.0;
         tracing::info!(%job, %name, uid, "job created");
         let made = Job {
             name,
@@ -373,8 +394,15 @@ impl Registry {
         }
         let peer = conn.peer;
         let Some(job) = self.jobs.get(&job_id).filter(|job| !job.ended) else {
+            if self.awaited.has_job(job_id) && !self.jobs.contains_key(&job_id) {
+                return deny(ErrorCode::NotYet, format!("job {job_id} is not back yet"));
+            }
             return deny(ErrorCode::NotFound, format!("there is no job {job_id}"));
         };
+        if job.maker == NOBODY {
+            let message = format!("the process that made job {job_id} is not back yet");
+            return deny(ErrorCode::NotYet, message);
+        }
         // The daemon's own are proxies, which its gateway lets in.
         let own = peer.pid.unsigned_abs() == std::process::id();
         if peer.uid != job.uid && peer.uid != 0 && !own {
@@ -399,7 +427,12 @@ impl Registry {
         };
         let maker = job.maker;
         let worker = WorkerId(self.last_worker + 1);
-        if let Err(error) = self.plane.register(worker, job_id, socket) {
+        let member = Member {
+            job: job_id,
+            uid: job.uid,
+            flags: if maker == id { Member::MAKER } else { 0 },
+        };
+        if let Err(error) = self.plane.register(worker, member, socket) {
             let code = if matches!(error, PlaneError::Full { .. }) {
                 ErrorCode::Full
             } else {
@@ -438,13 +471,12 @@ impl Registry {
         let (owner, worker) = self.worker_of(id)?;
         let job_id = worker.job;
         let name = format!("lifl-{}-{}", job_id, worker.name);
-        let count = self.arenas.values().filter(|arena| arena.owner == owner).count();
-        if count >= MAX_ARENAS {
-            return deny(
-                ErrorCode::Full,
-                format!("a worker has at most {MAX_ARENAS} arenas"),
-            );
-        }
+        // By its number it is its owner's, and nobody can bring another's to a later daemon.
+        let mut numbers = (0..).map_while(|index| ArenaId::of(owner, index));
+        let Some(arena) = numbers.find(|arena| !self.arenas.contains_key(arena)) else {
+            let most = ArenaId::PER_WORKER;
+            return deny(ErrorCode::Full, format!("a worker has at most {most} arenas"));
+        };
         let Some(job) = self.jobs.get_mut(&job_id) else {
             return deny(ErrorCode::NotFound, "the job is gone");
         };
@@ -458,8 +490,6 @@ impl Registry {
         };
         job.arena_bytes += allocation.bytes;
         job.arena_peak_bytes = job.arena_peak_bytes.max(job.arena_bytes);
-        self.last_arena += 1;
-        let arena = ArenaId(self.last_arena);
         tracing::debug!(
             %arena, %owner, bytes = allocation.bytes, page_bytes = allocation.page_bytes, "arena created"
         );
@@ -516,6 +546,11 @@ impl Registry {
         let (worker, reader) = self.worker_of(id)?;
         // Another job's arena is told from none at all by nobody.
         let Some(arena) = self.arenas.get(&arena_id).filter(|arena| arena.job == reader.job) else {
+            let owner = arena_id.owner();
+            if self.awaited.has_worker(owner, reader.job) {
+                let message = format!("{owner}, whose arena {arena_id} is, is not back yet");
+                return deny(ErrorCode::NotYet, message);
+            }
             return deny(
                 ErrorCode::NotFound,
                 format!("{worker}'s job has no arena {arena_id}"),
@@ -544,6 +579,7 @@ impl Registry {
         job.ended = true;
         self.gateway.close(id);
         tracing::info!(job = %id, name = %job.name, reason, "job ended");
+        self.awaited.job_ended(id);
         for worker in self
             .workers
             .values()
@@ -582,19 +618,7 @@ impl Registry {
             self.pool.free(arena.bytes);
         }
         // When a job ends, all its workers go: nobody needs to be told of each.
-        if self.jobs.get(&worker.job).is_some_and(|job| !job.ended) {
-            for peer in self.workers.values().filter(|peer| peer.job == worker.job) {
-                let lost = Event::PeerLost(PeerLost {
-                    worker: id,
-                    name: worker.name.clone(),
-                });
-                self.outbox.push(Outgoing {
-                    to: peer.conn,
-                    message: Message::Event(lost),
-                    fd: None,
-                });
-            }
-        }
+        self.tell_lost(id, worker.job, &worker.name);
         self.drop_if_deserted(worker.job);
     }
 

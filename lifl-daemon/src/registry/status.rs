@@ -95,11 +95,13 @@ impl Registry {
             pid: std::process::id(),
             plane: self.plane.kind(),
             plane_reason: self.facts.plane_reason.clone(),
+            pinned: self.plane.pinned().is_some(),
             pool_bytes: self.pool.ceiling_bytes(),
             pool_used_bytes: self.pool.used_bytes(),
             huge_pages: self.pool.expects_huge_pages(),
             max_workers: self.facts.max_workers,
             workers: self.workers.len() as u32,
+            awaited: self.awaited.len() as u32,
         }
     }
 }

@@ -18,7 +18,14 @@ struct Bench {
 
 impl Bench {
     fn new() -> Self {
-        let chosen = choose(plane::Request::Relay, plane::Options { max_workers: 16 }).expect("a relay");
+        let chosen = choose(
+            plane::Request::Relay,
+            plane::Options {
+                max_workers: 16,
+                pin: None,
+            },
+        )
+        .expect("a relay");
         assert_eq!(chosen.plane.kind(), PlaneKind::Relay);
         let facts = Facts {
             plane_reason: "test".into(),

@@ -1,0 +1,176 @@
+//! A worker whose daemon is gone: it waits for the next one, and shows it who it is.
+//!
+//! ```text
+//!                 the daemon is gone                    connected, reattached
+//!   connected ───────────────────────▶ coming back ───────────────────────────▶ connected
+//!                                        │  ▲
+//!                              nobody    ▼  │ 50 ms … 1 s
+//!                              there    waits ── patience is over, or refused ──▶ lost
+//! ```
+//!
+//! A task of its own does that, so that the worker reads and sends frames meanwhile: its socket and the kernel's maps do
+//! not need the daemon.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::task::JoinHandle;
+use tokio::time::Instant;
+
+use super::ClientError;
+use crate::control::packet::{PacketError, PacketSocket};
+use crate::control::{Event, HeldArena, Message, PROTOCOL, Reply, Request, Welcome};
+use crate::id::WorkerId;
+
+/// How long a worker waits for the next daemon unless it is told otherwise.
+pub(super) const PATIENCE: Duration = Duration::from_secs(60);
+
+/// How long a new daemon has to answer.
+const ANSWER: Duration = Duration::from_secs(10);
+
+const SHORTEST_WAIT: Duration = Duration::from_millis(50);
+const LONGEST_WAIT: Duration = Duration::from_secs(1);
+
+/// What a worker shows to the next daemon.
+#[derive(Debug)]
+pub(super) struct Identity {
+    pub(super) worker: WorkerId,
+    pub(super) role: String,
+    pub(super) name: String,
+    /// The job's name, if this process made it.
+    pub(super) job_name: Option<String>,
+    /// The near end of its socket.
+    pub(super) socket: OwnedFd,
+    pub(super) arenas: Vec<(HeldArena, File)>,
+}
+
+impl Identity {
+    /// A second one with descriptors of its own.
+    pub(super) fn try_clone(&self) -> io::Result<Self> {
+        let arenas = self.arenas.iter();
+        let arenas: io::Result<_> = arenas
+            .map(|(arena, memfd)| Ok((*arena, memfd.try_clone()?)))
+            .collect();
+        Ok(Self {
+            worker: self.worker,
+            role: self.role.clone(),
+            name: self.name.clone(),
+            job_name: self.job_name.clone(),
+            socket: self.socket.try_clone()?,
+            arenas: arenas?,
+        })
+    }
+}
+
+/// A connection to the next daemon, which knows this worker.
+#[derive(Debug)]
+pub(super) struct Back {
+    pub(super) socket: PacketSocket,
+    pub(super) welcome: Welcome,
+    pub(super) events: Vec<Event>,
+}
+
+/// A worker on its way back. Dropping it gives up.
+#[derive(Debug)]
+pub(super) struct ComingBack(JoinHandle<Result<Back, ClientError>>);
+
+impl ComingBack {
+    pub(super) fn start(path: PathBuf, identity: Arc<Identity>, patience: Duration) -> Self {
+        Self(tokio::spawn(come_back(path, identity, patience)))
+    }
+
+    /// Waits for the end of it. Cancel-safe; not to be called again once it has answered.
+    pub(super) async fn wait(&mut self) -> Result<Back, ClientError> {
+        match (&mut self.0).await {
+            Ok(back) => back,
+            Err(error) => Err(ClientError::Packet(PacketError::Io(io::Error::other(error)))),
+        }
+    }
+}
+
+impl Drop for ComingBack {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
+}
+
+async fn come_back(path: PathBuf, identity: Arc<Identity>, patience: Duration) -> Result<Back, ClientError> {
+    let given_up = Instant::now() + patience;
+    let mut wait = SHORTEST_WAIT;
+    loop {
+        let attempt = tokio::time::timeout(ANSWER, attempt(&path, &identity)).await;
+        let error = match attempt {
+            Ok(Ok(back)) => return Ok(back),
+            Ok(Err(error)) if error.is_passing() => error,
+            Ok(Err(error)) => return Err(error),
+            Err(_) => ClientError::Closed,
+        };
+        if Instant::now() + wait > given_up {
+            return Err(ClientError::NotBack {
+                path,
+                patience,
+                source: Box::new(error),
+            });
+        }
+        tokio::time::sleep(wait).await;
+        wait = (wait * 2).min(LONGEST_WAIT);
+    }
+}
+
+async fn attempt(path: &Path, identity: &Identity) -> Result<Back, ClientError> {
+    let (socket, welcome) = greet(path).await?;
+    let request = Request::Reattach {
+        role: identity.role.clone(),
+        name: identity.name.clone(),
+        job_name: identity.job_name.clone(),
+        arenas: identity.arenas.iter().map(|(arena, _)| *arena).collect(),
+    };
+    let memfds = identity.arenas.iter().map(|(_, memfd)| memfd.as_raw_fd());
+    let fds: Vec<_> = [identity.socket.as_raw_fd()].into_iter().chain(memfds).collect();
+    socket.send(&request, &fds).await?;
+    let mut events = Vec::new();
+    loop {
+        match socket.recv::<Message>().await?.ok_or(ClientError::Closed)?.0 {
+            Message::Event(event) => events.push(event),
+            Message::Reply(Reply::Reattached { worker, .. }) if worker == identity.worker => {
+                return Ok(Back {
+                    socket,
+                    welcome,
+                    events,
+                });
+            }
+            Message::Reply(Reply::Error { code, message }) => {
+                return Err(ClientError::Refused { code, message });
+            }
+            Message::Reply(_) => return Err(ClientError::Unexpected { request: "reattach" }),
+        }
+    }
+}
+
+/// Connects and says hello.
+pub(super) async fn greet(path: &Path) -> Result<(PacketSocket, Welcome), ClientError> {
+    let connected = PacketSocket::connect(path);
+    let socket = connected.map_err(|source| ClientError::Connect {
+        path: path.to_owned(),
+        source,
+    })?;
+    let hello = Request::Hello { protocol: PROTOCOL };
+    socket.send(&hello, &[]).await?;
+    let welcome = match socket.recv::<Message>().await?.ok_or(ClientError::Closed)?.0 {
+        Message::Reply(Reply::Welcome(welcome)) => welcome,
+        Message::Reply(Reply::Error { code, message }) => {
+            return Err(ClientError::Refused { code, message });
+        }
+        _ => return Err(ClientError::Unexpected { request: "hello" }),
+    };
+    if welcome.protocol != PROTOCOL {
+        return Err(ClientError::Protocol {
+            theirs: welcome.protocol,
+        });
+    }
+    Ok((socket, welcome))
+}
