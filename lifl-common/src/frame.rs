@@ -105,6 +105,9 @@ numbered!(
         Release = 7,
         /// Parent to child: the update is given back uncounted; `refusal` says why.
         Refuse = 8,
+        /// Top to coordinator, immediately before the round's `Model`: what the optimizer remembers, lent. Only the
+        /// `Model` makes it count.
+        State = 13,
     }
 );
 

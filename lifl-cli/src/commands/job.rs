@@ -121,16 +121,17 @@ pub(crate) fn plan(args: &JobArgs) -> Outcome {
         plan.parameters,
         human_bytes(plan.object_bytes)
     );
-    let arenas = plan.workers.len();
+    let processes = plan.workers.len() + 1;
+    let states = plan.workers.iter().filter(|share| share.state_bytes > 0);
+    let arenas = plan.workers.len() + states.count();
     let pages = human_bytes(plan.page_bytes);
     outln!(
         "arenas   {} in {arenas} arenas, pages of {pages}",
         human_bytes(plan.pool_bytes)
     );
     outln!(
-        "private  at most {} in {} processes",
+        "private  at most {} in {processes} processes",
         human_bytes(plan.private_bytes),
-        arenas + 1
     );
     outln!("memory   at most {}", human_bytes(plan.total_bytes));
     for (transport, address) in [("p2p", &job.brokers.p2p), ("mqtt", &job.brokers.mqtt)] {

@@ -10,7 +10,7 @@ use lifl_common::arena::PeerArena;
 use lifl_common::config::Kind;
 use lifl_common::control::{Event as DaemonEvent, GatewayStatus, Status};
 use lifl_common::frame::{Frame, FrameKind};
-use lifl_common::id::WorkerId;
+use lifl_common::id::{ArenaId, WorkerId};
 use lifl_common::session::proxied;
 use lifl_common::update::{Metadata, Tensors, image};
 use tokio::task::JoinHandle;
@@ -29,6 +29,8 @@ use crate::memory;
 struct NewModel {
     frame: Frame,
     arena: Arc<PeerArena>,
+    /// What the optimizer remembers with it, lent in front of it.
+    state: Option<(Frame, Arc<PeerArena>)>,
     seconds: f64,
     moved: Moved,
 }
@@ -61,7 +63,7 @@ pub(super) struct Rounds<'r, 'j> {
     round: u32,
     evaluator: Option<Evaluator>,
     examining: Option<JoinHandle<anyhow::Result<Examined>>>,
-    arena: Option<Arc<PeerArena>>,
+    arenas: HashMap<ArenaId, Arc<PeerArena>>,
     moved_before: Moved,
     /// Remote workers that are dead, and whose proxies are to leave.
     to_drop: Vec<usize>,
@@ -90,7 +92,7 @@ impl<'r, 'j> Rounds<'r, 'j> {
             round: 0,
             evaluator: None,
             examining: None,
-            arena: None,
+            arenas: HashMap::new(),
             moved_before: Moved::default(),
             to_drop: Vec::new(),
             last: None,
@@ -195,8 +197,12 @@ impl<'r, 'j> Rounds<'r, 'j> {
             .await
             .context("the frame socket failed")
             .because(Cause::Job)?;
+        let mut state = None;
         let frame = loop {
             match self.news().await? {
+                News::Frame(frame) if frame.kind == FrameKind::State as u16 && frame.round == round => {
+                    state = Some(frame);
+                }
                 News::Frame(frame) if frame.kind == FrameKind::Model as u16 && frame.round == round => {
                     break frame;
                 }
@@ -220,26 +226,31 @@ impl<'r, 'j> Rounds<'r, 'j> {
         let now = self.moved(&status);
         let moved = now.since(&self.moved_before);
         self.moved_before = now;
-        let arena = match &self.arena {
-            Some(arena) if arena.id() == frame.key.arena => Arc::clone(arena),
-            _ => {
-                let arena = self
-                    .run
-                    .client
-                    .open_arena(frame.key.arena)
-                    .await
-                    .because(Cause::Job)?;
-                Arc::clone(self.arena.insert(Arc::new(arena)))
-            }
+        let arena = self.arena(frame.key.arena).await?;
+        let state = match state.filter(|state| state.from == frame.from) {
+            Some(state) => Some((state, self.arena(state.key.arena).await?)),
+            None => None,
         };
         self.examined().await?;
         self.examine(NewModel {
             frame,
             arena,
+            state,
             seconds,
             moved,
         });
         Ok(())
+    }
+
+    /// An arena of the top, mapped at the first use.
+    async fn arena(&mut self, id: ArenaId) -> Outcome<Arc<PeerArena>> {
+        if let Some(arena) = self.arenas.get(&id) {
+            return Ok(Arc::clone(arena));
+        }
+        let arena = self.run.client.open_arena(id).await.because(Cause::Job)?;
+        let arena = Arc::new(arena);
+        self.arenas.insert(id, Arc::clone(&arena));
+        Ok(arena)
     }
 
     /// Tells everybody who takes part its children and its parent.
@@ -435,6 +446,7 @@ impl<'r, 'j> Rounds<'r, 'j> {
             model:
                 NewModel {
                     frame,
+                    state,
                     seconds,
                     moved,
                     ..
@@ -445,17 +457,19 @@ impl<'r, 'j> Rounds<'r, 'j> {
         } = examined;
         self.evaluator = evaluator;
         self.last = evaluation;
-        let release = Frame {
-            to: frame.from,
+        let release = |lent: &Frame| Frame {
+            to: lent.from,
             from: self.run.id,
             kind: FrameKind::Release as u16,
-            round: frame.round,
-            key: frame.key,
+            round: lent.round,
+            key: lent.key,
             ..Frame::default()
         };
+        let state = state.iter().map(|(state, _)| release(state));
+        let releases: Vec<Frame> = [release(&frame)].into_iter().chain(state).collect();
         self.run
             .frames
-            .send(&[release])
+            .send(&releases)
             .await
             .context("the frame socket failed")
             .because(Cause::Job)?;

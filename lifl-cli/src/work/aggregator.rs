@@ -19,6 +19,7 @@
 
 mod children;
 mod collect;
+mod server;
 mod settle;
 mod up;
 
@@ -32,10 +33,11 @@ use lifl_common::id::{Key, WorkerId};
 use lifl_common::update::{Metadata, Schema, TensorsMut, image};
 
 use self::collect::Collecting;
+use self::server::Server;
 use self::up::Up;
 use super::link::{Incoming, Link};
 use super::{Place, join, ready, uplink};
-use crate::aggregate::{Accumulator, ServerOptimizer, Threads};
+use crate::aggregate::{Accumulator, Threads};
 use crate::memory;
 
 /// What an aggregator needs to know of its job.
@@ -91,7 +93,7 @@ struct Aggregator {
     /// The round's mean in the making; one for all rounds, since its private memory is dear to touch first.
     accumulator: Accumulator,
     /// What makes the mean the model, at the top.
-    optimizer: Option<ServerOptimizer>,
+    server: Option<Server>,
 }
 
 /// Plays the role until the job ends.
@@ -113,7 +115,7 @@ pub(super) async fn play(place: Place, job: JobSpec, spec: WorkerSpec, schema: S
         job, schema, threads, ..
     } = &shared;
     let accumulator = Accumulator::new(schema.clone(), job.updates, job.timing, threads.clone());
-    let optimizer = (spec.kind == Kind::Top).then(|| ServerOptimizer::new(schema, job.optimizer));
+    let server = (spec.kind == Kind::Top).then(|| Server::new(job, schema));
     let mut aggregator = Aggregator {
         link,
         up,
@@ -123,7 +125,7 @@ pub(super) async fn play(place: Place, job: JobSpec, spec: WorkerSpec, schema: S
         current: None,
         round: Round::default(),
         accumulator,
-        optimizer,
+        server,
     };
     if spec.kind == Kind::Top {
         aggregator.first_model()?;
@@ -158,7 +160,7 @@ impl Aggregator {
             Incoming::Lost(worker) => self.lost(worker).await?,
             Incoming::Undelivered(letter) => {
                 // Whoever did not get it has it no longer: as good as gone for this round.
-                self.link.arena.take_back(letter.to);
+                self.link.take_back(letter.to);
                 self.lost(letter.to).await?;
             }
             Incoming::Ended(reason) => {
@@ -230,7 +232,7 @@ impl Aggregator {
                 self.settle(frame.key, frame.from, FrameKind::Refuse, frame.refusal)
                     .await?;
             }
-            FrameKind::Child | FrameKind::Begin | FrameKind::Ready => {
+            FrameKind::Child | FrameKind::Begin | FrameKind::Ready | FrameKind::State => {
                 tracing::warn!(?kind, from = %frame.from, "not for an aggregator, or not from the coordinator");
             }
         }
@@ -309,6 +311,13 @@ impl Aggregator {
             self.round.model = None;
             return self.release_model(model, self.round.number).await;
         }
+        if self
+            .server
+            .as_mut()
+            .is_some_and(|server| !server.has_room(&mut self.link))
+        {
+            return Ok(());
+        }
         let Some(slot) = self.link.arena.begin() else {
             return Ok(());
         };
@@ -379,9 +388,9 @@ impl Aggregator {
         let number = collecting.round;
         let parent = collecting.parent;
         let own_object = |key| self.link.arena.object(key);
-        let optimizer = self.optimizer.as_mut();
-        let Some(done) = collecting.finish(&self.shared, &mut self.accumulator, optimizer, own_object)?
-        else {
+        let state = self.link.state.as_ref();
+        let step = self.server.as_mut().map(|server| server.step(state));
+        let Some(done) = collecting.finish(&self.shared, &mut self.accumulator, step, own_object)? else {
             return self.nothing(number, parent).await;
         };
         let collect::Done {
@@ -408,9 +417,10 @@ impl Aggregator {
             self.give_back(&children, FrameKind::Release, 0).await?;
             self.current = Some(self.own(key));
             self.retire(model.key);
-            let coordinator = self.link.coordinator();
-            self.link.arena.lend(key, coordinator)?;
-            return self.link.send(coordinator, FrameKind::Model, up).await;
+            if let Some(server) = &mut self.server {
+                server.publish(&mut self.link, &metadata);
+            }
+            return self.lend_model(up).await;
         }
         let outstanding = Outstanding {
             round: number,
@@ -427,20 +437,34 @@ impl Aggregator {
             return self.send_nothing(round, parent).await;
         }
         let Lent { key, length, .. } = self.current.context("the top has no model")?;
+        let model = Frame {
+            round,
+            key,
+            length,
+            ..Frame::default()
+        };
+        self.lend_model(model).await
+    }
+
+    /// Lends the coordinator the top's model, and in front of it what the optimizer remembers with it.
+    async fn lend_model(&mut self, model: Frame) -> anyhow::Result<()> {
         let coordinator = self.link.coordinator();
-        self.link.arena.lend(key, coordinator)?;
-        self.link
-            .send(
-                coordinator,
-                FrameKind::Model,
-                Frame {
-                    round,
+        self.link.arena.lend(model.key, coordinator)?;
+        let mut frames = Vec::with_capacity(2);
+        if let Some(server) = &self.server {
+            let state = server.lend(&mut self.link, coordinator)?;
+            frames.extend(state.map(|(key, length)| {
+                let state = Frame {
+                    round: model.round,
                     key,
                     length,
                     ..Frame::default()
-                },
-            )
-            .await
+                };
+                self.link.frame(coordinator, FrameKind::State, state)
+            }));
+        }
+        frames.push(self.link.frame(coordinator, FrameKind::Model, model));
+        self.link.send_all(&frames).await
     }
 }
 

@@ -33,6 +33,8 @@ pub(super) struct Link {
     id: WorkerId,
     coordinator: WorkerId,
     pub(super) arena: OwnedArena,
+    /// The top's second arena, for what its optimizer remembers.
+    pub(super) state: Option<OwnedArena>,
     arena_note: Option<String>,
     peers: HashMap<ArenaId, Arc<PeerArena>>,
     own: Option<Arc<PeerArena>>,
@@ -44,6 +46,7 @@ impl Link {
         job: JobId,
         spec: &WorkerSpec,
         layout: Layout,
+        state: Option<Layout>,
     ) -> anyhow::Result<Self> {
         let mut client = Client::connect(socket).await?;
         let registration = client
@@ -54,12 +57,24 @@ impl Link {
             .create_arena(layout)
             .await
             .context("cannot have an arena")?;
+        let state = match state {
+            Some(layout) => {
+                let created = client.create_arena(layout).await;
+                Some(
+                    created
+                        .context("cannot have an arena for the optimizer's state")?
+                        .arena,
+                )
+            }
+            None => None,
+        };
         Ok(Self {
             client,
             frames: registration.frames,
             id: registration.worker,
             coordinator: registration.owner,
             arena: created.arena,
+            state,
             arena_note: created.note,
             peers: HashMap::new(),
             own: None,
@@ -92,7 +107,7 @@ impl Link {
                 event = self.client.event() => match event.context("the daemon is gone")? {
                     Event::PeerLost(lost) => {
                         tracing::info!(worker = %lost.worker, name = %lost.name, "peer lost");
-                        self.arena.take_back(lost.worker);
+                        self.take_back(lost.worker);
                         // What of it is still to be read is held by its readers.
                         self.peers.retain(|_, peer| peer.owner() != lost.worker);
                         return Ok(Incoming::Lost(lost.worker));
@@ -106,6 +121,14 @@ impl Link {
                     Event::PeerJoined { .. } => {}
                 },
             }
+        }
+    }
+
+    /// Takes back everything that is lent to a worker that is gone.
+    pub(super) fn take_back(&mut self, from: WorkerId) {
+        self.arena.take_back(from);
+        if let Some(state) = &mut self.state {
+            state.take_back(from);
         }
     }
 

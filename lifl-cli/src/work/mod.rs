@@ -78,7 +78,8 @@ fn read_job(run: &Path) -> anyhow::Result<JobSpec> {
 async fn join(place: &Place, job: &JobSpec, spec: &WorkerSpec, schema: &Schema) -> anyhow::Result<Link> {
     let layout = Layout::for_objects(memory::slots(job, spec), memory::object_bytes(schema));
     let layout = layout.context("the model is larger than this machine's address space")?;
-    let link = Link::join(&place.socket, place.job, spec, layout).await?;
+    let state = memory::state_layout(job, spec, schema);
+    let link = Link::join(&place.socket, place.job, spec, layout, state).await?;
     if let Some(note) = link.arena_note() {
         tracing::info!("the arena has ordinary pages: {note}");
     }

@@ -91,7 +91,7 @@ pub(super) async fn play(place: Place, job: JobSpec, spec: WorkerSpec, schema: S
                 Incoming::Frame(kind, frame) => trainer.frame(kind, frame).await?,
                 // The arena has taken back what was lent; its round is over for us.
                 Incoming::Lost(_) => {}
-                Incoming::Undelivered(letter) => trainer.link.arena.take_back(letter.to),
+                Incoming::Undelivered(letter) => trainer.link.take_back(letter.to),
                 Incoming::Ended(reason) => {
                     tracing::info!("the job has ended: {reason}");
                     return Ok(());

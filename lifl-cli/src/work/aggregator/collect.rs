@@ -8,8 +8,9 @@ use lifl_common::id::{Key, WorkerId};
 use lifl_common::update::{Metadata, Schema, image};
 
 use super::children::{Children, Given};
+use super::server::Step;
 use super::{Lent, Shared};
-use crate::aggregate::{Accumulator, FoldError, Input, ServerOptimizer};
+use crate::aggregate::{Accumulator, FoldError, Input};
 use crate::work::link::Link;
 
 /// An aggregate in the making.
@@ -142,7 +143,7 @@ impl Collecting {
         mut self,
         shared: &Shared,
         accumulator: &mut Accumulator,
-        optimizer: Option<&mut ServerOptimizer>,
+        step: Option<Step<'_>>,
         own_object: impl FnOnce(Key) -> Option<&'a [u8]>,
     ) -> anyhow::Result<Option<Done>> {
         if accumulator.samples() == 0 {
@@ -150,7 +151,6 @@ impl Collecting {
         }
         let Shared {
             schema,
-            job,
             name,
             threads,
             ..
@@ -159,10 +159,10 @@ impl Collecting {
         let data = offset..offset + schema.data_bytes();
         let samples = accumulator.finish(&mut self.slot.bytes_mut()[data.clone()])?;
         // Only the top has an optimizer, and the model in its own arena.
-        if let Some(optimizer) = optimizer {
+        if let Some(step) = step {
             let model = own_object(self.model.key).context("the top has not the round's model any more")?;
             let mean = &mut self.slot.bytes_mut()[data.clone()];
-            optimizer.step(threads, schema, job.updates, &model[data], mean)?;
+            step.apply(threads, &model[data], mean)?;
         }
         let mut metadata = Metadata {
             maker: name.clone(),

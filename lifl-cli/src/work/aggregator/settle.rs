@@ -11,6 +11,11 @@ use super::{Aggregator, Lent};
 impl Aggregator {
     /// Somebody gives something back: a child or the coordinator a model, the parent an aggregate.
     pub(super) async fn released(&mut self, frame: Frame) -> anyhow::Result<()> {
+        if let Some(server) = &self.server
+            && server.released(&mut self.link, &frame)
+        {
+            return Ok(());
+        }
         if frame.key.arena != self.link.arena.id() || self.models.contains_key(&frame.key) {
             return self.model_given_back(frame).await;
         }
