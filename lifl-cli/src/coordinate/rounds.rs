@@ -45,6 +45,8 @@ struct Moved {
 /// What became of it.
 struct Examined {
     model: NewModel,
+    /// Why its checkpoint could not be written, if it could not.
+    checkpoint_failed: Option<String>,
     metadata: Metadata,
     evaluation: Option<Evaluation>,
     evaluator: Option<Evaluator>,
@@ -117,7 +119,7 @@ impl<'r, 'j> Rounds<'r, 'j> {
         .because(Cause::Config)?;
         self.wait_for_workers().await?;
         self.announce_job(node).await?;
-        for round in 1..=job.rounds {
+        for round in self.run.first_round..=job.rounds {
             self.one_round(round).await?;
         }
         self.examined().await?;
@@ -406,15 +408,23 @@ impl<'r, 'j> Rounds<'r, 'j> {
         let last = round == self.run.job.rounds;
         let every = self.run.checkpoint_every;
         let checkpoint = every > 0 && (round.is_multiple_of(every) || last);
+        let keep = self.run.keep_checkpoints;
         self.examining = Some(tokio::task::spawn_blocking(move || {
             let bytes = model.arena.object(model.frame.key, model.frame.length)?;
             let (metadata, offset) =
                 image::check(bytes, &schema).context("the top's model is not the job's")?;
+            let mut checkpoint_failed = None;
             if checkpoint {
-                folder.checkpoint(round, bytes)?;
+                let state = model.state.as_ref();
+                let state = state.map(|(frame, arena)| arena.object(frame.key, frame.length));
+                match folder.checkpoint(round, bytes, state.transpose()?) {
+                    Ok(_) => keep.into_iter().for_each(|keep| folder.prune(round, keep)),
+                    // The job can do without: the next one may have room.
+                    Err(error) => checkpoint_failed = Some(format!("{error:#}")),
+                }
             }
             if last {
-                folder.last_model(round, bytes)?;
+                folder.last_model(round, bytes, checkpoint && checkpoint_failed.is_none())?;
             }
             let tensors = Tensors::new(&schema, &bytes[offset..][..schema.data_bytes()]);
             let evaluation = evaluator
@@ -423,6 +433,7 @@ impl<'r, 'j> Rounds<'r, 'j> {
                 .transpose()?;
             Ok(Examined {
                 model,
+                checkpoint_failed,
                 metadata,
                 evaluation,
                 evaluator,
@@ -451,6 +462,7 @@ impl<'r, 'j> Rounds<'r, 'j> {
                     moved,
                     ..
                 },
+            checkpoint_failed,
             metadata,
             evaluation,
             evaluator,
@@ -473,6 +485,11 @@ impl<'r, 'j> Rounds<'r, 'j> {
             .await
             .context("the frame socket failed")
             .because(Cause::Job)?;
+        if let Some(error) = checkpoint_failed {
+            let round = frame.round;
+            let event = Event::CheckpointFailed { round, error };
+            self.reporter.event(&event).because(Cause::Job)?;
+        }
         // A model that no update changed is the round's before, and says so.
         let changed = metadata.round == frame.round;
         let event = Event::Round {

@@ -28,7 +28,7 @@ pub(super) struct Workers {
 }
 
 impl Workers {
-    /// Starts them all; each logs into the run's folder.
+    /// Starts them all, the top from that checkpoint if there is one; each logs into the run's folder.
     ///
     /// # Errors
     /// If a process cannot be started; those that were are killed.
@@ -38,6 +38,7 @@ impl Workers {
         socket: &Path,
         folder: &RunFolder,
         gateway: &Gateway,
+        start: Option<&Path>,
     ) -> anyhow::Result<Self> {
         let program = std::env::current_exe().context("cannot find this program's own file")?;
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
@@ -55,7 +56,9 @@ impl Workers {
         };
         for (index, spec) in job.workers.iter().enumerate() {
             let log = folder.log(&spec.name);
-            let log = File::create(&log).with_context(|| format!("cannot make {}", log.display()))?;
+            // A run that goes on adds to what was said before.
+            let opened = File::options().create(true).append(true).open(&log);
+            let log = opened.with_context(|| format!("cannot make {}", log.display()))?;
             let mut command = Command::new(&program);
             command
                 .arg("worker")
@@ -68,6 +71,9 @@ impl Workers {
                 .arg(folder.path())
                 .arg("--name")
                 .arg(&spec.name);
+            if let Some(checkpoint) = start.filter(|_| spec.kind == Kind::Top) {
+                command.arg("--start").arg(checkpoint);
+            }
             if let Some((address, token)) = gateway.access(spec) {
                 command.arg("--gateway").arg(address);
                 command.env(TOKEN_VARIABLE, token.to_hex());

@@ -21,6 +21,7 @@ mod children;
 mod collect;
 mod server;
 mod settle;
+mod start;
 mod up;
 
 use std::collections::HashMap;
@@ -128,7 +129,10 @@ pub(super) async fn play(place: Place, job: JobSpec, spec: WorkerSpec, schema: S
         server,
     };
     if spec.kind == Kind::Top {
-        aggregator.first_model()?;
+        match &place.start {
+            Some(checkpoint) => aggregator.restore(checkpoint)?,
+            None => aggregator.first_model()?,
+        }
     }
     ready(&mut aggregator.link).await?;
     aggregator.up.ready();

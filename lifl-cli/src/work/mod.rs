@@ -33,6 +33,8 @@ pub struct Place {
     pub name: String,
     /// Where the gateway is, for a worker whose way up leaves the node.
     pub gateway: Option<String>,
+    /// The description of the checkpoint that the top begins from; without it, from the job's first model.
+    pub start: Option<PathBuf>,
 }
 
 /// Plays one worker's role until the job ends.

@@ -52,6 +52,16 @@ impl Server {
         }
     }
 
+    /// The tensors of its state, if it has one.
+    pub(super) fn state_schema(&self) -> Option<&Schema> {
+        self.optimizer.state_schema()
+    }
+
+    /// Goes on from a state that is published.
+    pub(super) fn restore(&mut self, state: Key) {
+        self.current = Some(state);
+    }
+
     /// Whether the next state has somewhere to go; not while the coordinator still has the one before the last.
     pub(super) fn has_room(&mut self, link: &mut Link) -> bool {
         if let Some(arena) = &mut link.state
