@@ -26,6 +26,7 @@ const PIECE_BYTES: usize = 1 << 20;
 
 /// What `checkpoint-<round>.json` says.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub(crate) struct Checkpoint {
     version: u32,
     /// The round that it is the result of.
@@ -40,6 +41,7 @@ pub(crate) struct Checkpoint {
 
 /// One of its files.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub(crate) struct Part {
     /// Its name, in the same folder.
     pub(crate) file: String,
@@ -61,6 +63,9 @@ pub(crate) enum CheckpointError {
         #[source]
         source: io::Error,
     },
+    /// Made with another `job.json` than the one beside it.
+    #[error("it was made with another job.json")]
+    OtherJob,
     /// Its description is damaged.
     #[error("{} is damaged", path.display())]
     Syntax {

@@ -65,6 +65,9 @@ fn run_with(args: &RunArgs, reporter: &mut Reporter) -> Outcome {
         let mut interrupt = signal(SignalKind::interrupt()).because(Cause::Machine)?;
         let mut terminate = signal(SignalKind::terminate()).because(Cause::Machine)?;
         let mut hangup = signal(SignalKind::hangup()).because(Cause::Machine)?;
+        // A file past `ulimit -f` is then an error of its writer, and not the end of the run.
+        let too_large = SignalKind::from_raw(nix::sys::signal::Signal::SIGXFSZ as i32);
+        let _caught = signal(too_large).because(Cause::Machine)?;
         tokio::spawn({
             let shutdown = shutdown.clone();
             async move {

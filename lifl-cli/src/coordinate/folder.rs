@@ -19,7 +19,7 @@ use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
 use serde::Serialize;
 
-use crate::checkpoint::{self, Checkpoint, Hash, Part};
+use crate::checkpoint::{self, Checkpoint, CheckpointError, Hash, Part};
 use crate::data;
 
 /// The version of `job.json`.
@@ -213,38 +213,49 @@ impl RunFolder {
     /// The newest checkpoint that is whole. All of its bytes are read.
     ///
     /// # Errors
-    /// If it was made with another `job.json` than the one that is there.
+    /// If there are some and all were made with another `job.json` than the one that is there.
     pub(super) fn latest(&self) -> anyhow::Result<Latest> {
         let mut skipped = Vec::new();
+        let mut other_jobs = None;
         for round in self.rounds() {
             let path = self.path.join(checkpoint::description_name(round));
-            let whole = Checkpoint::read(&path).and_then(|checkpoint| {
-                checkpoint.verify(&self.path)?;
-                Ok(checkpoint)
-            });
-            match whole {
-                Ok(checkpoint) if checkpoint.job == self.job_sha256 => {
+            match self.whole(&path) {
+                Ok(()) => {
                     return Ok(Latest {
                         checkpoint: Some((round, path)),
                         skipped,
                     });
                 }
-                Ok(_) => bail!(
-                    "{} is not the job of the checkpoint of round {round}: it was changed since. Put it back as it was, \
-                     or begin another run with `baseModel` {}",
-                    self.path.join("job.json").display(),
-                    self.path.join(checkpoint::model_name(round)).display()
-                ),
-                Err(error) => skipped.push(format!(
-                    "the checkpoint of round {round} is not whole: {:#}",
-                    anyhow::Error::from(error)
-                )),
+                Err(error) => {
+                    if matches!(error, CheckpointError::OtherJob) {
+                        other_jobs.get_or_insert(round);
+                    }
+                    let error = anyhow::Error::from(error);
+                    skipped.push(format!("the checkpoint of round {round} is not whole: {error:#}"));
+                }
             }
+        }
+        if let Some(round) = other_jobs {
+            bail!(
+                "{} was changed since the checkpoint of round {round} was made: put it back as it was, or begin another run \
+                 with {} as its baseModel",
+                self.path.join("job.json").display(),
+                self.path.join(checkpoint::model_name(round)).display()
+            );
         }
         Ok(Latest {
             checkpoint: None,
             skipped,
         })
+    }
+
+    /// Whether a checkpoint is whole, and this job's.
+    fn whole(&self, description: &Path) -> Result<(), CheckpointError> {
+        let checkpoint = Checkpoint::read(description)?;
+        if checkpoint.job != self.job_sha256 {
+            return Err(CheckpointError::OtherJob);
+        }
+        checkpoint.verify(&self.path)
     }
 
     /// Makes the last model `model.safetensors`; `checkpointed` if that round's [checkpoint](Self::checkpoint) has just
@@ -479,3 +490,6 @@ fn file_name(name: &str) -> String {
         })
         .collect()
 }
+
+#[cfg(test)]
+mod tests;
