@@ -146,7 +146,7 @@ fn the_optimizers_state_is_planned_for() {
     let memory = &plan["memory"];
     // Two states of two moments of four bytes.
     let state = memory["workers"][0]["state_bytes"].as_u64().expect("a number");
-    assert!(state >= 2 * 8 << 20, "{state}");
+    assert!(state >= (2 * 8) << 20, "{state}");
     let arenas = memory["workers"].as_array().expect("workers").iter();
     let arenas: u64 = arenas.filter_map(|share| share["arena_bytes"].as_u64()).sum();
     assert_eq!(memory["pool_bytes"], arenas + state);

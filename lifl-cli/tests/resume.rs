@@ -47,7 +47,7 @@ fn trained(run: &Path, trainer: u32) -> u32 {
     let log = fs::read_to_string(run.join(format!("logs/trainer-{trainer}.log"))).unwrap_or_default();
     let lines = log.lines().filter(|line| line.contains(" trained "));
     let round = |line: &str| line.split("round=").nth(1)?.split(' ').next()?.parse().ok();
-    lines.filter_map(round).last().unwrap_or(0)
+    lines.filter_map(round).next_back().unwrap_or(0)
 }
 
 /// The newest checkpoint's round.
