@@ -1,5 +1,6 @@
 //! The command line.
 
+use std::num::NonZeroU32;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -62,6 +63,15 @@ pub(crate) struct JobArgs {
     /// A job file, or the worker files of one job, or a folder of them
     #[arg(required = true, value_name = "PATH")]
     pub(crate) paths: Vec<PathBuf>,
+    #[command(flatten)]
+    pub(crate) choices: Choices,
+    #[command(flatten)]
+    pub(crate) report: Report,
+}
+
+/// What counts before a job's files.
+#[derive(Args, Clone, Debug)]
+pub(crate) struct Choices {
     /// When aggregators fold: eager, when an update comes; lazy, when all have come [default: the job file's]
     #[arg(long, value_enum)]
     timing: Option<TimingArg>,
@@ -78,8 +88,6 @@ pub(crate) struct JobArgs {
     /// Where files are variants of one worker, take those with this transport
     #[arg(long, value_enum, value_name = "TRANSPORT")]
     prefer: Option<TransportArg>,
-    #[command(flatten)]
-    pub(crate) report: Report,
 }
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
@@ -95,7 +103,7 @@ enum TransportArg {
     Mqtt,
 }
 
-impl JobArgs {
+impl Choices {
     pub(crate) fn overrides(&self) -> Overrides {
         Overrides {
             rounds: self.rounds,
@@ -116,8 +124,21 @@ impl JobArgs {
 
 #[derive(Args, Clone, Debug)]
 pub(crate) struct RunArgs {
+    /// A job file, or the worker files of one job, or a folder of them
+    #[arg(required_unless_present = "resume", value_name = "PATH")]
+    pub(crate) paths: Vec<PathBuf>,
+    /// Go on with a run that was interrupted or killed, in its own folder: with the round after its last whole checkpoint,
+    /// and with its job as it was
+    #[arg(
+        long,
+        value_name = "RUN_FOLDER",
+        conflicts_with_all = ["paths", "timing", "rounds", "data", "seed", "prefer", "out"]
+    )]
+    pub(crate) resume: Option<PathBuf>,
     #[command(flatten)]
-    pub(crate) job: JobArgs,
+    pub(crate) choices: Choices,
+    #[command(flatten)]
+    pub(crate) report: Report,
     /// The daemon: auto (one that listens, else one inside this command), own (inside this command), or its socket
     #[arg(long, value_name = "auto|own|SOCKET", default_value = "auto", value_parser = daemon_choice)]
     pub(crate) daemon: DaemonChoice,
@@ -130,6 +151,9 @@ pub(crate) struct RunArgs {
     /// Write a checkpoint every N rounds; 0 for the last model only
     #[arg(long, value_name = "N", default_value_t = 1)]
     pub(crate) checkpoint_every: u32,
+    /// Keep only so many checkpoints, the newest ones [default: all]
+    #[arg(long, value_name = "K")]
+    pub(crate) keep_checkpoints: Option<NonZeroU32>,
     /// What arenas may take together, in MiB, for an own daemon [default: half of the memory available]
     #[arg(long, value_name = "MIB")]
     pub(crate) pool_mib: Option<u64>,
@@ -159,6 +183,8 @@ struct WorkerArgs {
     name: String,
     #[arg(long)]
     gateway: Option<String>,
+    #[arg(long)]
+    start: Option<PathBuf>,
 }
 
 #[expect(clippy::unnecessary_wraps, reason = "clap's parsers give results")]
@@ -185,12 +211,14 @@ pub fn main() -> ExitCode {
             run,
             name,
             gateway,
+            start,
         }) => commands::worker(Place {
             socket,
             job: JobId(job),
             run,
             name,
             gateway,
+            start,
         }),
     };
     match outcome {

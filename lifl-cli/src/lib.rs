@@ -5,6 +5,7 @@
 //! train with [`learn`] on [`data`].
 
 pub mod aggregate;
+mod checkpoint;
 pub mod cli;
 mod commands;
 pub mod coordinate;

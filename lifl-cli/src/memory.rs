@@ -89,6 +89,19 @@ pub fn object_bytes(schema: &Schema) -> u64 {
     image::image_bytes(schema) as u64
 }
 
+/// Slots of the top's second arena: the optimizer's state as it is, which the coordinator may have, and the next in
+/// the making.
+const STATE_SLOTS: u32 = 2;
+
+/// The layout of the second arena of a worker, for the optimizer's state; `None` for who has none.
+pub fn state_layout(job: &JobSpec, worker: &WorkerSpec, schema: &Schema) -> Option<Layout> {
+    if worker.kind != Kind::Top {
+        return None;
+    }
+    let state = aggregate::state_schema(schema, &job.optimizer)?;
+    Layout::for_objects(STATE_SLOTS, object_bytes(&state))
+}
+
 /// What one worker takes.
 #[derive(Clone, Debug, Serialize)]
 pub struct Share {
@@ -98,6 +111,8 @@ pub struct Share {
     pub slots: u32,
     /// Its arena's bytes, whole pages.
     pub arena_bytes: u64,
+    /// The bytes of its second arena, for the optimizer's state; 0 for who has none.
+    pub state_bytes: u64,
     /// At most that much private memory.
     pub private_bytes: u64,
 }
@@ -130,7 +145,7 @@ impl Plan {
             .into_iter()
             .map(|(data, trainers)| (data.dataset, trainers))
             .collect();
-        let share = |name, slots, private_bytes| {
+        let share = |name, slots, state: Option<Layout>, private_bytes| {
             let layout = Layout::for_objects(slots, object_bytes);
             let arena_bytes = layout.and_then(|layout| layout.memfd_bytes(huge_pages));
             let arena_bytes = if slots == 0 {
@@ -138,10 +153,12 @@ impl Plan {
             } else {
                 arena_bytes.unwrap_or(u64::MAX)
             };
+            let state_bytes = state.map(|layout| layout.memfd_bytes(huge_pages).unwrap_or(u64::MAX));
             Share {
                 name,
                 slots,
                 arena_bytes,
+                state_bytes: state_bytes.unwrap_or(0),
                 private_bytes,
             }
         };
@@ -152,13 +169,14 @@ impl Plan {
                 .or(job.data.as_ref().map(|data| &data.dataset));
             let sharing = dataset.and_then(|dataset| datasets.get(dataset)).copied();
             let private_bytes = private_bytes(job, schema, worker, sharing.unwrap_or(1));
-            share(worker.name.clone(), slots(job, worker), private_bytes)
+            let state = state_layout(job, worker, schema);
+            share(worker.name.clone(), slots(job, worker), state, private_bytes)
         });
         let remote = job.workers.iter().filter(|worker| is_remote(worker));
-        let proxies = remote.map(|worker| share(proxy_name(&worker.name), PROXY_SLOTS, 0));
+        let proxies = remote.map(|worker| share(proxy_name(&worker.name), PROXY_SLOTS, None, 0));
         let workers: Vec<Share> = own.chain(proxies).collect();
         let sum = |of: fn(&Share) -> u64| workers.iter().map(of).fold(0, u64::saturating_add);
-        let pool_bytes = sum(|share| share.arena_bytes);
+        let pool_bytes = sum(|share| share.arena_bytes.saturating_add(share.state_bytes));
         // The coordinator evaluates, as a trainer does.
         let private_bytes =
             sum(|share| share.private_bytes).saturating_add(learner_bytes(job, schema, 1, EVALUATION_BATCH));
@@ -188,11 +206,7 @@ fn private_bytes(job: &JobSpec, schema: &Schema, worker: &WorkerSpec, sharing: u
                 .saturating_add((schema.data_bytes() as u64).saturating_mul(buffers))
         }
         Kind::Top | Kind::Aggregator => {
-            let mut bytes = PROCESS_BYTES.saturating_add(aggregate::scratch_bytes(schema, job.timing) as u64);
-            if worker.kind == Kind::Top {
-                bytes = bytes.saturating_add(aggregate::optimizer_bytes(schema, &job.optimizer) as u64);
-            }
-            bytes
+            PROCESS_BYTES.saturating_add(aggregate::scratch_bytes(schema, job.timing) as u64)
         }
     }
 }

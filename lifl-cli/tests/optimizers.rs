@@ -135,6 +135,35 @@ fn a_run_with_deltas_follows_the_papers_rule() {
     follows_the_rule("deltas");
 }
 
+/// What the optimizer remembers lies in an arena of its own, which the plan knows of.
+#[test]
+fn the_optimizers_state_is_planned_for() {
+    let mut file = Job::synthetic(&[1, 2], 1 << 20, "F32").file();
+    file["optimizer"] = json!({ "sort": "fedadam" });
+    let place = Place::new(&file);
+    let output = lifl().arg("plan").arg(&place.job).arg("--json").output();
+    let plan: Value = serde_json::from_slice(&output.expect("started").stdout).expect("one event");
+    let memory = &plan["memory"];
+    // Two states of two moments of four bytes.
+    let state = memory["workers"][0]["state_bytes"].as_u64().expect("a number");
+    assert!(state >= (2 * 8) << 20, "{state}");
+    let arenas = memory["workers"].as_array().expect("workers").iter();
+    let arenas: u64 = arenas.filter_map(|share| share["arena_bytes"].as_u64()).sum();
+    assert_eq!(memory["pool_bytes"], arenas + state);
+    let finished = place
+        .finish(&["--plane", "relay", "--checkpoint-every", "0"])
+        .success();
+    let peak = finished.one("job_finished")["peak_memory_bytes"]
+        .as_u64()
+        .expect("a number");
+    let most = memory["total_bytes"].as_u64().expect("a number");
+    assert!(peak <= most, "took {peak}, planned {most}");
+    assert!(
+        peak >= arenas + state,
+        "took {peak}, which is less than its arenas"
+    );
+}
+
 #[test]
 fn a_random_selector_takes_so_many_trainers_and_equal_seeds_take_the_same() {
     let mut job = Job::digits(&[1, 2, 6], "softmax");

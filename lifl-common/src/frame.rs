@@ -113,6 +113,9 @@ numbered!(
         /// Parent to the successor of a child whose aggregate (`key`) it has: whom that covers, `value` being the word
         /// number `samples` of a [`Cover`](crate::update::Cover), `covers` the number of such frames. A verdict follows.
         Taken = 10,
+        /// Top to coordinator, immediately before the round's `Model`: what the optimizer remembers, lent. Only the
+        /// `Model` makes it count.
+        State = 13,
     }
 );
 

@@ -16,107 +16,71 @@
 //! to compare it with; the rule begins with the second round.
 //!
 //! One pass over the memory: each element of the mean, the model, `m` and `v` is read once, and of all but the model
-//! written once. `m` and `v` lie in private memory: `f64` beside `F64`, `f32` beside every other float, and that is
-//! also what is computed in. Tensors of integers are averaged only.
+//! written once. `m` and `v` are the optimizer's [state](super::state), which the caller keeps: a step reads the one
+//! before and writes the next to another place, so that one which fails spoils nothing. They are `f64` beside `F64`,
+//! `f32` beside every other float, and that is also what is computed in. Tensors of integers are averaged only.
 
 use std::ops::{Add, Div, Mul, Sub};
+use std::sync::Arc;
 
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 use lifl_common::config::{Adaptive, Optimizer, UpdateKind};
-use lifl_common::update::{DType, Region, Schema};
+use lifl_common::update::{DType, Schema};
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 
 use super::element::{BLOCK, bf16_nearest, bf16_wide, f16_wide};
+use super::state::{Run, State, runs, state_schema};
 use super::threads::Threads;
 use super::{FoldError, Operand, add, check, elements, elements_mut};
 
-/// Private memory that a [`ServerOptimizer`] takes, in bytes.
-pub fn optimizer_bytes(schema: &Schema, optimizer: &Optimizer) -> usize {
-    if *optimizer == Optimizer::FedAvg {
-        return 0;
-    }
-    let of = |region: Region| {
-        let elements = region.range.len() / region.dtype.bytes();
-        match region.dtype {
-            DType::F64 => elements * 2 * size_of::<f64>(),
-            DType::F32 | DType::F16 | DType::BF16 => elements * 2 * size_of::<f32>(),
-            _ => 0,
-        }
-    };
-    schema.regions().into_iter().map(of).sum()
-}
-
-/// The moments of one region.
-#[derive(Debug)]
-enum Moments {
-    /// Of integers.
-    None,
-    Single {
-        m: Vec<f32>,
-        v: Vec<f32>,
-    },
-    Double {
-        m: Vec<f64>,
-        v: Vec<f64>,
-    },
-}
-
-impl Moments {
-    fn new(region: &Region) -> Self {
-        let elements = region.range.len() / region.dtype.bytes();
-        match region.dtype {
-            DType::F64 => Self::Double {
-                m: vec![0.0; elements],
-                v: vec![0.0; elements],
-            },
-            DType::F32 | DType::F16 | DType::BF16 => Self::Single {
-                m: vec![0.0; elements],
-                v: vec![0.0; elements],
-            },
-            _ => Self::None,
-        }
-    }
-}
-
-/// A server optimizer with what it remembers of the rounds before.
+/// A server optimizer, at the top.
 #[derive(Debug)]
 pub struct ServerOptimizer {
     optimizer: Optimizer,
-    moments: Vec<Moments>,
-    begun: bool,
+    updates: UpdateKind,
+    schema: Arc<Schema>,
+    /// What its state consists of; `None` if it remembers nothing.
+    state: Option<Schema>,
+    runs: Vec<Run>,
 }
 
 impl ServerOptimizer {
-    /// The optimizer at the start of a job. Its private memory is taken here, once.
-    pub fn new(schema: &Schema, optimizer: Optimizer) -> Self {
-        let moments = match optimizer {
-            Optimizer::FedAvg => Vec::new(),
-            _ => schema.regions().iter().map(Moments::new).collect(),
-        };
+    /// The optimizer of a job with models of that schema and updates of that kind.
+    pub fn new(schema: Arc<Schema>, optimizer: Optimizer, updates: UpdateKind) -> Self {
+        let state = state_schema(&schema, &optimizer);
+        let runs = state.as_ref().map_or_else(Vec::new, |state| runs(&schema, state));
         Self {
             optimizer,
-            moments,
-            begun: false,
+            updates,
+            schema,
+            state,
+            runs,
         }
     }
 
-    /// Makes `mean`, the round's mean of what `updates` says, the new model; `model` is the round's.
+    /// The tensors of its state, as [`state_schema`] gives them; `None` if it remembers nothing.
+    pub fn state_schema(&self) -> Option<&Schema> {
+        self.state.as_ref()
+    }
+
+    /// Makes `mean`, the round's mean of what the updates say, the new model; `model` is the round's. An optimizer
+    /// with a [state](Self::state_schema) writes all of `state.after`.
     ///
     /// # Errors
-    /// If one of them is not the schema's (`model` is [`Operand::Input`] 0), or the new model is not finite, which
-    /// spoils what the optimizer remembers.
+    /// If one of them is not the schema's (`model` is [`Operand::Input`] 0), or the new model is not finite: the mean
+    /// and `state.after` are rubbish then.
     pub fn step(
-        &mut self,
+        &self,
         threads: &Threads,
-        schema: &Schema,
-        updates: UpdateKind,
         model: &[u8],
         mean: &mut [u8],
+        state: Option<State<'_>>,
     ) -> Result<(), FoldError> {
+        let schema = &*self.schema;
         check(schema, Operand::Input(0), model)?;
         check(schema, Operand::Out, mean)?;
-        let deltas = updates == UpdateKind::Deltas;
+        let deltas = self.updates == UpdateKind::Deltas;
         let averaged = |mean: &mut [u8]| {
             if deltas {
                 add(threads, schema, model, mean)
@@ -124,36 +88,54 @@ impl ServerOptimizer {
                 Ok(())
             }
         };
-        let (rates, eta) = match self.optimizer {
-            Optimizer::FedAvg => return averaged(mean),
-            _ if !self.begun => {
-                self.begun = true;
-                return averaged(mean);
-            }
-            Optimizer::FedAdagrad(rates) | Optimizer::FedAdam(rates) | Optimizer::FedYogi(rates) => {
-                (rates, rates.eta)
-            }
+        let (rates, state_schema) = match (&self.optimizer, &self.state) {
+            (Optimizer::FedAvg, _) | (_, None) => return averaged(mean),
+            (
+                Optimizer::FedAdagrad(rates) | Optimizer::FedAdam(rates) | Optimizer::FedYogi(rates),
+                Some(state),
+            ) => (rates, state),
         };
+        let State { before, after } = state.unwrap_or(State {
+            before: None,
+            after: &mut [],
+        });
+        check(state_schema, Operand::State, after)?;
+        let Some(before) = before else {
+            threads.all(&mut *after, |_, part| {
+                part.fill(0);
+                true
+            });
+            return averaged(mean);
+        };
+        check(state_schema, Operand::State, before)?;
         let mut finite = true;
-        for (region, moments) in schema.regions().into_iter().zip(&mut self.moments) {
+        for run in &self.runs {
             let pass = Pass {
                 threads,
-                region: &region,
+                run,
                 mean: &mut *mean,
                 model,
-                rates: &rates,
+                before,
+                after: &mut *after,
+                rates,
                 deltas,
             };
             finite &= match self.optimizer {
-                Optimizer::FedAdagrad(_) => pass.of::<Adagrad>(moments),
-                Optimizer::FedYogi(_) => pass.of::<Yogi>(moments),
-                _ => pass.of::<Adam>(moments),
+                Optimizer::FedAdagrad(_) => pass.of::<Adagrad>(),
+                Optimizer::FedYogi(_) => pass.of::<Yogi>(),
+                _ => pass.of::<Adam>(),
             };
+        }
+        if deltas {
+            // The mean of integers is the model, or, of deltas, is added to it; they wrap, whatever their sign.
+            for region in schema.regions().iter().filter(|region| !region.dtype.is_float()) {
+                super::delta::add_region(threads, region, model, mean);
+            }
         }
         if finite {
             Ok(())
         } else {
-            Err(FoldError::Diverged { eta })
+            Err(FoldError::Diverged { eta: rates.eta })
         }
     }
 }
@@ -259,21 +241,33 @@ impl<R: Real> Rates<R> {
     }
 }
 
+/// The moments of some elements: as they were, and where the next go.
+struct Moments<'a, R> {
+    m: &'a [R],
+    v: &'a [R],
+    next_m: &'a mut [R],
+    next_v: &'a mut [R],
+}
+
 /// The rule for some elements; says whether the new weights are finite.
 #[inline(always)]
 fn adapt<R: Real, S: Second, const DELTAS: bool>(
     mean: &mut [R],
     model: &[R],
-    m: &mut [R],
-    v: &mut [R],
+    moments: Moments<'_, R>,
     rates: &Rates<R>,
 ) -> bool {
+    let Moments { m, v, next_m, next_v } = moments;
     let mut finite = true;
-    for (((mean, &weight), m), v) in mean.iter_mut().zip(model).zip(m).zip(v) {
+    let next = next_m.iter_mut().zip(next_v);
+    for (((mean, &weight), (&m, &v)), (next_m, next_v)) in
+        mean.iter_mut().zip(model).zip(m.iter().zip(v)).zip(next)
+    {
         let difference = if DELTAS { *mean } else { *mean - weight };
-        *m = rates.old_1 * *m + rates.new_1 * difference;
-        *v = S::next(*v, difference * difference, rates.old_2, rates.new_2);
-        *mean = weight + rates.eta * *m / (v.sqrt() + rates.tau);
+        let m = rates.old_1 * m + rates.new_1 * difference;
+        let v = S::next(v, difference * difference, rates.old_2, rates.new_2);
+        *mean = weight + rates.eta * m / (v.sqrt() + rates.tau);
+        (*next_m, *next_v) = (m, v);
         finite &= mean.finite();
     }
     finite
@@ -281,13 +275,12 @@ fn adapt<R: Real, S: Second, const DELTAS: bool>(
 
 /// A float as it lies in a slot, and as it is computed with.
 trait Stored: Copy + Send + Sync + FromBytes + IntoBytes + Immutable + 'static {
-    type Real: Real;
+    type Real: Real + FromBytes + IntoBytes + Immutable;
 
     fn adapt<S: Second, const DELTAS: bool>(
         mean: &mut [Self],
         model: &[Self],
-        m: &mut [Self::Real],
-        v: &mut [Self::Real],
+        moments: Moments<'_, Self::Real>,
         rates: &Rates<Self::Real>,
     ) -> bool;
 }
@@ -301,11 +294,10 @@ macro_rules! stored_as_computed {
             fn adapt<S: Second, const DELTAS: bool>(
                 mean: &mut [Self],
                 model: &[Self],
-                m: &mut [Self],
-                v: &mut [Self],
+                moments: Moments<'_, Self>,
                 rates: &Rates<Self>,
             ) -> bool {
-                adapt::<_, S, DELTAS>(mean, model, m, v, rates)
+                adapt::<_, S, DELTAS>(mean, model, moments, rates)
             }
         }
     )*};
@@ -365,14 +357,16 @@ macro_rules! stored_short {
             fn adapt<S: Second, const DELTAS: bool>(
                 mean: &mut [Self],
                 model: &[Self],
-                m: &mut [f32],
-                v: &mut [f32],
+                moments: Moments<'_, f32>,
                 rates: &Rates<f32>,
             ) -> bool {
+                let Moments { m, v, next_m, next_v } = moments;
                 let mut finite = true;
                 let (mut wide_mean, mut wide_model) = ([0.0_f32; BLOCK], [0.0_f32; BLOCK]);
                 let blocks = mean.chunks_mut(BLOCK).zip(model.chunks(BLOCK));
-                for ((mean, model), (m, v)) in blocks.zip(m.chunks_mut(BLOCK).zip(v.chunks_mut(BLOCK))) {
+                let before = m.chunks(BLOCK).zip(v.chunks(BLOCK));
+                let after = next_m.chunks_mut(BLOCK).zip(next_v.chunks_mut(BLOCK));
+                for ((mean, model), ((m, v), (next_m, next_v))) in blocks.zip(before.zip(after)) {
                     let wide_mean = &mut wide_mean[..mean.len()];
                     let wide_model = &mut wide_model[..mean.len()];
                     for (wide, &short) in wide_mean.iter_mut().zip(&*mean) {
@@ -381,7 +375,8 @@ macro_rules! stored_short {
                     for (wide, &short) in wide_model.iter_mut().zip(model) {
                         *wide = Short::wide(short);
                     }
-                    finite &= adapt::<f32, S, DELTAS>(wide_mean, wide_model, m, v, rates);
+                    let moments = Moments { m, v, next_m, next_v };
+                    finite &= adapt::<f32, S, DELTAS>(wide_mean, wide_model, moments, rates);
                     Short::narrow(wide_mean, mean);
                     // What an f32 holds may be too much for 16 bits.
                     for &short in &*mean {
@@ -396,56 +391,62 @@ macro_rules! stored_short {
 
 stored_short!(bf16 f16);
 
-/// One region's pass.
+/// The pass over one run of elements.
 struct Pass<'a> {
     threads: &'a Threads,
-    region: &'a Region,
+    run: &'a Run,
     mean: &'a mut [u8],
     model: &'a [u8],
+    before: &'a [u8],
+    after: &'a mut [u8],
     rates: &'a Adaptive,
     deltas: bool,
 }
 
 impl Pass<'_> {
     /// By the rule `S`; says whether the new weights are finite.
-    fn of<S: Second>(self, moments: &mut Moments) -> bool {
-        match (self.region.dtype, moments) {
-            (DType::F64, Moments::Double { m, v }) => self.typed::<f64, S>(m, v),
-            (DType::F32, Moments::Single { m, v }) => self.typed::<f32, S>(m, v),
-            (DType::BF16, Moments::Single { m, v }) => self.typed::<bf16, S>(m, v),
-            (DType::F16, Moments::Single { m, v }) => self.typed::<f16, S>(m, v),
-            _ => {
-                self.integers();
-                true
-            }
+    fn of<S: Second>(self) -> bool {
+        match self.run.dtype {
+            DType::F64 => self.typed::<f64, S>(),
+            DType::F32 => self.typed::<f32, S>(),
+            DType::BF16 => self.typed::<bf16, S>(),
+            DType::F16 => self.typed::<f16, S>(),
+            // They have no moments, and no run.
+            _ => true,
         }
     }
 
-    fn typed<E: Stored, S: Second>(self, m: &mut [E::Real], v: &mut [E::Real]) -> bool {
+    fn typed<E: Stored, S: Second>(self) -> bool {
         if self.deltas {
-            self.run::<E, S, true>(m, v)
+            self.apply::<E, S, true>()
         } else {
-            self.run::<E, S, false>(m, v)
+            self.apply::<E, S, false>()
         }
     }
 
-    fn run<E: Stored, S: Second, const DELTAS: bool>(self, m: &mut [E::Real], v: &mut [E::Real]) -> bool {
+    fn apply<E: Stored, S: Second, const DELTAS: bool>(self) -> bool {
         let rates = Rates::new(self.rates);
-        let range = &self.region.range;
-        let mean = elements_mut::<E>(self.mean, range);
-        let model = elements::<E>(self.model, range);
+        let Run { weights, m, v, .. } = self.run;
+        let mean = elements_mut::<E>(self.mean, weights);
+        let model = elements::<E>(self.model, weights);
+        let before = (
+            elements::<E::Real>(self.before, m),
+            elements::<E::Real>(self.before, v),
+        );
+        // All of a state's first moments lie before its second ones of the same type.
+        let (first, second) = self.after.split_at_mut(v.start);
+        let next = (
+            elements_mut::<E::Real>(first, m),
+            elements_mut::<E::Real>(second, &(0..v.len())),
+        );
         self.threads.all(
-            ((mean, model), (m, v)),
+            ((mean, model), (before, next)),
             #[inline(always)]
-            |_, ((mean, model), (m, v))| E::adapt::<S, DELTAS>(mean, model, m, v, &rates),
+            |_, ((mean, model), ((m, v), (next_m, next_v)))| {
+                let moments = Moments { m, v, next_m, next_v };
+                E::adapt::<S, DELTAS>(mean, model, moments, &rates)
+            },
         )
-    }
-
-    /// The mean is the model, or, of deltas, is added to it; integers wrap, whatever their sign.
-    fn integers(self) {
-        if self.deltas {
-            super::delta::add_region(self.threads, self.region, self.model, self.mean);
-        }
     }
 }
 
@@ -471,6 +472,40 @@ mod tests {
             Optimizer::FedAdam(RATES),
             Optimizer::FedYogi(RATES),
         ]
+    }
+
+    /// The optimizer with its state, as the top keeps it.
+    struct Server {
+        optimizer: ServerOptimizer,
+        before: Option<Vec<u64>>,
+        bytes: usize,
+    }
+
+    impl Server {
+        fn new(schema: Schema, optimizer: Optimizer, updates: UpdateKind) -> Self {
+            let optimizer = ServerOptimizer::new(Arc::new(schema), optimizer, updates);
+            let bytes = optimizer.state_schema().map_or(0, Schema::data_bytes);
+            Self {
+                optimizer,
+                before: None,
+                bytes,
+            }
+        }
+
+        fn step(&mut self, threads: &Threads, model: &[u8], mean: &mut [u8]) -> Result<(), FoldError> {
+            // Rubbish, all of which must be written over.
+            let mut after = vec![u64::MAX; self.bytes.div_ceil(8)];
+            let state = State {
+                before: self
+                    .before
+                    .as_ref()
+                    .map(|before| &before.as_bytes()[..self.bytes]),
+                after: &mut after.as_mut_bytes()[..self.bytes],
+            };
+            self.optimizer.step(threads, model, mean, Some(state))?;
+            self.before = Some(after);
+            Ok(())
+        }
     }
 
     /// The rule for one element in `f64`, as the paper writes it.
@@ -546,7 +581,7 @@ mod tests {
     fn agrees<E: Number>(optimizer: Optimizer, updates: UpdateKind, threads: usize) {
         let schema = Schema::new(vec![TensorSpec::new("w", E::DTYPE, [ELEMENTS])]).expect("a schema");
         let threads = Threads::new(threads).expect("threads");
-        let mut server = ServerOptimizer::new(&schema, optimizer);
+        let mut server = Server::new(schema, optimizer, updates);
         let mut reference = vec![Reference::default(); ELEMENTS];
         let mut model: Vec<E> = (0..ELEMENTS)
             .map(|i| E::of((i % 97) as f64 / 40.0 - 1.2))
@@ -567,7 +602,7 @@ mod tests {
                 .collect();
             let means = slot.clone();
             server
-                .step(&threads, &schema, updates, model.as_bytes(), slot.as_mut_bytes())
+                .step(&threads, model.as_bytes(), slot.as_mut_bytes())
                 .expect("finite");
             for (i, ((weight, mean), new)) in model.iter().zip(&means).zip(&slot).enumerate() {
                 let weight = weight.value();
@@ -607,18 +642,12 @@ mod tests {
         let schema = Schema::new(vec![TensorSpec::new("w", DType::F32, [ELEMENTS])]).expect("a schema");
         let model: Vec<f32> = (0..ELEMENTS).map(|i| (i as f32).sin()).collect();
         let run = |threads: Threads| {
-            let mut server = ServerOptimizer::new(&schema, Optimizer::FedYogi(RATES));
+            let mut server = Server::new(schema.clone(), Optimizer::FedYogi(RATES), UpdateKind::Weights);
             let mut weights = model.clone();
             for round in 0..3 {
                 let mut slot: Vec<f32> = weights.iter().map(|w| w * 0.9 + round as f32 * 0.01).collect();
                 server
-                    .step(
-                        &threads,
-                        &schema,
-                        UpdateKind::Weights,
-                        weights.as_bytes(),
-                        slot.as_mut_bytes(),
-                    )
+                    .step(&threads, weights.as_bytes(), slot.as_mut_bytes())
                     .expect("finite");
                 weights = slot;
             }
@@ -640,7 +669,7 @@ mod tests {
             (UpdateKind::Weights, [5_i32, -1, 9]),
             (UpdateKind::Deltas, [4, -3, 6]),
         ] {
-            let mut server = ServerOptimizer::new(&schema, Optimizer::FedAdam(RATES));
+            let mut server = Server::new(schema.clone(), Optimizer::FedAdam(RATES), updates);
             let model = ([1_i32, 2, 3], [0.5_f32, 0.25]);
             let bytes = |(n, w): ([i32; 3], [f32; 2])| {
                 let mut words = vec![0_u64; 3];
@@ -655,13 +684,7 @@ mod tests {
             for _ in 0..3 {
                 let mut slot = bytes((mean, [0.5, 0.25]));
                 server
-                    .step(
-                        &threads,
-                        &schema,
-                        updates,
-                        &model.as_bytes()[..20],
-                        &mut slot.as_mut_bytes()[..20],
-                    )
+                    .step(&threads, &model.as_bytes()[..20], &mut slot.as_mut_bytes()[..20])
                     .expect("finite");
                 let expected = bytes(([5, -1, 9], [0.0, 0.0]));
                 let (_, range) = schema
@@ -674,7 +697,7 @@ mod tests {
     }
 
     #[test]
-    fn a_step_that_is_too_large_says_so() {
+    fn a_step_that_is_too_large_says_so_and_spoils_nothing() {
         let rates = Adaptive {
             eta: 1e6,
             tau: 1e-3,
@@ -682,44 +705,96 @@ mod tests {
         };
         let schema = Schema::new(vec![TensorSpec::new("w", DType::F16, [1])]).expect("a schema");
         let threads = Threads::new(1).expect("threads");
-        let mut server = ServerOptimizer::new(&schema, Optimizer::FedAdam(rates));
+        let mut server = Server::new(schema, Optimizer::FedAdam(rates), UpdateKind::Weights);
         let model = [f16::ONE];
-        let mut step = || {
-            let mut slot = [f16::from_f32(2.0)];
-            server.step(
-                &threads,
-                &schema,
-                UpdateKind::Weights,
-                model.as_bytes(),
-                slot.as_mut_bytes(),
-            )
+        let mut step = |to: f32| {
+            let mut slot = [f16::from_f32(to)];
+            let stepped = server.step(&threads, model.as_bytes(), slot.as_mut_bytes());
+            (stepped, server.before.clone())
         };
-        step().expect("the first mean is the model");
-        let error = step().expect_err("infinite").to_string();
+        step(2.0).0.expect("the first mean is the model");
+        let (stepped, before) = step(1.0);
+        stepped.expect("the model is at rest");
+        let (stepped, after) = step(2.0);
+        let error = stepped.expect_err("infinite").to_string();
         assert!(error.contains("eta") && error.contains("1000000"), "{error}");
+        assert!(before.is_some() && before == after, "the state is the one before");
     }
 
     #[test]
-    fn its_memory_is_what_is_planned() {
-        let specs = vec![
-            TensorSpec::new("a", DType::F64, [10]),
-            TensorSpec::new("b", DType::F32, [20]),
-            TensorSpec::new("c", DType::BF16, [30]),
-            TensorSpec::new("d", DType::I64, [40]),
+    fn a_state_of_another_size_is_refused() {
+        let schema = Arc::new(Schema::new(vec![TensorSpec::new("w", DType::F32, [4])]).expect("a schema"));
+        let threads = Threads::new(1).expect("threads");
+        let server = ServerOptimizer::new(schema, Optimizer::FedAdam(RATES), UpdateKind::Weights);
+        let (model, mut mean) = ([0.0_f32; 4], [1.0_f32; 4]);
+        for (before, after) in [(None, 7), (Some(8), 7), (Some(7), 8)] {
+            let before = before.map(|elements| vec![0.0_f32; elements]);
+            let mut after = vec![0.0_f32; after];
+            let state = State {
+                before: before.as_ref().map(|before| before.as_bytes()),
+                after: after.as_mut_bytes(),
+            };
+            let error = server.step(&threads, model.as_bytes(), mean.as_mut_bytes(), Some(state));
+            let error = error.expect_err("another size").to_string();
+            assert!(error.contains("state has 28 bytes"), "{error}");
+        }
+        let error = server.step(&threads, model.as_bytes(), mean.as_mut_bytes(), None);
+        assert!(error.expect_err("none").to_string().contains("state has 0 bytes"));
+    }
+
+    /// Of several element types, whose moments lie mixed in the state: each tensor comes out as it does alone.
+    #[test]
+    fn tensors_of_several_types_do_not_meet() {
+        let specs = [
+            TensorSpec::new("a", DType::BF16, [3]),
+            TensorSpec::new("b", DType::F32, [5]),
+            TensorSpec::new("c", DType::F16, [2]),
+            TensorSpec::new("d", DType::F64, [4]),
+            TensorSpec::new("e", DType::F32, [1]),
+            TensorSpec::new("f", DType::I16, [3]),
         ];
-        let schema = Schema::new(specs).expect("a schema");
-        let optimizer = Optimizer::FedAdam(RATES);
-        let taken: usize = ServerOptimizer::new(&schema, optimizer)
-            .moments
-            .iter()
-            .map(|moments| match moments {
-                Moments::None => 0,
-                Moments::Single { m, v } => 4 * (m.capacity() + v.capacity()),
-                Moments::Double { m, v } => 8 * (m.capacity() + v.capacity()),
-            })
-            .sum();
-        assert_eq!(taken, 10 * 16 + 50 * 8);
-        assert_eq!(optimizer_bytes(&schema, &optimizer), taken);
-        assert_eq!(optimizer_bytes(&schema, &Optimizer::FedAvg), 0);
+        let threads = Threads::new(1).expect("threads");
+        let run = |specs: Vec<TensorSpec>| -> Vec<(String, Vec<u8>)> {
+            let schema = Schema::new(specs).expect("a schema");
+            let mut server = Server::new(schema.clone(), Optimizer::FedAdam(RATES), UpdateKind::Weights);
+            let fill = |round: usize| {
+                let mut words = vec![0_u64; schema.data_bytes().div_ceil(8)];
+                for (tensor, range) in schema.iter() {
+                    let seed = usize::from(tensor.name.as_bytes()[0]);
+                    let values = (0..range.len() / tensor.dtype.bytes())
+                        .map(|i| ((seed * 7 + i * 3 + round * 5) % 11) as f64 / 8.0);
+                    let bytes: Vec<u8> = match tensor.dtype {
+                        DType::F64 => values.flat_map(|x| x.to_ne_bytes()).collect(),
+                        DType::F32 => values.flat_map(|x| (x as f32).to_ne_bytes()).collect(),
+                        DType::BF16 => values.flat_map(|x| bf16::from_f64(x).to_ne_bytes()).collect(),
+                        DType::F16 => values.flat_map(|x| f16::from_f64(x).to_ne_bytes()).collect(),
+                        _ => values.flat_map(|x| ((x * 8.0) as i16).to_ne_bytes()).collect(),
+                    };
+                    words.as_mut_bytes()[range].copy_from_slice(&bytes);
+                }
+                words
+            };
+            let bytes = schema.data_bytes();
+            let mut model = fill(0);
+            for round in 1..4 {
+                let mut slot = fill(round);
+                server
+                    .step(
+                        &threads,
+                        &model.as_bytes()[..bytes],
+                        &mut slot.as_mut_bytes()[..bytes],
+                    )
+                    .expect("finite");
+                model = slot;
+            }
+            let tensors = schema.iter();
+            tensors
+                .map(|(tensor, range)| (tensor.name.clone(), model.as_bytes()[range].to_vec()))
+                .collect()
+        };
+        let mut together = run(specs.to_vec());
+        together.sort();
+        let alone: Vec<_> = specs.into_iter().flat_map(|spec| run(vec![spec])).collect();
+        assert_eq!(together, alone);
     }
 }

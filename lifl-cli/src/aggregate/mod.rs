@@ -18,7 +18,7 @@
 //! Which module does what: `accumulator` the states and the weights, `region` which arithmetic a run of elements
 //! needs, `place` where a mean is kept between folds,
 //! `element` the arithmetic of one element type, `wide` that of 64-bit integers, `threads` cuts the work, `delta`
-//! subtracts and adds, `adaptive` the server optimizers that the top applies to the mean.
+//! subtracts and adds, `adaptive` the server optimizers that the top applies to the mean, `state` what they remember.
 //!
 //! Each element is computed from its own inputs in the order given, by multiplications and additions that are not
 //! fused: the same bits come out for any number of threads, and on any machine.
@@ -29,6 +29,7 @@ mod delta;
 mod element;
 mod place;
 mod region;
+mod state;
 mod threads;
 mod wide;
 
@@ -41,8 +42,9 @@ use lifl_common::update::Schema;
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 
 pub use accumulator::{Accumulator, scratch_bytes};
-pub use adaptive::{ServerOptimizer, optimizer_bytes};
+pub use adaptive::ServerOptimizer;
 pub use delta::{add, subtract};
+pub use state::{State, state_schema};
 pub use threads::Threads;
 
 /// One update or aggregate to be folded.
@@ -127,6 +129,8 @@ pub enum Operand {
     Out,
     /// The input of that index.
     Input(usize),
+    /// An optimizer's state, before or after the step.
+    State,
 }
 
 impl std::fmt::Display for Operand {
@@ -134,6 +138,7 @@ impl std::fmt::Display for Operand {
         match self {
             Self::Out => f.write_str("the output"),
             Self::Input(index) => write!(f, "input {index}"),
+            Self::State => f.write_str("the optimizer's state"),
         }
     }
 }

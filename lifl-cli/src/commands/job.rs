@@ -1,6 +1,7 @@
 //! The commands that only look at a job's files: `validate`, `plan`, `schema`.
 
 use std::collections::HashMap;
+use std::path::PathBuf;
 
 use lifl_common::config::{self, ConfigError, JobSpec, Loaded, Timing, Transport, UpdateKind};
 use lifl_common::control::Welcome;
@@ -10,7 +11,7 @@ use serde_json::json;
 use tokio::runtime::Builder;
 
 use super::runtime;
-use crate::cli::JobArgs;
+use crate::cli::{Choices, JobArgs, Report};
 use crate::coordinate::node::{DaemonChoice, Node, NodeOptions};
 use crate::coordinate::pairing::{Pair, pair};
 use crate::coordinate::report::human_bytes;
@@ -20,9 +21,9 @@ use crate::memory::{self, Plan};
 use crate::output::outln;
 
 /// Reads a job, and prints its problems as events where they were asked for.
-pub(super) fn load(args: &JobArgs) -> Outcome<Loaded> {
-    config::load(&args.paths, &args.overrides()).map_err(|error| {
-        if args.report.json {
+pub(super) fn load(paths: &[PathBuf], choices: &Choices, report: Report) -> Outcome<Loaded> {
+    config::load(paths, &choices.overrides()).map_err(|error| {
+        if report.json {
             print_problems(&error);
         }
         Failure::new(Cause::Config, error)
@@ -37,7 +38,7 @@ fn print_problems(error: &ConfigError) {
 
 /// Says whether a job could run, without starting anything.
 pub(crate) fn validate(args: &JobArgs) -> Outcome {
-    let Loaded { job, notes } = load(args)?;
+    let Loaded { job, notes } = load(&args.paths, &args.choices, args.report)?;
     learn::schema(&job.model).because(Cause::Config)?;
     if args.report.json {
         outln!("{}", json!({ "event": "valid", "job": job, "notes": notes }));
@@ -58,7 +59,7 @@ pub(crate) fn validate(args: &JobArgs) -> Outcome {
 
 /// Shows the tree, the memory and the plane.
 pub(crate) fn plan(args: &JobArgs) -> Outcome {
-    let Loaded { job, notes } = load(args)?;
+    let Loaded { job, notes } = load(&args.paths, &args.choices, args.report)?;
     let schema = learn::schema(&job.model).because(Cause::Config)?;
     let daemon = daemon_for(&job)?;
     let plan = Plan::new(&job, &schema, daemon.huge_pages);
@@ -121,16 +122,17 @@ pub(crate) fn plan(args: &JobArgs) -> Outcome {
         plan.parameters,
         human_bytes(plan.object_bytes)
     );
-    let arenas = plan.workers.len();
+    let processes = plan.workers.len() + 1;
+    let states = plan.workers.iter().filter(|share| share.state_bytes > 0);
+    let arenas = plan.workers.len() + states.count();
     let pages = human_bytes(plan.page_bytes);
     outln!(
         "arenas   {} in {arenas} arenas, pages of {pages}",
         human_bytes(plan.pool_bytes)
     );
     outln!(
-        "private  at most {} in {} processes",
+        "private  at most {} in {processes} processes",
         human_bytes(plan.private_bytes),
-        arenas + 1
     );
     outln!("memory   at most {}", human_bytes(plan.total_bytes));
     for (transport, address) in [("p2p", &job.brokers.p2p), ("mqtt", &job.brokers.mqtt)] {

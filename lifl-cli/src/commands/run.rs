@@ -9,7 +9,7 @@ use super::{log, runtime};
 use crate::cli::RunArgs;
 use crate::coordinate::node::NodeOptions;
 use crate::coordinate::report::{Event, Reporter};
-use crate::coordinate::{self, RunOptions};
+use crate::coordinate::{self, Destination, Resumed, RunOptions};
 use crate::exit::{Because, Cause, Outcome};
 use crate::memory;
 
@@ -17,7 +17,7 @@ use crate::memory;
 pub(crate) fn run(args: &RunArgs) -> Outcome {
     // What an own daemon sends back is told to its sender; the program's own words are for a daemon's log.
     log("warn,lifl_verdict=error");
-    let mut reporter = Reporter::new(args.job.report.json);
+    let mut reporter = Reporter::new(args.report.json);
     let outcome = run_with(args, &mut reporter);
     if let Err(failure) = &outcome {
         let (exit_code, error) = (failure.cause as u8, format!("{:#}", failure.error));
@@ -29,20 +29,33 @@ pub(crate) fn run(args: &RunArgs) -> Outcome {
 }
 
 fn run_with(args: &RunArgs, reporter: &mut Reporter) -> Outcome {
-    let loaded = load(&args.job)?;
-    for note in &loaded.notes {
-        reporter.say(&format!("note: {note}"));
-    }
+    let (job, destination) = match &args.resume {
+        Some(folder) => {
+            let (resumed, job) = Resumed::open(folder)?;
+            if let Some(event) = resumed.finished() {
+                return reporter.event(&event).because(Cause::Job);
+            }
+            (job, Destination::Resumed(resumed))
+        }
+        None => {
+            let loaded = load(&args.paths, &args.choices, args.report)?;
+            for note in &loaded.notes {
+                reporter.say(&format!("note: {note}"));
+            }
+            (loaded.job, Destination::New(args.out.clone()))
+        }
+    };
     let options = RunOptions {
         node: NodeOptions {
             daemon: args.daemon.clone(),
             plane: args.plane,
             pool_bytes: args.pool_mib.map(|mib| mib.saturating_mul(1 << 20)),
             huge_pages: args.huge_pages,
-            workers: memory::registrations(&loaded.job),
+            workers: memory::registrations(&job),
         },
-        out: args.out.clone(),
+        destination,
         checkpoint_every: args.checkpoint_every,
+        keep_checkpoints: args.keep_checkpoints,
     };
     // Its own daemon's descriptors are this process's.
     lifl_daemon::raise_open_files();
@@ -52,6 +65,9 @@ fn run_with(args: &RunArgs, reporter: &mut Reporter) -> Outcome {
         let mut interrupt = signal(SignalKind::interrupt()).because(Cause::Machine)?;
         let mut terminate = signal(SignalKind::terminate()).because(Cause::Machine)?;
         let mut hangup = signal(SignalKind::hangup()).because(Cause::Machine)?;
+        // A file past `ulimit -f` is then an error of its writer, and not the end of the run.
+        let too_large = SignalKind::from_raw(nix::sys::signal::Signal::SIGXFSZ as i32);
+        let _caught = signal(too_large).because(Cause::Machine)?;
         tokio::spawn({
             let shutdown = shutdown.clone();
             async move {
@@ -63,7 +79,7 @@ fn run_with(args: &RunArgs, reporter: &mut Reporter) -> Outcome {
                 shutdown.cancel();
             }
         });
-        coordinate::run(&loaded.job, &options, reporter, &shutdown).await
+        coordinate::run(&job, &options, reporter, &shutdown).await
     });
     // A download or an evaluation that nobody waits for any more does not hold up the end.
     runtime.shutdown_background();

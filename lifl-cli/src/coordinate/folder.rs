@@ -1,16 +1,66 @@
 //! What a run leaves: the job as understood, metrics, checkpoints, the last model, the workers' logs.
+//!
+//! A folder has one run at a time: whoever works in it holds a lock on it, which goes with the process however that
+//! ends. Every file but metrics and logs is written beside, synced and renamed, so that it is whole or not there;
+//! [checkpoints](crate::checkpoint) say so for three files at once.
 
 use std::fs::{self, File};
-use std::io::Write;
+use std::io::{self, Read, Write};
+use std::num::NonZeroU32;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
 
-use anyhow::{Context, bail};
+use anyhow::{Context, anyhow, bail};
 use lifl_common::config::JobSpec;
+use lifl_common::id::Generation;
+use lifl_common::update::{Metadata, image};
+use nix::errno::Errno;
+use nix::fcntl::{Flock, FlockArg};
+use serde::Serialize;
 
-/// A run's folder.
+use crate::checkpoint::{self, Checkpoint, CheckpointError, Hash, Part};
+use crate::data;
+
+/// The version of `job.json`.
+const JOB_VERSION: u32 = 1;
+
+/// The file that is locked.
+const LOCK: &str = ".lock";
+
+/// How long a process that was killed may take to be gone, and its lock with it: the kernel takes its memory apart first.
+const DYING: Duration = Duration::from_secs(3);
+
+/// How often it is looked for meanwhile.
+const LOOK_AGAIN: Duration = Duration::from_millis(20);
+
+/// Bytes that are hashed and written at a time: they are still in the cache for the second.
+const PIECE_BYTES: usize = 1 << 20;
+
+/// A run's folder. Clones share its lock.
 #[derive(Clone, Debug)]
 pub(super) struct RunFolder {
     path: PathBuf,
+    /// SHA-256 of its `job.json`.
+    job_sha256: String,
+    _lock: Arc<Flock<File>>,
+}
+
+/// The newest checkpoint that is whole.
+#[derive(Debug)]
+pub(super) struct Latest {
+    /// Its round and its description's path; `None` if there is none.
+    pub(super) checkpoint: Option<(u32, PathBuf)>,
+    /// What is wrong with the newer ones.
+    pub(super) skipped: Vec<String>,
+}
+
+/// `job.json`: the job, with a version in front.
+#[derive(Serialize)]
+struct JobFile<'a> {
+    version: u32,
+    #[serde(flatten)]
+    job: &'a JobSpec,
 }
 
 impl RunFolder {
@@ -41,10 +91,57 @@ impl RunFolder {
         let path = path
             .canonicalize()
             .with_context(|| format!("cannot find {}", path.display()))?;
-        let folder = Self { path };
-        let text = serde_json::to_vec_pretty(job).context("the job is not JSON")?;
-        folder.write("job.json", &text)?;
+        let lock = lock(&path)?;
+        if path.join("job.json").exists() {
+            bail!("another run has just used {}: give --out another", path.display());
+        }
+        let here = std::env::current_dir().context("the current folder is gone")?;
+        let file = JobFile {
+            version: JOB_VERSION,
+            job: &anchored(job, &here),
+        };
+        let text = serde_json::to_vec_pretty(&file).context("the job is not JSON")?;
+        let folder = Self {
+            path,
+            job_sha256: Hash::of(&text),
+            _lock: Arc::new(lock),
+        };
+        folder.write("job.json", &[&text])?;
+        folder.sync()?;
         Ok(folder)
+    }
+
+    /// Opens the folder of a run that has ended, however it did, with its job.
+    ///
+    /// # Errors
+    /// If it is no run's folder, a run works in it, or its job cannot be read.
+    pub(super) fn open(path: &Path) -> anyhow::Result<(Self, JobSpec)> {
+        if !path.is_dir() {
+            bail!(
+                "{} is no folder: give --resume the folder that a run left, which it named as \"run folder\"",
+                path.display()
+            );
+        }
+        let path = path
+            .canonicalize()
+            .with_context(|| format!("cannot find {}", path.display()))?;
+        if !path.join("job.json").exists() {
+            bail!(
+                "{} is not the folder of a run, it has no job.json: give --resume the folder that a run left",
+                path.display()
+            );
+        }
+        let lock = lock(&path)?;
+        let (job, job_sha256) = read_job(&path.join("job.json"))?;
+        let folder = Self {
+            path,
+            job_sha256,
+            _lock: Arc::new(lock),
+        };
+        folder.sweep();
+        fs::create_dir_all(folder.path.join("logs"))
+            .with_context(|| format!("cannot make {}/logs", folder.path.display()))?;
+        Ok((folder, job))
     }
 
     /// Where it is.
@@ -65,37 +162,311 @@ impl RunFolder {
         lines[lines.len().saturating_sub(count)..].join("\n")
     }
 
-    /// Writes a round's model, an image as it lies in its slot.
+    /// Writes a round's checkpoint: its model and what the optimizer remembers, images as they lie in their slots. Gives
+    /// its description's path, from which a top can begin.
     ///
     /// # Errors
-    /// If the disk is full, or the folder is gone.
-    pub(super) fn checkpoint(&self, round: u32, image: &[u8]) -> anyhow::Result<()> {
-        self.write(&format!("model-{round}.safetensors"), image)
+    /// If the disk is full, or the folder is gone; nothing of it is left then.
+    pub(super) fn checkpoint(
+        &self,
+        round: u32,
+        model: &[u8],
+        state: Option<&[u8]>,
+    ) -> anyhow::Result<PathBuf> {
+        let names = [checkpoint::model_name(round), checkpoint::state_name(round)];
+        let description = checkpoint::description_name(round);
+        let write = || -> anyhow::Result<()> {
+            let model = self.write_image(&names[0], model)?;
+            let state = state
+                .map(|state| self.write_image(&names[1], state))
+                .transpose()?;
+            // First the names of what it describes, then its own.
+            self.sync()?;
+            let checkpoint = Checkpoint::new(round, self.job_sha256.clone(), model, state);
+            let text = serde_json::to_vec_pretty(&checkpoint).context("a checkpoint is not JSON")?;
+            self.write(&description, &[&text])?;
+            self.sync()
+        };
+        write().inspect_err(|_| {
+            for name in [&description].into_iter().chain(&names) {
+                let _ = fs::remove_file(self.path.join(name));
+            }
+        })?;
+        Ok(self.path.join(description))
     }
 
-    /// Makes the last model `model.safetensors`.
+    /// Removes checkpoints of rounds up to that one, but for so many of the newest of them.
+    pub(super) fn prune(&self, round: u32, keep: NonZeroU32) {
+        let rounds = self.rounds().into_iter().filter(|&old| old <= round);
+        for old in rounds.skip(keep.get() as usize) {
+            // The description first: without it nobody looks for the others.
+            for name in [
+                checkpoint::description_name(old),
+                checkpoint::model_name(old),
+                checkpoint::state_name(old),
+            ] {
+                let _ = fs::remove_file(self.path.join(name));
+            }
+        }
+    }
+
+    /// The newest checkpoint that is whole. All of its bytes are read.
+    ///
+    /// # Errors
+    /// If there are some and all were made with another `job.json` than the one that is there.
+    pub(super) fn latest(&self) -> anyhow::Result<Latest> {
+        let mut skipped = Vec::new();
+        let mut other_jobs = None;
+        for round in self.rounds() {
+            let path = self.path.join(checkpoint::description_name(round));
+            match self.whole(&path) {
+                Ok(()) => {
+                    return Ok(Latest {
+                        checkpoint: Some((round, path)),
+                        skipped,
+                    });
+                }
+                Err(error) => {
+                    if matches!(error, CheckpointError::OtherJob) {
+                        other_jobs.get_or_insert(round);
+                    }
+                    let error = anyhow::Error::from(error);
+                    skipped.push(format!("the checkpoint of round {round} is not whole: {error:#}"));
+                }
+            }
+        }
+        if let Some(round) = other_jobs {
+            bail!(
+                "{} was changed since the checkpoint of round {round} was made: put it back as it was, or begin another run \
+                 with {} as its baseModel",
+                self.path.join("job.json").display(),
+                self.path.join(checkpoint::model_name(round)).display()
+            );
+        }
+        Ok(Latest {
+            checkpoint: None,
+            skipped,
+        })
+    }
+
+    /// Whether a checkpoint is whole, and this job's.
+    fn whole(&self, description: &Path) -> Result<(), CheckpointError> {
+        let checkpoint = Checkpoint::read(description)?;
+        if checkpoint.job != self.job_sha256 {
+            return Err(CheckpointError::OtherJob);
+        }
+        checkpoint.verify(&self.path)
+    }
+
+    /// Makes the last model `model.safetensors`; `checkpointed` if that round's [checkpoint](Self::checkpoint) has just
+    /// been written.
     ///
     /// # Errors
     /// As [`checkpoint`](Self::checkpoint).
-    pub(super) fn last_model(&self, round: u32, image: &[u8]) -> anyhow::Result<()> {
-        let last = self.path.join("model.safetensors");
-        // The same bytes need no second copy on the disk.
-        if fs::hard_link(self.path.join(format!("model-{round}.safetensors")), &last).is_ok() {
-            return Ok(());
+    pub(super) fn last_model(&self, round: u32, image: &[u8], checkpointed: bool) -> anyhow::Result<()> {
+        if !(checkpointed && self.link_last_model(round)) {
+            self.write_image("model.safetensors", image)?;
         }
-        self.write("model.safetensors", image)
+        self.sync()
     }
 
-    /// Writes beside and renames, so that a file is whole or not there.
-    fn write(&self, name: &str, bytes: &[u8]) -> anyhow::Result<()> {
-        let (path, beside) = (self.path.join(name), self.path.join(format!(".{name}.part")));
-        let written = File::create(&beside).and_then(|mut file| file.write_all(bytes));
-        let renamed = written.and_then(|()| fs::rename(&beside, &path));
-        if renamed.is_err() {
-            let _ = fs::remove_file(&beside);
-        }
-        renamed.with_context(|| format!("cannot write {} ({} bytes)", path.display(), bytes.len()))
+    /// Makes a checkpoint's model the last one: the same bytes need no second copy on the disk. Says whether it did.
+    pub(super) fn link_last_model(&self, round: u32) -> bool {
+        let beside = self.path.join(".model.safetensors.part");
+        let _ = fs::remove_file(&beside);
+        let linked = fs::hard_link(self.path.join(checkpoint::model_name(round)), &beside);
+        linked
+            .and_then(|()| fs::rename(&beside, self.last_model_path()))
+            .is_ok()
     }
+
+    /// Where the last model is when the run is done.
+    pub(super) fn last_model_path(&self) -> PathBuf {
+        self.path.join("model.safetensors")
+    }
+
+    /// The rounds of which there are checkpoints, whole or not, the newest first.
+    fn rounds(&self) -> Vec<u32> {
+        let entries = fs::read_dir(&self.path).into_iter().flatten().flatten();
+        let mut rounds: Vec<u32> = entries
+            .filter_map(|entry| checkpoint::round_of(entry.file_name().to_str()?))
+            .collect();
+        rounds.sort_unstable_by(|a, b| b.cmp(a));
+        rounds
+    }
+
+    /// Removes what a process that was killed was writing.
+    fn sweep(&self) {
+        for entry in fs::read_dir(&self.path).into_iter().flatten().flatten() {
+            let name = entry.file_name();
+            let name = name.to_string_lossy();
+            if name.starts_with('.') && name.ends_with(".part") {
+                let _ = fs::remove_file(entry.path());
+            }
+        }
+    }
+
+    /// Writes an image as it lies in its slot, but for the slot's generation, which says nothing outside of the arena:
+    /// equal models are equal files.
+    fn write_image(&self, name: &str, bytes: &[u8]) -> anyhow::Result<Part> {
+        let schema = image::schema(bytes)?;
+        let (metadata, offset) = image::check(bytes, &schema)?;
+        let metadata = Metadata {
+            generation: Generation(0),
+            ..metadata
+        };
+        let header = image::header(&schema, &metadata);
+        self.write(name, &[&header, &bytes[offset..]])
+    }
+
+    /// Writes beside, syncs and renames, so that a file is whole or not there. Its name is only sure to last after
+    /// [`sync`](Self::sync).
+    fn write(&self, name: &str, parts: &[&[u8]]) -> anyhow::Result<Part> {
+        let (path, beside) = (self.path.join(name), self.path.join(format!(".{name}.part")));
+        let bytes: u64 = parts.iter().map(|part| part.len() as u64).sum();
+        let write = || -> io::Result<String> {
+            let mut file = File::create(&beside)?;
+            let mut hash = Hash::new();
+            for piece in parts.iter().flat_map(|part| part.chunks(PIECE_BYTES)) {
+                hash.update(piece);
+                file.write_all(piece)?;
+            }
+            file.sync_all()?;
+            fs::rename(&beside, &path)?;
+            Ok(hash.hex())
+        };
+        // Asked before the half-written file is removed, and gives its room back.
+        let written = write().map_err(|error| self.explain(&path, bytes, error));
+        let sha256 = written.inspect_err(|_| {
+            let _ = fs::remove_file(&beside);
+        })?;
+        Ok(Part {
+            file: name.to_owned(),
+            bytes,
+            sha256,
+        })
+    }
+
+    /// Why a file could not be written, with the numbers and what helps.
+    fn explain(&self, path: &Path, bytes: u64, error: io::Error) -> anyhow::Error {
+        let what = format!("cannot write {} ({bytes} bytes)", path.display());
+        let part = self.path.join(format!(
+            ".{}.part",
+            path.file_name().unwrap_or_default().display()
+        ));
+        let written = fs::metadata(part).map_or(0, |metadata| metadata.len());
+        let remedy = match Errno::from_raw(error.raw_os_error().unwrap_or(0)) {
+            Errno::ENOSPC => {
+                let free = nix::sys::statvfs::statvfs(&self.path);
+                let free = free.map_or(0, |disk| disk.blocks_available() * disk.fragment_size());
+                format!(
+                    "its file system is full, {} bytes were free for it: make room there, or keep fewer checkpoints \
+                     (--keep-checkpoints, --checkpoint-every)",
+                    free.saturating_add(written)
+                )
+            }
+            Errno::EDQUOT => "the user's disk quota is used up: make room, or keep fewer checkpoints \
+                              (--keep-checkpoints, --checkpoint-every)"
+                .to_owned(),
+            Errno::EFBIG => "files may not be so large here: raise the limit (`ulimit -f`)".to_owned(),
+            _ => return anyhow::Error::new(error).context(what),
+        };
+        anyhow::Error::new(error).context(format!("{what}: {remedy}"))
+    }
+
+    /// Makes names last.
+    fn sync(&self) -> anyhow::Result<()> {
+        let synced = File::open(&self.path).and_then(|folder| folder.sync_all());
+        synced.with_context(|| format!("cannot sync {}", self.path.display()))
+    }
+}
+
+/// Locks a run's folder until the process ends.
+fn lock(folder: &Path) -> anyhow::Result<Flock<File>> {
+    let path = folder.join(LOCK);
+    let mut options = File::options();
+    let file = options
+        .read(true)
+        .write(true)
+        .create(true)
+        .truncate(false)
+        .open(&path);
+    let mut file = file.with_context(|| format!("cannot open {}", path.display()))?;
+    let begun = Instant::now();
+    loop {
+        match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
+            Ok(mut lock) => {
+                // For whoever comes second; it does no harm if it cannot be written.
+                let pid = format!("{}\n", std::process::id());
+                let _ = lock.set_len(0).and_then(|()| lock.write_all(pid.as_bytes()));
+                return Ok(lock);
+            }
+            Err((back, Errno::EWOULDBLOCK)) if begun.elapsed() < DYING => {
+                file = back;
+                std::thread::sleep(LOOK_AGAIN);
+            }
+            Err((mut file, Errno::EWOULDBLOCK)) => {
+                let mut pid = String::new();
+                let _ = file.read_to_string(&mut pid);
+                bail!(
+                    "another `lifl run` works in {} (process {}): wait for its end, or stop it",
+                    folder.display(),
+                    pid.trim()
+                );
+            }
+            Err((_, error)) => {
+                return Err(anyhow::Error::new(error).context(format!("cannot lock {}", path.display())));
+            }
+        }
+    }
+}
+
+/// The job of a run, and its file's SHA-256.
+fn read_job(path: &Path) -> anyhow::Result<(JobSpec, String)> {
+    #[derive(serde::Deserialize)]
+    struct Version {
+        version: Option<u32>,
+    }
+    let text = fs::read(path).with_context(|| format!("cannot read {}", path.display()))?;
+    let damaged = || format!("{} is damaged: this run cannot be resumed", path.display());
+    let Version { version } = serde_json::from_slice(&text).with_context(damaged)?;
+    match version {
+        Some(JOB_VERSION) => {}
+        Some(version) => bail!(
+            "{} is of version {version}, this lifl knows {JOB_VERSION}: resume with the lifl that began the run",
+            path.display()
+        ),
+        None => bail!(
+            "{} has no version: it is not the job of a run that can be resumed (a job file is run with `lifl run PATH`)",
+            path.display()
+        ),
+    }
+    let job: JobSpec = serde_json::from_slice(&text).with_context(damaged)?;
+    if job.top().is_none() || job.trainers().next().is_none() || job.rounds == 0 {
+        return Err(anyhow!("it has no top, no trainer or no round")).with_context(damaged);
+    }
+    Ok((job, Hash::of(&text)))
+}
+
+/// The job with paths that do not depend on the current folder: it may be resumed from another.
+fn anchored(job: &JobSpec, here: &Path) -> JobSpec {
+    let mut job = job.clone();
+    // Without normalizing: names that differ stay different.
+    let dataset = |dataset: &mut String| {
+        if let Some(path) = here.join(&*dataset).to_str()
+            && data::is_path(dataset)
+        {
+            *dataset = path.to_owned();
+        }
+    };
+    job.base_model = job.base_model.map(|path| here.join(path));
+    let datasets = job
+        .workers
+        .iter_mut()
+        .filter_map(|worker| worker.dataset.as_mut());
+    let own = job.data.as_mut().map(|data| &mut data.dataset);
+    datasets.chain(own).for_each(dataset);
+    job
 }
 
 /// A path in `parent` that is not there yet.
@@ -119,3 +490,6 @@ fn file_name(name: &str) -> String {
         })
         .collect()
 }
+
+#[cfg(test)]
+mod tests;

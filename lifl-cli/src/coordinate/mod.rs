@@ -15,11 +15,13 @@ pub mod node;
 pub mod pairing;
 mod peak;
 pub mod report;
+mod resume;
 pub(crate) mod roster;
 mod rounds;
 mod watch;
 mod workers;
 
+use std::num::NonZeroU32;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
@@ -34,6 +36,7 @@ use self::folder::RunFolder;
 use self::gateway::Gateway;
 use self::node::{Node, NodeOptions};
 use self::report::{Level, Reporter, human_bytes};
+pub use self::resume::Resumed;
 use self::rounds::Rounds;
 use self::workers::Workers;
 use crate::data::{self, DataError};
@@ -42,14 +45,25 @@ use crate::learn;
 use crate::memory;
 
 /// How to run a job.
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 pub struct RunOptions {
     /// The daemon.
     pub node: NodeOptions,
     /// The run's folder.
-    pub out: Option<PathBuf>,
-    /// A checkpoint every so many rounds; 0 for the last model only.
+    pub destination: Destination,
+    /// A checkpoint every so many rounds, and of the last; 0 for the last model only.
     pub checkpoint_every: u32,
+    /// How many checkpoints stay; all when not given.
+    pub keep_checkpoints: Option<NonZeroU32>,
+}
+
+/// Where a run leaves what it leaves.
+#[derive(Debug)]
+pub enum Destination {
+    /// In a new folder: this one, or one below the current one.
+    New(Option<PathBuf>),
+    /// In a run's that goes on.
+    Resumed(Resumed),
 }
 
 /// The coordinator's own name and role.
@@ -65,7 +79,10 @@ struct Run<'a> {
     frames: FrameSocket,
     id: WorkerId,
     started: Instant,
+    /// The first round to run, from 1.
+    first_round: u32,
     checkpoint_every: u32,
+    keep_checkpoints: Option<NonZeroU32>,
 }
 
 /// Runs a job from its first to its last process.
@@ -125,8 +142,19 @@ async fn with_node(
     shutdown: &CancellationToken,
 ) -> Outcome {
     check_room(job, &schema, node)?;
-    let folder = RunFolder::create(options.out.as_deref(), job).because(Cause::Config)?;
-    reporter.keep_metrics(folder.path()).because(Cause::Config)?;
+    let (folder, from) = match &options.destination {
+        Destination::New(out) => {
+            let folder = RunFolder::create(out.as_deref(), job).because(Cause::Config)?;
+            reporter.keep_metrics(folder.path()).because(Cause::Config)?;
+            (folder, None)
+        }
+        Destination::Resumed(resumed) => {
+            let folder = resumed.folder.clone();
+            reporter.keep_metrics(folder.path()).because(Cause::Config)?;
+            reporter.event(&resumed.event()).because(Cause::Job)?;
+            (folder, resumed.from.as_ref())
+        }
+    };
     if let Some(note) = &node.passed_over {
         reporter.say(note);
     }
@@ -137,7 +165,8 @@ async fn with_node(
         .await
         .because(Cause::Machine)?;
     let gateway = Gateway::open(job, &schema, &mut client).await?;
-    let workers = Workers::start(job, job_id, &node.socket, &folder, &gateway).because(Cause::Job)?;
+    let start = from.map(|(_, checkpoint)| checkpoint.as_path());
+    let workers = Workers::start(job, job_id, &node.socket, &folder, &gateway, start).because(Cause::Job)?;
     let mut run = Run {
         job,
         schema,
@@ -147,7 +176,9 @@ async fn with_node(
         frames: registration.frames,
         id: registration.worker,
         started,
+        first_round: from.map_or(1, |(round, _)| round + 1),
         checkpoint_every: options.checkpoint_every,
+        keep_checkpoints: options.keep_checkpoints,
     };
     let (outcome, workers) = drive(&mut run, workers, node, reporter, shutdown).await;
     let reason = match &outcome {

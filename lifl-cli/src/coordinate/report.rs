@@ -1,7 +1,7 @@
 //! What a run tells: events for programs, lines and a bar for people, and the same events in the run's folder.
 
 use crate::output::outln;
-use std::fs::File;
+use std::fs::{self, File};
 use std::io::{self, IsTerminal, Write};
 use std::path::Path;
 use std::time::Duration;
@@ -15,6 +15,24 @@ use serde::Serialize;
 #[derive(Clone, Debug, Serialize)]
 #[serde(tag = "event", rename_all = "snake_case")]
 pub enum Event {
+    /// A run goes on in its folder. Rounds from `round` on that stand before it in `metrics.jsonl` are run again.
+    Resumed {
+        /// The run's folder.
+        run: String,
+        /// The round that it goes on with.
+        round: u32,
+        /// The checkpoint that it goes on from; `None` to begin anew.
+        checkpoint: Option<String>,
+        /// What is wrong with newer checkpoints.
+        skipped: Vec<String>,
+    },
+    /// There is nothing to go on with: all rounds are done.
+    AlreadyFinished {
+        /// The run's folder.
+        run: String,
+        /// The job's rounds.
+        rounds: u32,
+    },
     /// The workers are there and the first round begins.
     JobStarted {
         /// The job's name.
@@ -55,6 +73,13 @@ pub enum Event {
         worker: String,
         /// In which round.
         round: u32,
+    },
+    /// A round's checkpoint could not be written; the job goes on without it.
+    CheckpointFailed {
+        /// Which.
+        round: u32,
+        /// Why, and what helps.
+        error: String,
     },
     /// A round is over.
     Round {
@@ -121,7 +146,7 @@ pub struct Level {
 /// Where events go.
 pub struct Reporter {
     json: bool,
-    metrics: Option<File>,
+    metrics: Option<Metrics>,
     bar: Option<ProgressBar>,
 }
 
@@ -135,13 +160,14 @@ impl Reporter {
         }
     }
 
-    /// Events are also written to the run's `metrics.jsonl` from here on.
+    /// Events are also added to the run's `metrics.jsonl` from here on.
     ///
     /// # Errors
     /// If that file cannot be made.
     pub fn keep_metrics(&mut self, run: &Path) -> anyhow::Result<()> {
         let path = run.join("metrics.jsonl");
-        self.metrics = Some(File::create(&path).with_context(|| format!("cannot make {}", path.display()))?);
+        let metrics = Metrics::open(&path).with_context(|| format!("cannot open {}", path.display()))?;
+        self.metrics = Some(metrics);
         Ok(())
     }
 
@@ -187,11 +213,16 @@ impl Reporter {
     /// Tells everybody of an event.
     ///
     /// # Errors
-    /// If the metrics file cannot be written; a closed standard output is no error.
+    /// If the event is no JSON; a closed standard output is no error, nor is a full disk: lines that have no room in the
+    /// metrics file are added when there is some.
     pub fn event(&mut self, event: &Event) -> anyhow::Result<()> {
         let line = serde_json::to_string(event).context("an event is not JSON")?;
-        if let Some(metrics) = &mut self.metrics {
-            writeln!(metrics, "{line}").context("cannot write metrics.jsonl")?;
+        if let Some(metrics) = &mut self.metrics
+            && let Some(error) = metrics.add(&line)
+        {
+            self.say(&format!(
+                "metrics.jsonl cannot be written now ({error}): its lines are kept for later"
+            ));
         }
         if self.json {
             let _ = writeln!(io::stdout(), "{line}");
@@ -202,8 +233,77 @@ impl Reporter {
     }
 }
 
+/// The run's `metrics.jsonl`: whole lines, at whatever moment a process is killed or the disk is full.
+struct Metrics {
+    file: File,
+    /// Bytes of whole lines in it.
+    length: u64,
+    /// Lines that are not in it yet.
+    pending: String,
+}
+
+impl Metrics {
+    /// Opens it to add to it; the part of a line at its end, which a process left that was killed, goes.
+    fn open(path: &Path) -> io::Result<Self> {
+        let text = match fs::read(path) {
+            Ok(text) => text,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Vec::new(),
+            Err(error) => return Err(error),
+        };
+        let length = text
+            .iter()
+            .rposition(|byte| *byte == b'\n')
+            .map_or(0, |at| at + 1) as u64;
+        let file = File::options().create(true).append(true).open(path)?;
+        file.set_len(length)?;
+        Ok(Self {
+            file,
+            length,
+            pending: String::new(),
+        })
+    }
+
+    /// Adds a line, and those that had no room before. Gives the error of the first that had none.
+    fn add(&mut self, line: &str) -> Option<io::Error> {
+        let first = self.pending.is_empty();
+        self.pending.push_str(line);
+        self.pending.push('\n');
+        match self.file.write_all(self.pending.as_bytes()) {
+            Ok(()) => {
+                self.length += self.pending.len() as u64;
+                self.pending.clear();
+                None
+            }
+            Err(error) => {
+                // A part may have had room.
+                let _ = self.file.set_len(self.length);
+                first.then_some(error)
+            }
+        }
+    }
+}
+
 fn describe(event: &Event) -> Option<String> {
     let text = match event {
+        Event::Resumed {
+            run,
+            round,
+            checkpoint,
+            skipped,
+        } => {
+            let mut text: String = skipped.iter().map(|what| format!("warning: {what}\n")).collect();
+            text.push_str(&match checkpoint {
+                Some(checkpoint) => format!("resumed from {checkpoint} in {run}, with round {round}"),
+                None => format!("no checkpoint in {run} to go on from: beginning at round {round}"),
+            });
+            text
+        }
+        Event::AlreadyFinished { run, rounds } => {
+            format!("nothing left to do: all {rounds} rounds are done, model in {run}")
+        }
+        Event::CheckpointFailed { round, error } => {
+            format!("warning: round {round} has no checkpoint, the job goes on: {error}")
+        }
         Event::JobStarted {
             job,
             run,

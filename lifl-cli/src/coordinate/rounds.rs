@@ -4,7 +4,7 @@
 //! A round is decided when the top's `Model` frame has come, whatever happens to the top then: until that frame nobody's
 //! update has been given back, so that a successor can make the round anew.
 
-use std::collections::VecDeque;
+use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -13,7 +13,7 @@ use lifl_common::arena::PeerArena;
 use lifl_common::config::Kind;
 use lifl_common::control::{DeadLetter, Event as DaemonEvent, GatewayStatus, Status};
 use lifl_common::frame::{Frame, FrameKind};
-use lifl_common::id::WorkerId;
+use lifl_common::id::{ArenaId, WorkerId};
 use lifl_common::update::{Cover, Metadata, Tensors, image};
 use tokio::task::JoinHandle;
 
@@ -32,6 +32,8 @@ use crate::memory;
 struct NewModel {
     frame: Frame,
     arena: Arc<PeerArena>,
+    /// What the optimizer remembers with it, lent in front of it.
+    state: Option<(Frame, Arc<PeerArena>)>,
     seconds: f64,
     moved: Moved,
     /// The trainers that were to be in it.
@@ -48,6 +50,8 @@ struct Moved {
 /// What became of it.
 struct Examined {
     model: NewModel,
+    /// Why its checkpoint could not be written, if it could not.
+    checkpoint_failed: Option<String>,
     metadata: Metadata,
     evaluation: Option<Evaluation>,
     evaluator: Option<Evaluator>,
@@ -71,7 +75,7 @@ pub(super) struct Rounds<'r, 'j> {
     tops: Vec<WorkerId>,
     evaluator: Option<Evaluator>,
     examining: Option<JoinHandle<anyhow::Result<Examined>>>,
-    arena: Option<Arc<PeerArena>>,
+    arenas: HashMap<ArenaId, Arc<PeerArena>>,
     moved_before: Moved,
     /// Remote workers that are dead, and whose proxies are to leave.
     pub(super) to_drop: Vec<usize>,
@@ -104,7 +108,7 @@ impl<'r, 'j> Rounds<'r, 'j> {
             tops: Vec::new(),
             evaluator: None,
             examining: None,
-            arena: None,
+            arenas: HashMap::new(),
             moved_before: Moved::default(),
             to_drop: Vec::new(),
             last: None,
@@ -129,7 +133,7 @@ impl<'r, 'j> Rounds<'r, 'j> {
         .because(Cause::Config)?;
         self.wait_for_workers().await?;
         self.announce_job(node).await?;
-        for round in 1..=job.rounds {
+        for round in self.run.first_round..=job.rounds {
             self.one_round(round).await?;
         }
         self.examined().await?;
@@ -206,8 +210,12 @@ impl<'r, 'j> Rounds<'r, 'j> {
         self.clock = Clock::start();
         self.outgoing = self.roster.announce();
         self.flush().await?;
+        let mut state: Option<Frame> = None;
         let frame = loop {
             match self.news().await? {
+                News::Frame(frame) if frame.kind == FrameKind::State as u16 && frame.round == round => {
+                    state = Some(frame);
+                }
                 News::Frame(frame) if frame.kind == FrameKind::Model as u16 && frame.round == round => {
                     break frame;
                 }
@@ -229,27 +237,32 @@ impl<'r, 'j> Rounds<'r, 'j> {
         let now = status.map_or(self.moved_before, |status| self.moved(&status));
         let moved = now.since(&self.moved_before);
         self.moved_before = now;
-        let arena = match &self.arena {
-            Some(arena) if arena.id() == frame.key.arena => Arc::clone(arena),
-            _ => {
-                let arena = self
-                    .run
-                    .client
-                    .open_arena(frame.key.arena)
-                    .await
-                    .because(Cause::Job)?;
-                Arc::clone(self.arena.insert(Arc::new(arena)))
-            }
+        let arena = self.arena(frame.key.arena).await?;
+        let state = match state.filter(|state| state.from == frame.from) {
+            Some(state) => Some((state, self.arena(state.key.arena).await?)),
+            None => None,
         };
         self.examined().await?;
         self.examine(NewModel {
             frame,
             arena,
+            state,
             seconds,
             moved,
             asked,
         });
         Ok(())
+    }
+
+    /// An arena of the top, mapped at the first use.
+    async fn arena(&mut self, id: ArenaId) -> Outcome<Arc<PeerArena>> {
+        if let Some(arena) = self.arenas.get(&id) {
+            return Ok(Arc::clone(arena));
+        }
+        let arena = self.run.client.open_arena(id).await.because(Cause::Job)?;
+        let arena = Arc::new(arena);
+        self.arenas.insert(id, Arc::clone(&arena));
+        Ok(arena)
     }
 
     /// Pairs those who are there, when all aggregators' places are taken and there are enough trainers.
@@ -453,15 +466,23 @@ impl<'r, 'j> Rounds<'r, 'j> {
         let last = round == self.run.job.rounds;
         let every = self.run.checkpoint_every;
         let checkpoint = every > 0 && (round.is_multiple_of(every) || last);
+        let keep = self.run.keep_checkpoints;
         self.examining = Some(tokio::task::spawn_blocking(move || {
             let bytes = model.arena.object(model.frame.key, model.frame.length)?;
             let (metadata, offset) =
                 image::check(bytes, &schema).context("the top's model is not the job's")?;
+            let mut checkpoint_failed = None;
             if checkpoint {
-                folder.checkpoint(round, bytes)?;
+                let state = model.state.as_ref();
+                let state = state.map(|(frame, arena)| arena.object(frame.key, frame.length));
+                match folder.checkpoint(round, bytes, state.transpose()?) {
+                    Ok(_) => keep.into_iter().for_each(|keep| folder.prune(round, keep)),
+                    // The job can do without: the next one may have room.
+                    Err(error) => checkpoint_failed = Some(format!("{error:#}")),
+                }
             }
             if last {
-                folder.last_model(round, bytes)?;
+                folder.last_model(round, bytes, checkpoint && checkpoint_failed.is_none())?;
             }
             let tensors = Tensors::new(&schema, &bytes[offset..][..schema.data_bytes()]);
             let evaluation = evaluator
@@ -470,6 +491,7 @@ impl<'r, 'j> Rounds<'r, 'j> {
                 .transpose()?;
             Ok(Examined {
                 model,
+                checkpoint_failed,
                 metadata,
                 evaluation,
                 evaluator,
@@ -493,31 +515,40 @@ impl<'r, 'j> Rounds<'r, 'j> {
             model:
                 NewModel {
                     frame,
+                    state,
                     seconds,
                     moved,
                     asked,
                     ..
                 },
+            checkpoint_failed,
             metadata,
             evaluation,
             evaluator,
         } = examined;
         self.evaluator = evaluator;
         self.last = evaluation;
-        let release = Frame {
-            to: frame.from,
+        let release = |lent: &Frame| Frame {
+            to: lent.from,
             from: self.run.id,
             kind: FrameKind::Release as u16,
-            round: frame.round,
-            key: frame.key,
+            round: lent.round,
+            key: lent.key,
             ..Frame::default()
         };
+        let state = state.iter().map(|(state, _)| release(state));
+        let releases: Vec<Frame> = [release(&frame)].into_iter().chain(state).collect();
         self.run
             .frames
-            .send(&[release])
+            .send(&releases)
             .await
             .context("the frame socket failed")
             .because(Cause::Job)?;
+        if let Some(error) = checkpoint_failed {
+            let round = frame.round;
+            let event = Event::CheckpointFailed { round, error };
+            self.reporter.event(&event).because(Cause::Job)?;
+        }
         // A model that no update changed is the round's before, and says so.
         let changed = metadata.round == frame.round;
         let cover = if changed {

@@ -29,6 +29,8 @@ pub(super) struct Workers {
     specs: Vec<WorkerSpec>,
     /// How each gets in that comes through the gateway.
     access: Vec<Option<(String, JobToken)>>,
+    /// The checkpoint that the top begins from.
+    start: Option<PathBuf>,
     /// Trainers work all at once: between them they get each core about once.
     trainer_threads: String,
     processes: JoinSet<(usize, std::io::Result<ExitStatus>)>,
@@ -37,7 +39,7 @@ pub(super) struct Workers {
 }
 
 impl Workers {
-    /// Starts them all; each logs into the run's folder.
+    /// Starts them all, the top from that checkpoint if there is one; each logs into the run's folder.
     ///
     /// # Errors
     /// If a process cannot be started; those that were are killed.
@@ -47,6 +49,7 @@ impl Workers {
         socket: &Path,
         folder: &RunFolder,
         gateway: &Gateway,
+        start: Option<&Path>,
     ) -> anyhow::Result<Self> {
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
         let trainers = job.trainers().count();
@@ -57,6 +60,7 @@ impl Workers {
             folder: folder.clone(),
             specs: job.workers.clone(),
             access: job.workers.iter().map(|spec| gateway.access(spec)).collect(),
+            start: start.map(Path::to_owned),
             trainer_threads: (cores / trainers.max(1)).max(1).to_string(),
             processes: JoinSet::new(),
             running: HashMap::new(),
@@ -74,6 +78,7 @@ impl Workers {
     pub(super) fn start_one(&mut self, index: usize) -> anyhow::Result<()> {
         let spec = &self.specs[index];
         let log = self.folder.log(&spec.name);
+        // A run that goes on, and a successor, add to what was said before.
         let file = File::options().create(true).append(true).open(&log);
         let file = file.with_context(|| format!("cannot make {}", log.display()))?;
         let mut command = Command::new(&self.program);
@@ -88,6 +93,9 @@ impl Workers {
             .arg(self.folder.path())
             .arg("--name")
             .arg(&spec.name);
+        if let Some(checkpoint) = self.start.as_ref().filter(|_| spec.kind == Kind::Top) {
+            command.arg("--start").arg(checkpoint);
+        }
         if let Some((address, token)) = &self.access[index] {
             command.arg("--gateway").arg(address);
             command.env(TOKEN_VARIABLE, token.to_hex());
@@ -141,6 +149,11 @@ impl Workers {
     /// The processes that run.
     pub(super) fn pids(&self) -> impl Iterator<Item = u32> {
         self.running.values().map(|(pid, _)| *pid)
+    }
+
+    /// Has the next top begin from that checkpoint.
+    pub(super) fn begin_from(&mut self, checkpoint: PathBuf) {
+        self.start = Some(checkpoint);
     }
 
     /// Kills one, if it runs; that it has ended is told as of any other.

@@ -62,6 +62,11 @@ pub fn prepare(source: &DataSource, trainers: u32) -> Result<Prepared, DataError
     })
 }
 
+/// Whether such a dataset is a file or a folder.
+pub(crate) fn is_path(dataset: &str) -> bool {
+    dataset != BUILTIN_DIGITS && !fetch::is_url(dataset)
+}
+
 /// Opens the job's data. Generated data, and who gets which samples, come from `seed`.
 ///
 /// # Errors

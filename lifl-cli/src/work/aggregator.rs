@@ -24,8 +24,10 @@ mod children;
 mod collect;
 mod models;
 mod sent;
+mod server;
 #[cfg(test)]
 mod simulation;
+mod start;
 mod up;
 
 use std::collections::HashMap;
@@ -41,11 +43,12 @@ use self::children::Found;
 use self::collect::Collecting;
 use self::models::Lent;
 use self::sent::Sent;
+use self::server::Server;
 use self::up::Up;
 use super::ground::Ground;
 use super::link::Incoming;
 use super::{Place, join, ready, uplink};
-use crate::aggregate::{Accumulator, ServerOptimizer, Threads};
+use crate::aggregate::{Accumulator, Threads};
 use crate::memory;
 
 /// Updates that are kept which came before they can be taken; who sends more is refused.
@@ -112,7 +115,7 @@ struct Aggregator<G> {
     /// The round's mean in the making; one for all rounds, since its private memory is dear to touch first.
     accumulator: Accumulator,
     /// What makes the mean the model, at the top.
-    optimizer: Option<ServerOptimizer>,
+    server: Option<Server>,
 }
 
 /// Plays the role until the job ends.
@@ -122,7 +125,10 @@ pub(super) async fn play(place: Place, job: JobSpec, spec: WorkerSpec, schema: S
     let threads = Threads::new(std::thread::available_parallelism().map_or(1, usize::from))?;
     let mut aggregator = Aggregator::new(link, up, threads, job, spec, schema);
     if aggregator.at_top() {
-        aggregator.first_model()?;
+        match &place.start {
+            Some(checkpoint) => aggregator.restore(checkpoint)?,
+            None => aggregator.first_model()?,
+        }
     }
     ready(&mut aggregator.ground).await?;
     aggregator.up.ready();
@@ -152,7 +158,7 @@ impl<G: Ground> Aggregator<G> {
         let most_held = memory::most_held(&job, &spec);
         let schema = Arc::new(schema);
         let accumulator = Accumulator::new(Arc::clone(&schema), job.updates, job.timing, threads.clone());
-        let optimizer = (spec.kind == Kind::Top).then(|| ServerOptimizer::new(&schema, job.optimizer));
+        let server = (spec.kind == Kind::Top).then(|| Server::new(&job, &schema));
         let shared = Shared {
             job,
             name: spec.name,
@@ -171,7 +177,7 @@ impl<G: Ground> Aggregator<G> {
             current: None,
             round: Round::default(),
             accumulator,
-            optimizer,
+            server,
         }
     }
 
@@ -186,7 +192,7 @@ impl<G: Ground> Aggregator<G> {
             Incoming::Lost(worker) => self.lost(worker),
             Incoming::Undelivered(letter) => {
                 // Whoever did not get it has it no longer: as good as gone, until the coordinator says who took over.
-                self.ground.arena().take_back(letter.to);
+                self.ground.take_back(letter.to);
                 self.lost(letter.to);
                 if letter.refusal == Refusal::ReceiverFull
                     && let Stage::Collecting(collecting) = &mut self.round.stage
@@ -276,7 +282,7 @@ impl<G: Ground> Aggregator<G> {
                 tracing::warn!(round = frame.round, "the parent refused our aggregate: {refusal}");
                 self.settle(frame.key, frame.from, (FrameKind::Refuse, frame.refusal));
             }
-            FrameKind::Child | FrameKind::Begin | FrameKind::Close | FrameKind::Ready => {
+            FrameKind::Child | FrameKind::Begin | FrameKind::Close | FrameKind::Ready | FrameKind::State => {
                 tracing::warn!(?kind, from = %frame.from, "not for an aggregator, or not from the coordinator");
             }
         }
@@ -418,6 +424,11 @@ impl<G: Ground> Aggregator<G> {
             self.release_model(model, number);
             return Ok(());
         }
+        if let Some(server) = &mut self.server
+            && !server.has_room(&mut self.ground)
+        {
+            return Ok(());
+        }
         let Some(slot) = self.ground.arena().begin() else {
             return Ok(());
         };
@@ -535,10 +546,11 @@ impl<G: Ground> Aggregator<G> {
         if self.at_top() && !self.has_quorum(&collecting) {
             return self.nothing(number, parent);
         }
-        let optimizer = self.optimizer.as_mut();
-        let arena = self.ground.arena();
+        let (arena, state) = self.ground.arenas();
+        let (arena, state) = (&*arena, state.map(|state| &*state));
         let own_object = |key| arena.object(key);
-        let Some(done) = collecting.finish(&self.shared, &mut self.accumulator, optimizer, own_object)?
+        let step = self.server.as_mut().map(|server| server.step(state));
+        let Some(done) = collecting.finish(&self.shared, &mut self.accumulator, step, own_object)?
         else {
             return self.nothing(number, parent);
         };
@@ -572,11 +584,12 @@ impl<G: Ground> Aggregator<G> {
             let verdict = (FrameKind::Release, 0);
             sent.verdict = Some(verdict);
             let updates: Vec<Frame> = sent.children.iter().map(|(update, _)| *update).collect();
+            if let (Some(server), Some((_, metadata))) = (&mut self.server, &sent.own) {
+                server.publish(&mut self.ground, metadata);
+            }
             self.sent.push(sent);
             self.current = Some(self.own(key));
-            let coordinator = self.ground.coordinator();
-            self.ground.arena().lend(key, coordinator)?;
-            self.ground.post(coordinator, FrameKind::Model, up);
+            self.lend_model(up)?;
             self.give_back(&updates, verdict);
             return Ok(());
         }
@@ -607,15 +620,31 @@ impl<G: Ground> Aggregator<G> {
             return Ok(());
         }
         let Lent { key, length, .. } = self.current.context("the top has no model")?;
-        let coordinator = self.ground.coordinator();
-        self.ground.arena().lend(key, coordinator)?;
         let unchanged = Frame {
             round,
             key,
             length,
             ..Frame::default()
         };
-        self.ground.post(coordinator, FrameKind::Model, unchanged);
+        self.lend_model(unchanged)
+    }
+
+    /// Lends the coordinator the top's model, and in front of it what the optimizer remembers with it.
+    fn lend_model(&mut self, model: Frame) -> anyhow::Result<()> {
+        let coordinator = self.ground.coordinator();
+        self.ground.arena().lend(model.key, coordinator)?;
+        if let Some(server) = &self.server
+            && let Some((key, length)) = server.lend(&mut self.ground, coordinator)?
+        {
+            let state = Frame {
+                round: model.round,
+                key,
+                length,
+                ..Frame::default()
+            };
+            self.ground.post(coordinator, FrameKind::State, state);
+        }
+        self.ground.post(coordinator, FrameKind::Model, model);
         Ok(())
     }
 }

@@ -15,8 +15,27 @@ pub(super) trait Ground {
     /// Who decides what it does.
     fn coordinator(&self) -> WorkerId;
 
+    /// Its arena, and the top's second one, for what its optimizer remembers.
+    fn arenas(&mut self) -> (&mut OwnedArena, Option<&mut OwnedArena>);
+
     /// Its arena.
-    fn arena(&mut self) -> &mut OwnedArena;
+    fn arena(&mut self) -> &mut OwnedArena {
+        self.arenas().0
+    }
+
+    /// The second one.
+    fn state(&mut self) -> Option<&mut OwnedArena> {
+        self.arenas().1
+    }
+
+    /// Takes back everything that is lent to a worker that is gone.
+    fn take_back(&mut self, from: WorkerId) {
+        let (arena, state) = self.arenas();
+        arena.take_back(from);
+        if let Some(state) = state {
+            state.take_back(from);
+        }
+    }
 
     /// Frames that are to be sent, in this order.
     fn outbox(&mut self) -> &mut Vec<Frame>;

@@ -40,6 +40,8 @@ pub(super) struct Link {
     id: WorkerId,
     coordinator: WorkerId,
     arena: OwnedArena,
+    /// The top's second arena, for what its optimizer remembers.
+    state: Option<OwnedArena>,
     arena_note: Option<String>,
     peers: HashMap<ArenaId, Arc<PeerArena>>,
     own: Option<Arc<PeerArena>>,
@@ -58,6 +60,7 @@ impl Link {
         job: JobId,
         spec: &WorkerSpec,
         layout: Layout,
+        state: Option<Layout>,
     ) -> anyhow::Result<Self> {
         let given_up = Instant::now() + JOIN;
         let (mut client, registration) = loop {
@@ -73,6 +76,17 @@ impl Link {
             .create_arena(layout)
             .await
             .context("cannot have an arena")?;
+        let state = match state {
+            Some(layout) => {
+                let created = client.create_arena(layout).await;
+                Some(
+                    created
+                        .context("cannot have an arena for the optimizer's state")?
+                        .arena,
+                )
+            }
+            None => None,
+        };
         Ok(Self {
             client,
             frames: registration.frames,
@@ -80,6 +94,7 @@ impl Link {
             id: registration.worker,
             coordinator: registration.owner,
             arena: created.arena,
+            state,
             arena_note: created.note,
             peers: HashMap::new(),
             own: None,
@@ -146,7 +161,7 @@ impl Link {
 
     /// Takes back what a worker that is gone held; it is reported next.
     fn lose(&mut self, worker: WorkerId) {
-        self.arena.take_back(worker);
+        self.take_back(worker);
         // What of it is still to be read is held by its readers.
         self.peers.retain(|_, peer| peer.owner() != worker);
         self.known.remove(&worker);
@@ -180,8 +195,8 @@ impl Ground for Link {
         self.coordinator
     }
 
-    fn arena(&mut self) -> &mut OwnedArena {
-        &mut self.arena
+    fn arenas(&mut self) -> (&mut OwnedArena, Option<&mut OwnedArena>) {
+        (&mut self.arena, self.state.as_mut())
     }
 
     fn outbox(&mut self) -> &mut Vec<Frame> {

@@ -35,6 +35,8 @@ pub struct Place {
     pub name: String,
     /// Where the gateway is, for a worker whose way up leaves the node.
     pub gateway: Option<String>,
+    /// The description of the checkpoint that the top begins from; without it, from the job's first model.
+    pub start: Option<PathBuf>,
 }
 
 /// Plays one worker's role until the job ends.
@@ -80,7 +82,8 @@ fn read_job(run: &Path) -> anyhow::Result<JobSpec> {
 async fn join(place: &Place, job: &JobSpec, spec: &WorkerSpec, schema: &Schema) -> anyhow::Result<Link> {
     let layout = Layout::for_objects(memory::slots(job, spec), memory::object_bytes(schema));
     let layout = layout.context("the model is larger than this machine's address space")?;
-    let link = Link::join(&place.socket, place.job, spec, layout).await?;
+    let state = memory::state_layout(job, spec, schema);
+    let link = Link::join(&place.socket, place.job, spec, layout, state).await?;
     if let Some(note) = link.arena_note() {
         tracing::info!("the arena has ordinary pages: {note}");
     }

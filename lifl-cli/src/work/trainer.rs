@@ -132,7 +132,7 @@ impl<G: Ground> Trainer<G> {
             Incoming::Frame(kind, frame) => self.frame(kind, &frame)?,
             Incoming::Lost(_) => self.forget_orphan(),
             Incoming::Undelivered(letter) => {
-                self.ground.arena().take_back(letter.to);
+                self.ground.take_back(letter.to);
                 self.forget_orphan();
             }
             Incoming::Ended(reason) => {

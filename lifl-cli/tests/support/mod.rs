@@ -150,7 +150,6 @@ impl Place {
             .arg("--out")
             .arg(self.run())
             .args(more);
-        command.stdin(Stdio::null());
         command
     }
 
@@ -167,18 +166,16 @@ impl Place {
 
     /// Starts it with that daemon.
     pub(crate) fn start_at(&self, daemon: &Path, more: &[&str]) -> Started {
-        let (out, err) = (self.folder.path().join("out"), self.folder.path().join("err"));
-        let mut command = self.command_at(daemon, more);
-        command
-            .stdout(fs::File::create(&out).expect("made"))
-            .stderr(fs::File::create(&err).expect("made"));
-        let child = command.spawn().expect("started");
-        Started {
-            child,
-            run: self.run(),
-            out,
-            err,
-        }
+        Started::new(self.command_at(daemon, more), self.run(), &self.folder.path().join("start"))
+    }
+
+    /// Starts `lifl run --resume --json` on its run's folder, with a daemon of its own.
+    pub(crate) fn start_resume(&self, more: &[&str]) -> Started {
+        Started::new(
+            resume(&self.run(), more),
+            self.run(),
+            &self.folder.path().join("resume"),
+        )
     }
 
     /// The last model.
@@ -195,7 +192,45 @@ pub(crate) struct Started {
     err: PathBuf,
 }
 
+/// `lifl run --resume --json` on a run's folder, with a daemon of its own.
+pub(crate) fn resume(run: &Path, more: &[&str]) -> Command {
+    let mut command = lifl();
+    command
+        .args(["run", "--json", "--daemon", "own", "--resume"])
+        .arg(run)
+        .args(more);
+    command
+}
+
 impl Started {
+    /// Starts a command that works in the folder `run`; what it says goes to files whose names begin with `words`.
+    pub(crate) fn new(mut command: Command, run: PathBuf, words: &Path) -> Self {
+        let (out, err) = (words.with_extension("out"), words.with_extension("err"));
+        command
+            .stdin(Stdio::null())
+            .stdout(fs::File::create(&out).expect("made"))
+            .stderr(fs::File::create(&err).expect("made"));
+        let child = command.spawn().expect("started");
+        Self { child, run, out, err }
+    }
+
+    /// Kills everything at once, the coordinator and its daemon first, and waits until all are gone.
+    pub(crate) fn kill_everything(self) {
+        use nix::sys::signal::{Signal, kill};
+        use nix::unistd::Pid;
+        let processes = [vec![self.pid()], self.workers("")].concat();
+        for pid in processes {
+            // Some may have left as the daemon went.
+            let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);
+        }
+        let begun = Instant::now();
+        while !self.workers("").is_empty() {
+            assert!(begun.elapsed() < PATIENCE, "workers outlive a SIGKILL");
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        self.forget();
+    }
+
     /// The coordinator's process.
     pub(crate) fn pid(&self) -> i32 {
         i32::try_from(self.child.id()).expect("a pid")

@@ -113,12 +113,18 @@ pub fn image_bytes(schema: &Schema) -> usize {
 /// # Panics
 /// If `image` is shorter than [`image_bytes`].
 pub fn write_header(image: &mut [u8], schema: &Schema, metadata: &Metadata) {
-    let tensors = tensors_json(schema);
-    let offset = (8 + tensors.len() + METADATA_ROOM).next_multiple_of(DATA_ALIGN);
+    let header = header(schema, metadata);
     assert!(
-        image.len() >= offset + schema.data_bytes(),
+        image.len() >= header.len() + schema.data_bytes(),
         "slot too small for the schema"
     );
+    image[..header.len()].copy_from_slice(&header);
+}
+
+/// The header that stands in front of the data, [`data_offset`] bytes.
+pub fn header(schema: &Schema, metadata: &Metadata) -> Vec<u8> {
+    let tensors = tensors_json(schema);
+    let offset = (8 + tensors.len() + METADATA_ROOM).next_multiple_of(DATA_ALIGN);
     let mut maker = metadata.maker.clone();
     while maker.len() > 128 {
         maker.pop();
@@ -139,12 +145,12 @@ pub fn write_header(image: &mut [u8], schema: &Schema, metadata: &Metadata) {
         fields.insert("loss", loss.to_string());
     }
     let fields = serde_json::to_string(&fields).expect("strings are JSON");
-    let header = &mut image[..offset];
-    header.fill(b' ');
+    let mut header = vec![b' '; offset];
     header[..8].copy_from_slice(&((offset - 8) as u64).to_le_bytes());
     // `tensors` is a JSON object: its opening brace gives way to the metadata.
     let json = [r#"{"__metadata__":"#, &fields, ",", &tensors[1..]].concat();
     header[8..8 + json.len()].copy_from_slice(json.as_bytes());
+    header
 }
 
 /// Checks that `image` holds exactly the schema's tensors, laid out as the schema lays them out, and gives its

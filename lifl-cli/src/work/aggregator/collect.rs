@@ -10,7 +10,8 @@ use lifl_common::update::{Cover, Metadata, Schema, image};
 use super::Shared;
 use super::children::{Children, Given};
 use super::models::Lent;
-use crate::aggregate::{Accumulator, FoldError, Input, ServerOptimizer};
+use super::server::Step;
+use crate::aggregate::{Accumulator, FoldError, Input};
 use crate::work::ground::Ground;
 
 /// An aggregate in the making.
@@ -146,7 +147,7 @@ impl Collecting {
         mut self,
         shared: &Shared,
         accumulator: &mut Accumulator,
-        optimizer: Option<&mut ServerOptimizer>,
+        step: Option<Step<'_>>,
         own_object: impl FnOnce(Key) -> Option<&'a [u8]>,
     ) -> anyhow::Result<Option<Done>> {
         if accumulator.samples() == 0 {
@@ -154,7 +155,6 @@ impl Collecting {
         }
         let Shared {
             schema,
-            job,
             name,
             threads,
             ..
@@ -163,10 +163,10 @@ impl Collecting {
         let data = offset..offset + schema.data_bytes();
         let samples = accumulator.finish(&mut self.slot.bytes_mut()[data.clone()])?;
         // Only the top has an optimizer, and the model in its own arena.
-        if let Some(optimizer) = optimizer {
+        if let Some(step) = step {
             let model = own_object(self.model.key).context("the top has not the round's model any more")?;
             let mean = &mut self.slot.bytes_mut()[data.clone()];
-            optimizer.step(threads, schema, job.updates, &model[data], mean)?;
+            step.apply(threads, &model[data], mean)?;
         }
         let mut metadata = Metadata {
             maker: name.clone(),

@@ -155,6 +155,11 @@ impl<G: Ground> Aggregator<G> {
 
     /// Somebody gives something back: a child or the coordinator a model, the parent an aggregate.
     pub(super) fn released(&mut self, frame: &Frame) {
+        if let Some(server) = &self.server
+            && server.released(&mut self.ground, frame)
+        {
+            return;
+        }
         if self.models.contains_key(&frame.key) {
             return self.model_given_back(frame);
         }

@@ -82,8 +82,8 @@ impl Ground for Ashore {
         COORDINATOR
     }
 
-    fn arena(&mut self) -> &mut OwnedArena {
-        &mut self.arena
+    fn arenas(&mut self) -> (&mut OwnedArena, Option<&mut OwnedArena>) {
+        (&mut self.arena, None)
     }
 
     fn outbox(&mut self) -> &mut Vec<Frame> {
