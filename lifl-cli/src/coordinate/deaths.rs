@@ -164,13 +164,17 @@ impl Rounds<'_, '_> {
     }
 
     /// Starts successors for those who are wholly gone.
-    pub(super) fn restart_lost(&mut self) -> Outcome {
+    pub(super) async fn restart_lost(&mut self) -> Outcome {
         for index in 0..self.lives.len() {
             let life = &self.lives[index];
             if !life.lost || life.given_up || life.running || life.registered {
                 continue;
             }
-            self.start_successor(index)?;
+            // Its successor begins with what is just being written.
+            if self.is_examining() && self.run.job.workers[index].kind == Kind::Top {
+                continue;
+            }
+            self.start_successor(index).await?;
             let life = &mut self.lives[index];
             life.lost = false;
             life.running = true;

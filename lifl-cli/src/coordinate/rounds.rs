@@ -40,6 +40,13 @@ struct NewModel {
     asked: Vec<usize>,
 }
 
+/// A round's outcome, as it lies in the top's arenas.
+#[derive(Clone)]
+struct Decided {
+    model: (Frame, Arc<PeerArena>),
+    state: Option<(Frame, Arc<PeerArena>)>,
+}
+
 /// What the daemon has counted of the job.
 #[derive(Clone, Copy, Default)]
 struct Moved {
@@ -71,11 +78,17 @@ pub(super) struct Rounds<'r, 'j> {
     pub(super) outgoing: Vec<Frame>,
     /// Frames that have been read and not been dealt with.
     unread: VecDeque<Frame>,
+    /// Those of workers that the daemon has not told of yet: the two ways are not in step.
+    early: Vec<Frame>,
     /// Who is the top, and who was.
     tops: Vec<WorkerId>,
     evaluator: Option<Evaluator>,
     examining: Option<JoinHandle<anyhow::Result<Examined>>>,
+    /// Of the tops, the dead ones' too: what they made last is still wanted.
     arenas: HashMap<ArenaId, Arc<PeerArena>>,
+    /// The last round that is decided: its model, and what the optimizer remembers with it. They lie in the top's arena as
+    /// they are until the next round is decided, whether the top lives or not.
+    decided: Option<Decided>,
     moved_before: Moved,
     /// Remote workers that are dead, and whose proxies are to leave.
     pub(super) to_drop: Vec<usize>,
@@ -105,10 +118,12 @@ impl<'r, 'j> Rounds<'r, 'j> {
             clock: Clock::start(),
             outgoing: Vec::new(),
             unread: VecDeque::new(),
+            early: Vec::new(),
             tops: Vec::new(),
             evaluator: None,
             examining: None,
             arenas: HashMap::new(),
+            decided: None,
             moved_before: Moved::default(),
             to_drop: Vec::new(),
             last: None,
@@ -242,6 +257,10 @@ impl<'r, 'j> Rounds<'r, 'j> {
             Some(state) => Some((state, self.arena(state.key.arena).await?)),
             None => None,
         };
+        self.decided = Some(Decided {
+            model: (frame, Arc::clone(&arena)),
+            state: state.clone(),
+        });
         self.examined().await?;
         self.examine(NewModel {
             frame,
@@ -345,7 +364,7 @@ impl<'r, 'j> Rounds<'r, 'j> {
             } else if frame.kind != FrameKind::Ready as u16 {
                 return Ok(News::Frame(frame));
             } else {
-                self.ready(frame.from)?;
+                self.ready(frame).await?;
             }
         }
         for index in std::mem::take(&mut self.to_drop) {
@@ -354,7 +373,7 @@ impl<'r, 'j> Rounds<'r, 'j> {
         }
         // A round that is decided is not begun anew.
         if self.unread.is_empty() {
-            self.restart_lost()?;
+            self.restart_lost().await?;
         }
         self.flush().await?;
         self.peak.sample(self.workers.pids());
@@ -376,12 +395,18 @@ impl<'r, 'j> Rounds<'r, 'j> {
     }
 
     /// A worker can begin.
-    fn ready(&mut self, id: WorkerId) -> Outcome {
+    async fn ready(&mut self, frame: Frame) -> Outcome {
+        let id = frame.from;
+        if self.roster.index(id).is_none() {
+            self.early.push(frame);
+            return Ok(());
+        }
         let Some(index) = self.roster.ready(id) else {
             return Ok(());
         };
         if self.run.job.workers[index].kind == Kind::Top {
             self.tops.push(id);
+            self.map_top(id).await?;
         }
         if self.round == 0 {
             return Ok(());
@@ -411,6 +436,8 @@ impl<'r, 'j> Rounds<'r, 'j> {
                 if let Some(index) = self.roster.joined(worker, &name) {
                     self.lives[index].registered = true;
                 }
+                let ready = self.early.extract_if(.., |frame| frame.from == worker);
+                self.unread.extend(ready);
             }
             DaemonEvent::PeerLost(lost) => {
                 self.read_all()?;
@@ -441,9 +468,48 @@ impl<'r, 'j> Rounds<'r, 'j> {
         Ok(())
     }
 
-    /// Starts a successor.
-    pub(super) fn start_successor(&mut self, index: usize) -> Outcome {
+    /// Starts a successor. A top's begins with the last round's model, which is written out for it.
+    pub(super) async fn start_successor(&mut self, index: usize) -> Outcome {
+        let top = self.run.job.workers[index].kind == Kind::Top;
+        if let Some(decided) = self.decided.clone().filter(|_| top) {
+            let folder = self.run.folder.clone();
+            let written = tokio::task::spawn_blocking(move || {
+                let (frame, arena) = &decided.model;
+                let state = decided.state.as_ref();
+                let state = state.map(|(frame, arena)| arena.object(frame.key, frame.length));
+                folder.checkpoint(
+                    frame.round,
+                    arena.object(frame.key, frame.length)?,
+                    state.transpose()?,
+                )
+            });
+            let written = written.await.context("the top's successor has no model");
+            let checkpoint = written.and_then(|written| written.context("the top's successor has no model"));
+            self.workers.begin_from(checkpoint.because(Cause::Job)?);
+            // What the dead top had is read no more.
+            self.arenas.clear();
+        }
         self.workers.start_one(index).because(Cause::Job)
+    }
+
+    /// Whether the last round's model is being written out.
+    pub(super) fn is_examining(&self) -> bool {
+        self.examining.is_some()
+    }
+
+    /// Maps a new top's arenas while it lives: what it makes may be wanted when it does not.
+    async fn map_top(&mut self, id: WorkerId) -> Outcome {
+        let Some(status) = self.status_now().await? else {
+            return Ok(());
+        };
+        let top = status.workers.iter().find(|worker| worker.worker == id);
+        for arena in top.into_iter().flat_map(|top| &top.arenas) {
+            // It may be gone already.
+            if let Err(failure) = self.arena(arena.arena).await {
+                tracing::debug!("{:#}", failure.error);
+            }
+        }
+        Ok(())
     }
 
     /// The job's trainers, but for those that the selector did not take into the round.

@@ -550,8 +550,7 @@ impl<G: Ground> Aggregator<G> {
         let (arena, state) = (&*arena, state.map(|state| &*state));
         let own_object = |key| arena.object(key);
         let step = self.server.as_mut().map(|server| server.step(state));
-        let Some(done) = collecting.finish(&self.shared, &mut self.accumulator, step, own_object)?
-        else {
+        let Some(done) = collecting.finish(&self.shared, &mut self.accumulator, step, own_object)? else {
             return self.nothing(number, parent);
         };
         let collect::Done {

@@ -166,7 +166,11 @@ impl Place {
 
     /// Starts it with that daemon.
     pub(crate) fn start_at(&self, daemon: &Path, more: &[&str]) -> Started {
-        Started::new(self.command_at(daemon, more), self.run(), &self.folder.path().join("start"))
+        Started::new(
+            self.command_at(daemon, more),
+            self.run(),
+            &self.folder.path().join("start"),
+        )
     }
 
     /// Starts `lifl run --resume --json` on its run's folder, with a daemon of its own.
@@ -244,6 +248,38 @@ impl Started {
     /// Waits until that round is over.
     pub(crate) fn wait_for_round(&mut self, round: u64) {
         self.wait_until("round", |event| event["round"].as_u64() >= Some(round));
+    }
+
+    /// Waits until there have been so many events of that name.
+    pub(crate) fn wait_for_several(&mut self, name: &str, count: usize) {
+        let begun = Instant::now();
+        while events(&self.out)
+            .iter()
+            .filter(|event| event["event"] == name)
+            .count()
+            < count
+        {
+            let ended = self.child.try_wait().expect("a child");
+            let text = || fs::read_to_string(&self.err).unwrap_or_default();
+            assert!(
+                ended.is_none() && begun.elapsed() < PATIENCE,
+                "not {count} {name}: {}",
+                text()
+            );
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+
+    /// Waits until such a worker's process is there.
+    pub(crate) fn wait_for_worker(&self, prefix: &str) -> i32 {
+        let begun = Instant::now();
+        loop {
+            if let Some(&pid) = self.workers(prefix).first() {
+                return pid;
+            }
+            assert!(begun.elapsed() < PATIENCE, "no {prefix}");
+            std::thread::sleep(Duration::from_millis(2));
+        }
     }
 
     fn wait_until(&mut self, name: &str, is_it: impl Fn(&Value) -> bool) -> Value {

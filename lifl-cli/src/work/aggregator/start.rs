@@ -21,7 +21,11 @@ impl<G: Ground> Aggregator<G> {
     pub(super) fn restore(&mut self, description: &Path) -> anyhow::Result<()> {
         let checkpoint = Checkpoint::read(description)?;
         let folder = description.parent().context("a checkpoint without a folder")?;
-        let mut slot = self.ground.arena().begin().context("a new arena has no free slot")?;
+        let mut slot = self
+            .ground
+            .arena()
+            .begin()
+            .context("a new arena has no free slot")?;
         let model = fill(
             &mut slot,
             &self.shared.schema,
