@@ -29,7 +29,35 @@ fn parse_release(release: &str) -> Option<(u32, u32)> {
 
 /// The calling thread's effective capabilities, a bit for each; 0 where `/proc` does not tell.
 pub fn effective_capabilities() -> u64 {
-    let status = fs::read_to_string("/proc/thread-self/status").unwrap_or_default();
+    effective_in(&fs::read_to_string("/proc/thread-self/status").unwrap_or_default())
+}
+
+/// The effective capabilities of all threads of this process together.
+pub fn process_capabilities() -> u64 {
+    let tasks = fs::read_dir("/proc/self/task").into_iter().flatten().flatten();
+    let masks = tasks.map(|task| {
+        // A thread may end meanwhile.
+        let status = fs::read_to_string(task.path().join("status")).unwrap_or_default();
+        effective_in(&status)
+    });
+    masks.fold(0, |all, mask| all | mask)
+}
+
+/// The names of the capabilities in a mask, as `capabilities(7)` has them.
+pub fn names_of(mask: u64) -> Vec<String> {
+    let name = |number: u32| {
+        let known = caps::all()
+            .into_iter()
+            .find(|cap| u32::from(cap.index()) == number);
+        known.map_or_else(|| format!("capability {number}"), |cap| cap.to_string())
+    };
+    (0..u64::BITS)
+        .filter(|number| mask & (1 << number) != 0)
+        .map(name)
+        .collect()
+}
+
+fn effective_in(status: &str) -> u64 {
     let line = status.lines().find_map(|line| line.strip_prefix("CapEff:"));
     line.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok())
         .unwrap_or(0)
@@ -55,6 +83,22 @@ mod tests {
         assert_eq!(parse_release("6.1.0-37-amd64"), Some((6, 1)));
         assert_eq!(parse_release("5.15.167.4-microsoft-standard-WSL2"), Some((5, 15)));
         assert_eq!(parse_release("unknown"), None);
+    }
+
+    #[test]
+    fn names_capabilities_as_their_manual_does() {
+        assert_eq!(names_of(1 << 12 | 1 << 39), ["CAP_NET_ADMIN", "CAP_BPF"]);
+        assert_eq!(names_of(1 << 63), ["capability 63"]);
+        assert!(names_of(0).is_empty());
+        assert_eq!(
+            effective_in("Name:\tx\nCapEff:\t0000008000001000\n"),
+            1 << 12 | 1 << 39
+        );
+        // The threads of a test have what the one that asks has.
+        assert_eq!(
+            process_capabilities() & effective_capabilities(),
+            effective_capabilities()
+        );
     }
 
     #[test]
