@@ -81,6 +81,8 @@ pub struct Host {
     pub quotas: Quotas,
     /// Whom the registry's task tells that it is well.
     pub watch: Option<Watch>,
+    /// What to do when everything is done that takes privileges, before anybody is served.
+    pub unprivileged: Option<Box<dyn FnOnce()>>,
 }
 
 impl Default for Host {
@@ -89,6 +91,7 @@ impl Default for Host {
             listener: None,
             quotas: Quotas::unlimited(),
             watch: None,
+            unprivileged: None,
         }
     }
 }
@@ -247,6 +250,9 @@ impl Daemon {
             connections,
             shutdown.clone(),
         );
+        if let Some(give_up) = host.unprivileged {
+            give_up();
+        }
         let task = tokio::spawn(async move {
             let gateway = tokio::spawn(gateway);
             let registry = served.await;

@@ -125,12 +125,14 @@ fn run(settings: &Settings, file: &Path) -> anyhow::Result<()> {
         options.max_workers,
         max_connections(options.max_workers),
     );
+    let kept = privileges::running(options.flame.is_some());
     let host = Host {
         listener,
         quotas: settings.quota.resolve(share, file)?,
         watch: supervisor::watch(),
+        // This thread is the last that has more than it needs.
+        unprivileged: Some(Box::new(move || give_up(kept))),
     };
-    let kept = privileges::running(options.flame.is_some());
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
         .on_thread_start(move || give_up(kept))
@@ -144,8 +146,6 @@ fn run(settings: &Settings, file: &Path) -> anyhow::Result<()> {
         let shutdown = CancellationToken::new();
         let (pool_mib, huge_pages) = (options.pool_bytes >> 20, options.huge_pages);
         let daemon = Daemon::start_in(host, options, shutdown.clone())?;
-        // The last thread that has more than it needs.
-        give_up(kept);
         let capabilities = plane::support::names_of(plane::support::process_capabilities());
         tracing::info!(
             socket = %daemon.socket().display(), plane = %daemon.plane(), reason = daemon.plane_reason(), pool_mib,

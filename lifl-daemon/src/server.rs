@@ -501,8 +501,9 @@ async fn accept(
                 () = kick.cancelled() => {}
                 () = converse(&socket, id, peer, &commands, outgoing) => {}
             }
+            // Who hears that there is room again finds it.
+            drop((socket, place));
             let _ = commands.send(Command::Closed(id)).await;
-            drop(place);
         });
     }
 }

@@ -673,7 +673,8 @@ impl Registry {
         Use {
             pool_bytes: jobs.clone().map(|job| job.arena_bytes).sum(),
             workers: (workers.count() + self.awaited.of_user(uid)) as u32,
-            jobs: jobs.count() as u32,
+            // One that has ended is nothing but its workers.
+            jobs: jobs.filter(|job| !job.ended).count() as u32,
             connections: connections.count() as u32,
         }
     }
