@@ -146,7 +146,7 @@ fn run(settings: &Settings, file: &Path) -> anyhow::Result<()> {
         let shutdown = CancellationToken::new();
         let (pool_mib, huge_pages) = (options.pool_bytes >> 20, options.huge_pages);
         let daemon = Daemon::start_in(host, options, shutdown.clone())?;
-        let capabilities = plane::support::names_of(plane::support::process_capabilities());
+        let capabilities = plane::support::names_of(plane::support::effective_capabilities());
         tracing::info!(
             socket = %daemon.socket().display(), plane = %daemon.plane(), reason = daemon.plane_reason(), pool_mib,
             ?huge_pages, ?capabilities, "listening"

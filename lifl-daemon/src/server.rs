@@ -461,11 +461,20 @@ async fn accept(
             Err(error) if is_out_of_descriptors(&error) && spare.0.is_some() => {
                 // Who waits to be accepted would wait for ever: it is told, with the descriptor that was kept for this.
                 spare.0 = None;
-                if let Ok(Ok((socket, peer))) = tokio::time::timeout(TURNED_AWAY, listener.accept()).await {
-                    turn_away(&socket, peer, limits::descriptors()).await;
-                }
+                let Ok(Ok((socket, peer))) = tokio::time::timeout(TURNED_AWAY, listener.accept()).await
+                else {
+                    spare = Spare::new();
+                    continue;
+                };
                 spare = Spare::new();
-                continue;
+                if spare.0.is_none() {
+                    turn_away(&socket, peer, limits::descriptors()).await;
+                    drop(socket);
+                    spare = Spare::new();
+                    continue;
+                }
+                // Some have become free meanwhile.
+                (socket, peer)
             }
             Err(error) => {
                 // What is connected must go on, so wait for somebody to leave.

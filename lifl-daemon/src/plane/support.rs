@@ -27,20 +27,11 @@ fn parse_release(release: &str) -> Option<(u32, u32)> {
     Some((numbers.next()?.parse().ok()?, numbers.next()?.parse().ok()?))
 }
 
-/// The calling thread's effective capabilities, a bit for each; 0 where `/proc` does not tell.
+/// The calling thread's effective capabilities, a bit for each; 0 if the kernel does not tell.
 pub fn effective_capabilities() -> u64 {
-    effective_in(&fs::read_to_string("/proc/thread-self/status").unwrap_or_default())
-}
-
-/// The effective capabilities of all threads of this process together.
-pub fn process_capabilities() -> u64 {
-    let tasks = fs::read_dir("/proc/self/task").into_iter().flatten().flatten();
-    let masks = tasks.map(|task| {
-        // A thread may end meanwhile.
-        let status = fs::read_to_string(task.path().join("status")).unwrap_or_default();
-        effective_in(&status)
-    });
-    masks.fold(0, |all, mask| all | mask)
+    let set = caps::read(None, caps::CapSet::Effective).unwrap_or_default();
+    set.into_iter()
+        .fold(0, |mask, capability| mask | capability.bitmask())
 }
 
 /// The names of the capabilities in a mask, as `capabilities(7)` has them.
@@ -55,12 +46,6 @@ pub fn names_of(mask: u64) -> Vec<String> {
         .filter(|number| mask & (1 << number) != 0)
         .map(name)
         .collect()
-}
-
-fn effective_in(status: &str) -> u64 {
-    let line = status.lines().find_map(|line| line.strip_prefix("CapEff:"));
-    line.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok())
-        .unwrap_or(0)
 }
 
 /// Those of [`CAPABILITIES`] that are not in the mask.
@@ -90,15 +75,14 @@ mod tests {
         assert_eq!(names_of(1 << 12 | 1 << 39), ["CAP_NET_ADMIN", "CAP_BPF"]);
         assert_eq!(names_of(1 << 63), ["capability 63"]);
         assert!(names_of(0).is_empty());
-        assert_eq!(
-            effective_in("Name:\tx\nCapEff:\t0000008000001000\n"),
-            1 << 12 | 1 << 39
-        );
-        // The threads of a test have what the one that asks has.
-        assert_eq!(
-            process_capabilities() & effective_capabilities(),
-            effective_capabilities()
-        );
+    }
+
+    #[test]
+    fn what_the_kernel_tells_is_what_proc_shows() {
+        let status = fs::read_to_string("/proc/thread-self/status").expect("a status");
+        let shown = status.lines().find_map(|line| line.strip_prefix("CapEff:"));
+        let shown = u64::from_str_radix(shown.expect("shown").trim(), 16).expect("a mask");
+        assert_eq!(effective_capabilities(), shown);
     }
 
     #[test]

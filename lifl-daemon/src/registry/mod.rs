@@ -268,8 +268,9 @@ impl Registry {
         };
         let hostile = matches!(refusal, Refusal::ForgedSource | Refusal::OtherJob);
         if hostile {
+            let uid = self.conns.get(&sender.conn).map(|conn| conn.peer.uid);
             tracing::warn!(
-                worker = %sender.name, pid = sender.pid, from = %frame.from, to = %frame.to,
+                worker = %sender.name, pid = sender.pid, uid, from = %frame.from, to = %frame.to,
                 "frame refused: {refusal}"
             );
         }

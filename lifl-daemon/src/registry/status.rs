@@ -154,7 +154,7 @@ impl Registry {
             workers: self.workers.len() as u32,
             awaited: self.awaited.len() as u32,
             uid: nix::unistd::geteuid().as_raw(),
-            capabilities: support::names_of(support::process_capabilities()),
+            capabilities: support::names_of(support::effective_capabilities()),
         }
     }
 }

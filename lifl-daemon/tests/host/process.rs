@@ -230,6 +230,7 @@ pub(crate) async fn worker(socket: &Path, job: JobId, name: &str) -> (Client, Re
     (client, registration)
 }
 
+#[track_caller]
 pub(crate) fn refused<T>(result: Result<T, ClientError>) -> (ErrorCode, String) {
     match result.err().expect("refused") {
         ClientError::Refused { code, message } => (code, message),

@@ -3,6 +3,7 @@
 
 use std::collections::BTreeSet;
 use std::fs;
+use std::net::{Ipv4Addr, TcpListener};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::UnixDatagram;
 use std::os::unix::process::CommandExt;
@@ -175,7 +176,7 @@ async fn what_is_handed_over_must_be_one_socket_to_listen_at() {
     listen(&stream, Backlog::MAXCONN).expect("listens");
     let deaf = listener(&path("deaf"), SockType::SeqPacket);
     let datagram = listener(&path("datagram"), SockType::Datagram);
-    let tcp = OwnedFd::from(std::net::TcpListener::bind("127.0.0.1:0").expect("bound"));
+    let tcp = OwnedFd::from(TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).expect("bound"));
     let file = OwnedFd::from(fs::File::open("/dev/null").expect("open"));
     let good = listener(&path("good"), SockType::SeqPacket);
     listen(&good, Backlog::MAXCONN).expect("listens");
@@ -349,20 +350,109 @@ async fn two_capabilities_are_enough_for_a_user_and_are_given_up() {
 
 /// Flame's workers are other users' processes, and their connections must be taken out of them: that one right stays.
 #[tokio::test]
-async fn with_flames_workers_one_capability_stays() {
+async fn with_flames_workers_one_capability_stays_and_is_enough() {
     if !is_root() {
         return;
     }
-    let ports = ["--flame-skmsg", "127.0.0.1:0", "--flame-rpc", "127.0.0.1:0"];
+    let free = || {
+        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).expect("bound");
+        listener.local_addr().expect("bound").port()
+    };
+    let (skmsg, rpc) = (free(), free());
+    let ports = [skmsg, rpc].map(|port| format!("127.0.0.1:{port}"));
     let mut daemon = Daemon::new("");
-    let command = daemon.command("exec \"$@\"", &ports);
+    let more = ["--flame-skmsg", &ports[0], "--flame-rpc", &ports[1]];
+    let command = daemon.command("exec \"$@\"", &more);
     daemon.spawn(command);
     daemon.listening().await;
     daemon.logged("listening for Flame").await;
-    let welcome = connect(&daemon.socket()).await.welcome().clone();
-    assert_eq!(welcome.capabilities, ["CAP_SYS_PTRACE"]);
+    let mut client = connect(&daemon.socket()).await;
+    assert_eq!(client.welcome().capabilities, ["CAP_SYS_PTRACE"]);
     for set in ["CapEff", "CapPrm", "CapBnd"] {
         assert_eq!(threads(daemon.pid(), set), BTreeSet::from([1 << 19]), "{set}");
     }
+    // As Flame's SDK does it: "descriptor 5 of process $$ is my connection, and I am 7".
+    let script = format!(
+        "exec 5<>/dev/tcp/127.0.0.1/{skmsg}; \
+         le() {{ printf '\\\\x%02x' $(($1 & 255)) $(($1 >> 8 & 255)) $(($1 >> 16 & 255)) $(($1 >> 24)); }}; \
+         printf \"$(le $$)$(le 5)\\x07\\x00\" > /dev/tcp/127.0.0.1/{rpc}; exec sleep 600"
+    );
+    let mut theirs = std::process::Command::new("bash");
+    let mut theirs = theirs
+        .args(["-c", &script])
+        .uid(65534)
+        .gid(65534)
+        .spawn()
+        .expect("starts");
+    let begun = Instant::now();
+    let page = loop {
+        let page = client.flame().await.expect("asked").expect("served");
+        if !page.workers.is_empty() {
+            break page;
+        }
+        assert!(begun.elapsed() < PATIENCE, "not registered: {}", daemon.log());
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    };
+    let worker = &page.workers[0];
+    assert_eq!((worker.uid, worker.id, worker.pid), (65534, 7, theirs.id()));
+    theirs.kill().expect("killed");
+    theirs.wait().expect("reaped");
     daemon.terminate();
+}
+
+/// What `systemd-analyze` says of the units as they lie in the repository.
+#[test]
+fn the_units_are_right_and_the_service_is_little_exposed() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let units = Path::new(env!("CARGO_MANIFEST_DIR")).join("systemd");
+    let mut names = Vec::new();
+    for entry in fs::read_dir(units).expect("units") {
+        let path = entry.expect("a unit").path();
+        let name = path
+            .file_name()
+            .and_then(|name| name.to_str())
+            .expect("a name")
+            .to_owned();
+        if !["service", "socket", "mount"]
+            .iter()
+            .any(|kind| name.ends_with(kind))
+        {
+            continue;
+        }
+        // The program is not installed here.
+        let text = fs::read_to_string(&path).expect("a unit");
+        let text = text.replace("/usr/bin/lifl-daemon", env!("CARGO_BIN_EXE_lifl-daemon"));
+        fs::write(folder.path().join(&name), text).expect("written");
+        names.push(name);
+    }
+    assert_eq!(names.len(), 3, "{names:?}");
+    let analyze = |arguments: &[&str]| {
+        let mut command = std::process::Command::new("systemd-analyze");
+        command.args(arguments).current_dir(folder.path()).output()
+    };
+    let mut verify = vec!["verify", "--man=no"];
+    let paths: Vec<String> = names.iter().map(|name| format!("./{name}")).collect();
+    verify.extend(paths.iter().map(String::as_str));
+    let verified = match analyze(&verify) {
+        Ok(verified) => verified,
+        Err(error) => {
+            eprintln!("NOT RUN: systemd-analyze: {error}");
+            assert!(
+                std::env::var_os("LIFL_REQUIRE_KERNEL").is_none(),
+                "install systemd"
+            );
+            return;
+        }
+    };
+    let said = String::from_utf8_lossy(&verified.stderr);
+    assert!(verified.status.success() && said.is_empty(), "{said}");
+    let exposure = [
+        "security",
+        "--offline=true",
+        "--threshold=29",
+        "./lifl-daemon.service",
+    ];
+    let exposed = analyze(&exposure).expect("run");
+    let said = String::from_utf8_lossy(&exposed.stdout);
+    assert!(exposed.status.success(), "not below 3.0: {said}");
 }
