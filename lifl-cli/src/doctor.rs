@@ -4,8 +4,13 @@
 
 use std::fmt;
 use std::fs;
+use std::path::Path;
+use std::time::Duration;
 
+use lifl_common::client::{Client, ClientError};
+use lifl_common::control::{Welcome, paths};
 use lifl_daemon::plane::{Options, PlaneError, Sockmap, support};
+use lifl_daemon::privileges;
 use nix::errno::Errno;
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::resource::{RLIM_INFINITY, Resource, getrlimit};
@@ -79,6 +84,7 @@ pub fn run() -> Vec<Check> {
         huge_memfd(),
         memlock(),
         open_files(),
+        daemon(),
     ]
 }
 
@@ -255,6 +261,79 @@ fn open_files() -> Check {
     }
 }
 
+/// A daemon that listens: what it runs as, and whether it has kept more than it needs.
+fn daemon() -> Check {
+    const PATIENCE: Duration = Duration::from_secs(5);
+    let asked = std::thread::spawn(|| {
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()
+            .ok()?;
+        let ask = async {
+            for socket in paths::daemon_sockets() {
+                match Client::connect(&socket).await {
+                    Ok(mut client) => {
+                        let flame = client.flame().await.is_ok_and(|page| page.is_some());
+                        return listening(&socket, client.welcome(), flame);
+                    }
+                    Err(ClientError::Connect { source, .. })
+                        if source.kind() == std::io::ErrorKind::PermissionDenied =>
+                    {
+                        return Check::warn(
+                            DAEMON,
+                            format!("listens at {}, where this user may not connect", socket.display()),
+                            "sudo usermod -aG lifl $USER",
+                        );
+                    }
+                    // Nobody there, or of another version.
+                    Err(_) => {}
+                }
+            }
+            Check::ok(DAEMON, "none listens: each run has one of its own")
+        };
+        runtime
+            .block_on(async { tokio::time::timeout(PATIENCE, ask).await })
+            .ok()
+    });
+    match asked.join() {
+        Ok(Some(check)) => check,
+        Ok(None) | Err(_) => Check::warn(
+            DAEMON,
+            format!("does not answer within {} s", PATIENCE.as_secs()),
+            "sudo systemctl restart lifl-daemon",
+        ),
+    }
+}
+
+const DAEMON: &str = "daemon";
+
+/// How it stands with a daemon that has answered.
+fn listening(socket: &Path, welcome: &Welcome, serves_flame: bool) -> Check {
+    let needed = support::names_of(privileges::running(serves_flame));
+    let has = &welcome.capabilities;
+    let excess: Vec<&str> = has
+        .iter()
+        .filter(|capability| !needed.contains(capability))
+        .map(String::as_str)
+        .collect();
+    let capabilities = match has.as_slice() {
+        [] => "without capabilities".to_owned(),
+        some => format!("with {}", some.join(" and ")),
+    };
+    let found = format!(
+        "{} at {}, plane {}, as uid {} {capabilities}",
+        welcome.version,
+        socket.display(),
+        welcome.plane,
+        welcome.uid
+    );
+    if excess.is_empty() {
+        return Check::ok(DAEMON, found);
+    }
+    let found = format!("{found}; it does not need {}", excess.join(" and "));
+    Check::warn(DAEMON, found, "sudo systemctl restart lifl-daemon")
+}
+
 fn bytes(limit: u64) -> String {
     match limit {
         RLIM_INFINITY => "unlimited".to_owned(),
@@ -282,7 +361,42 @@ mod tests {
 
     #[tokio::test]
     async fn may_be_asked_for_within_a_runtime() {
-        assert_eq!(run().len(), 9);
+        assert_eq!(run().len(), 10);
+    }
+
+    #[test]
+    fn a_daemon_with_more_than_it_needs_is_warned_of_by_name() {
+        let welcome = |capabilities: &[&str]| Welcome {
+            protocol: 1,
+            version: "1.2.3".into(),
+            pid: 1,
+            plane: lifl_common::plane::PlaneKind::Sockmap,
+            plane_reason: String::new(),
+            pinned: true,
+            pool_bytes: 0,
+            pool_used_bytes: 0,
+            huge_pages: false,
+            max_workers: 1,
+            workers: 0,
+            awaited: 0,
+            uid: 990,
+            capabilities: capabilities.iter().map(ToString::to_string).collect(),
+        };
+        let check = |capabilities: &[&str], flame| listening(Path::new("/x"), &welcome(capabilities), flame);
+        let bare = check(&[], false);
+        assert_eq!(bare.state, State::Ok);
+        assert_eq!(
+            bare.found,
+            "1.2.3 at /x, plane sockmap, as uid 990 without capabilities"
+        );
+        assert_eq!(check(&["CAP_SYS_PTRACE"], true).state, State::Ok);
+        let more = check(&["CAP_SYS_PTRACE", "CAP_SYS_ADMIN"], true);
+        assert_eq!(more.state, State::Warn);
+        assert!(
+            more.found.ends_with("it does not need CAP_SYS_ADMIN"),
+            "{}",
+            more.found
+        );
     }
 
     #[test]

@@ -8,11 +8,15 @@ mod chain;
 mod ebpf;
 pub mod flame;
 mod gateway;
+mod limits;
 pub mod plane;
 pub mod pool;
+pub mod privileges;
 mod registry;
 mod server;
 
+use std::fmt;
+use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -23,12 +27,18 @@ use crate::flame::{Flame, FlameError};
 pub use crate::gateway::GatewayOptions;
 use crate::plane::PlaneError;
 use crate::pool::{HugePages, Pool};
+pub use crate::registry::quota::{Quota, Quotas};
 use crate::registry::{Facts, Registry};
 pub use crate::server::ListenError;
-use crate::server::{Beside, Listener};
+use crate::server::{Beside, Connections, Listener};
 
 /// Connections beside those of workers: coordinators that have no worker yet, `lifl status`.
-const SPARE_CONNECTIONS: usize = 256;
+const SPARE_CONNECTIONS: u32 = 256;
+
+/// Connections to a daemon at a time, of all users.
+pub fn max_connections(max_workers: u32) -> u32 {
+    max_workers.saturating_add(SPARE_CONNECTIONS)
+}
 
 /// How long workers of the daemon before have to come back, unless somebody says otherwise.
 pub const DEFAULT_GRACE: Duration = Duration::from_secs(10);
@@ -61,6 +71,67 @@ pub struct Options {
     pub flame: Option<flame::Options>,
     /// The door for workers beyond shared memory.
     pub gateway: GatewayOptions,
+}
+
+/// What whoever runs the daemon has for it, besides its options.
+pub struct Host {
+    /// A socket that listens already, as a service manager hands it over. Its file stays when the daemon goes.
+    pub listener: Option<OwnedFd>,
+    /// What users may have.
+    pub quotas: Quotas,
+    /// Whom the registry's task tells that it is well.
+    pub watch: Option<Watch>,
+    /// What to do when everything is done that takes privileges, before anybody is served.
+    pub unprivileged: Option<Box<dyn FnOnce()>>,
+}
+
+impl Default for Host {
+    fn default() -> Self {
+        Self {
+            listener: None,
+            quotas: Quotas::unlimited(),
+            watch: None,
+            unprivileged: None,
+        }
+    }
+}
+
+/// Whom to tell how the daemon is, and how often. The registry's task does it between two requests: when it hangs, so
+/// does this.
+pub struct Watch {
+    /// How often.
+    pub every: Duration,
+    /// Is told; must not block.
+    pub tell: Box<dyn FnMut(&Vitals) + Send>,
+}
+
+/// How a daemon is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Vitals {
+    /// Its plane.
+    pub plane: PlaneKind,
+    /// Jobs.
+    pub jobs: usize,
+    /// Workers.
+    pub workers: usize,
+    /// Bytes that arenas take.
+    pub pool_used_bytes: u64,
+    /// Bytes that they may take.
+    pub pool_bytes: u64,
+}
+
+impl fmt::Display for Vitals {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(
+            f,
+            "plane {}, {} jobs, {} workers, {} of {} MiB in arenas",
+            self.plane,
+            self.jobs,
+            self.workers,
+            self.pool_used_bytes >> 20,
+            self.pool_bytes >> 20
+        )
+    }
 }
 
 /// Why a daemon does not start.
@@ -110,7 +181,26 @@ impl Daemon {
     /// # Panics
     /// Outside of a tokio runtime.
     pub fn start(options: Options, shutdown: CancellationToken) -> Result<Self, StartError> {
-        let listener = Listener::bind(&options.socket, options.socket_mode, options.socket_group)?;
+        Self::start_in(Host::default(), options, shutdown)
+    }
+
+    /// As [`start`](Self::start), with what its host has for it.
+    ///
+    /// # Errors
+    /// As there; or if the socket that was handed over is not one to listen at.
+    ///
+    /// # Panics
+    /// Outside of a tokio runtime.
+    pub fn start_in(
+        host: Host,
+        mut options: Options,
+        shutdown: CancellationToken,
+    ) -> Result<Self, StartError> {
+        let listener = match host.listener {
+            Some(listener) => Listener::take(listener)?,
+            None => Listener::bind(&options.socket, options.socket_mode, options.socket_group)?,
+        };
+        options.socket = listener.path().to_owned();
         let mut chosen = plane::choose(
             options.plane,
             plane::Options {
@@ -138,9 +228,16 @@ impl Daemon {
         let gateway_stop = CancellationToken::new();
         let (handle, opened, gateway) =
             gateway::gateway(options.socket.clone(), &options.gateway, gateway_stop.clone());
-        let mut registry = Registry::new(facts, chosen.plane, pool, handle, options.gateway);
+        let mut registry = Registry::new(
+            facts,
+            host.quotas.clone(),
+            chosen.plane,
+            pool,
+            handle,
+            options.gateway,
+        );
         registry.recover(recovered, options.grace);
-        let max_connections = options.max_workers as usize + SPARE_CONNECTIONS;
+        let connections = Connections::new(max_connections(options.max_workers), host.quotas);
         let served = server::serve(
             listener,
             registry,
@@ -148,10 +245,14 @@ impl Daemon {
                 dead_letters: chosen.dead_letters,
                 opened,
                 flame: flame.as_ref().map(Flame::desk),
+                watch: host.watch,
             },
-            max_connections,
+            connections,
             shutdown.clone(),
         );
+        if let Some(give_up) = host.unprivileged {
+            give_up();
+        }
         let task = tokio::spawn(async move {
             let gateway = tokio::spawn(gateway);
             let registry = served.await;

@@ -1,24 +1,29 @@
 //! The command `lifl-daemon`.
 
+mod settings;
+mod supervisor;
+
 use std::io::IsTerminal;
-use std::net::SocketAddrV4;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
 
 use anyhow::Context;
-use clap::{Parser, ValueEnum};
+use clap::Parser;
 use lifl_common::control::paths;
 use lifl_common::kernel::DEFAULT_MAX_WORKERS;
 use lifl_daemon::plane::PinError;
 use lifl_daemon::pool::HugePages;
 use lifl_daemon::{
-    DEFAULT_GRACE, DEFAULT_PINS, Daemon, GatewayOptions, Options, StartError, default_pool_bytes,
-    raise_open_files,
+    DEFAULT_GRACE, DEFAULT_PINS, Daemon, GatewayOptions, Host, Options, Quota, Quotas, StartError,
+    default_pool_bytes, max_connections, raise_open_files,
 };
-use lifl_daemon::{flame, plane};
+use lifl_daemon::{flame, plane, privileges};
+use nix::libc;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
+
+use crate::settings::{LogFormat, Settings};
 
 /// The group whose members may connect, where the system has it.
 const GROUP: &str = "lifl";
@@ -30,89 +35,38 @@ const GROUP: &str = "lifl";
 ///
 ///   sudo lifl-daemon
 ///
-/// Then `lifl run JOB` uses it. Members of the group `lifl` may connect where that group exists; else only root may,
+/// Then `lifl run JOB` uses it. Each option is also a key of /etc/lifl/daemon.toml, which has users' quotas besides. Members of the group `lifl` may connect where that group exists; else only root may,
 /// unless --socket-mode says otherwise. It ends on SIGINT and SIGTERM and leaves nothing behind but jobs that are under way:
 /// those go on without it, and the next daemon takes them over.
 #[derive(Parser, Debug)]
 #[command(version)]
 struct Cli {
-    /// Where to listen [default: /run/lifl/lifl.sock for root, else lifl.sock in the user's runtime folder]
-    #[arg(long, value_name = "PATH")]
-    socket: Option<PathBuf>,
-    /// The control socket's permission bits, octal [default: 660 with a group, else 600]
-    #[arg(long, value_name = "MODE", value_parser = octal)]
-    socket_mode: Option<u32>,
-    /// The control socket's group [default: lifl, where it exists and this is root]
-    #[arg(long, value_name = "GROUP")]
-    socket_group: Option<String>,
-    /// How frames travel: through the kernel, through the daemon, or the best that is allowed
-    #[arg(long, value_enum, default_value_t = plane::Request::Auto)]
-    plane: plane::Request,
-    /// What arenas may take together, in MiB [default: half of the memory available at start]
-    #[arg(long, value_name = "MIB")]
-    pool_mib: Option<u64>,
-    /// Whether arenas get huge pages of 2 MiB; auto has the kernel make missing ones if it may
-    #[arg(long, value_enum, default_value_t = HugePages::Auto)]
-    huge_pages: HugePages,
-    /// Workers that can be registered at a time, of all jobs
-    #[arg(long, value_name = "N", default_value_t = DEFAULT_MAX_WORKERS, value_parser = clap::value_parser!(u32).range(1..=65535))]
-    max_workers: u32,
-    /// The folder of a BPF filesystem in which jobs on the sockmap outlive this daemon; daemons that run side by side need
-    /// one each
-    #[arg(long, value_name = "FOLDER", default_value = DEFAULT_PINS)]
-    pin: PathBuf,
-    /// Have jobs end with this daemon
-    #[arg(long, conflicts_with = "pin")]
-    no_pin: bool,
-    /// How long workers of the daemon before this one have to come back
-    #[arg(long, value_name = "SECONDS", default_value_t = DEFAULT_GRACE.as_secs())]
-    grace: u64,
+    /// A file with settings in place of options, which win, and with quotas [default: /etc/lifl/daemon.toml, if it is
+    /// there]
+    #[arg(long, value_name = "FILE")]
+    config: Option<PathBuf>,
     /// Take away what daemons have left pinned in the folder of --pin, of whatever version, and end: jobs that still use
     /// it end
     #[arg(long)]
     reset: bool,
-    /// Where Flame's Python workers connect, on the loopback
-    #[arg(long, value_name = "ADDR", default_value_t = flame::Options::SKMSG)]
-    flame_skmsg: SocketAddrV4,
-    /// Where Flame's Python workers register, on the loopback
-    #[arg(long, value_name = "ADDR", default_value_t = flame::Options::RPC)]
-    flame_rpc: SocketAddrV4,
-    /// How long a Flame worker's reference waits for a receiver that has not registered yet
-    #[arg(long, value_name = "SECONDS", default_value_t = 60)]
-    flame_hold: u64,
-    /// Flame workers of one user at a time
-    #[arg(long, value_name = "N", default_value_t = 1024, value_parser = clap::value_parser!(u32).range(1..=65535))]
-    flame_workers: u32,
-    /// Do not serve Flame's Python workers
-    #[arg(long, conflicts_with_all = ["flame_skmsg", "flame_rpc", "flame_hold", "flame_workers"])]
-    no_flame: bool,
-    /// An address, beside the loopback's, on which jobs may open the gateway, where their remote workers come in over
-    /// TCP; 0.0.0.0 or :: allows all. May be given several times. Sessions are let in by the job's token, but nothing
-    /// is encrypted: give an address of a network that you trust
-    #[arg(long, value_name = "ADDR")]
-    gateway_listen: Vec<std::net::IpAddr>,
-    /// How to log to standard error; RUST_LOG chooses what
-    #[arg(long, value_enum, default_value_t = LogFormat::Text)]
-    log_format: LogFormat,
-}
-
-#[derive(Clone, Copy, Debug, ValueEnum)]
-enum LogFormat {
-    /// For people.
-    Text,
-    /// One JSON object a line.
-    Json,
-}
-
-fn octal(text: &str) -> Result<u32, String> {
-    let mode = u32::from_str_radix(text, 8).ok().filter(|mode| *mode <= 0o777);
-    mode.ok_or_else(|| format!("{text:?} is not an octal mode such as 660"))
+    #[command(flatten)]
+    settings: Settings,
 }
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
-    log_to_stderr(cli.log_format);
-    let done = if cli.reset { reset(&cli) } else { run(&cli) };
+    let (settings, file) = match settings(&cli) {
+        Ok(settings) => settings,
+        Err(error) => {
+            eprintln!("lifl-daemon: {error:#}");
+            return ExitCode::from(2);
+        }
+    };
+    log_to_stderr(settings.log_format.unwrap_or(LogFormat::Text));
+    let done = match cli.reset {
+        true => reset(&settings),
+        false => run(&settings, &file),
+    };
     match done {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
@@ -122,6 +76,17 @@ fn main() -> ExitCode {
             ExitCode::from(if lacking { 3 } else { 2 })
         }
     }
+}
+
+/// What the command line and the file say together, and which file that is.
+fn settings(cli: &Cli) -> anyhow::Result<(Settings, PathBuf)> {
+    let usual = Path::new(Quotas::FILE);
+    let (file, below) = match &cli.config {
+        Some(file) => (file.as_path(), Settings::read(file)?),
+        None if usual.exists() => (usual, Settings::read(usual)?),
+        None => (usual, Settings::default()),
+    };
+    Ok((cli.settings.clone().over(below), file.to_owned()))
 }
 
 fn log_to_stderr(format: LogFormat) {
@@ -138,10 +103,11 @@ fn log_to_stderr(format: LogFormat) {
 }
 
 /// Takes away what daemons have left pinned.
-fn reset(cli: &Cli) -> anyhow::Result<()> {
-    let removed = plane::reset(&cli.pin)?;
+fn reset(settings: &Settings) -> anyhow::Result<()> {
+    let folder = settings.pin.as_deref().unwrap_or(Path::new(DEFAULT_PINS));
+    let removed = plane::reset(folder)?;
     if removed.is_empty() {
-        tracing::info!("nothing is pinned in {}", cli.pin.display());
+        tracing::info!("nothing is pinned in {}", folder.display());
     }
     for path in removed {
         tracing::info!("removed {}", path.display());
@@ -149,32 +115,53 @@ fn reset(cli: &Cli) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn run(cli: &Cli) -> anyhow::Result<()> {
+fn run(settings: &Settings, file: &Path) -> anyhow::Result<()> {
+    let listener = supervisor::listener()?;
     raise_open_files();
-    let options = options(cli)?;
+    privileges::no_more().context("prctl(PR_SET_NO_NEW_PRIVS)")?;
+    let options = options(settings)?;
+    let share = Quota::share_of(
+        options.pool_bytes,
+        options.max_workers,
+        max_connections(options.max_workers),
+    );
+    let kept = privileges::running(options.flame.is_some());
+    let host = Host {
+        listener,
+        quotas: settings.quota.resolve(share, file)?,
+        watch: supervisor::watch(),
+        // This thread is the last that has more than it needs.
+        unprivileged: Some(Box::new(move || give_up(kept))),
+    };
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
+        .on_thread_start(move || give_up(kept))
         .build()
         .context("no tokio runtime")?;
     runtime.block_on(async {
         let mut interrupt = signal(SignalKind::interrupt()).context("SIGINT")?;
         let mut terminate = signal(SignalKind::terminate()).context("SIGTERM")?;
+        // A memory file larger than this process may have is an error of its request, and not the daemon's end.
+        let _too_large = signal(SignalKind::from_raw(libc::SIGXFSZ)).context("SIGXFSZ")?;
         let shutdown = CancellationToken::new();
         let (pool_mib, huge_pages) = (options.pool_bytes >> 20, options.huge_pages);
-        let daemon = Daemon::start(options, shutdown.clone())?;
+        let daemon = Daemon::start_in(host, options, shutdown.clone())?;
+        let capabilities = plane::support::names_of(plane::support::effective_capabilities());
         tracing::info!(
             socket = %daemon.socket().display(), plane = %daemon.plane(), reason = daemon.plane_reason(), pool_mib,
-            ?huge_pages, "listening"
+            ?huge_pages, ?capabilities, "listening"
         );
         if let Some(flame) = daemon.flame() {
             let (skmsg, rpc) = flame.addresses();
             tracing::info!(%skmsg, %rpc, "listening for Flame's workers");
         }
+        supervisor::ready();
         tokio::spawn(async move {
             tokio::select! {
                 _ = interrupt.recv() => tracing::info!("SIGINT: stopping"),
                 _ = terminate.recv() => tracing::info!("SIGTERM: stopping"),
             }
+            supervisor::stopping();
             shutdown.cancel();
         });
         daemon.wait().await.context("something could not be taken down")?;
@@ -183,8 +170,15 @@ fn run(cli: &Cli) -> anyhow::Result<()> {
     })
 }
 
-fn options(cli: &Cli) -> anyhow::Result<Options> {
-    let group = match &cli.socket_group {
+/// Leaves the calling thread what it needs to serve.
+fn give_up(kept: u64) {
+    if let Err(error) = privileges::keep_only(kept) {
+        tracing::error!("capabilities that are not needed cannot be given up: {error}");
+    }
+}
+
+fn options(settings: &Settings) -> anyhow::Result<Options> {
+    let group = match &settings.socket_group {
         Some(name) => {
             let group = nix::unistd::Group::from_name(name).with_context(|| format!("group {name}"))?;
             Some(
@@ -196,30 +190,34 @@ fn options(cli: &Cli) -> anyhow::Result<Options> {
         None => None,
     };
     let default_mode = if group.is_some() { 0o660 } else { 0o600 };
+    let max_workers = settings.max_workers.unwrap_or(DEFAULT_MAX_WORKERS);
+    let pinned = !settings.no_pin.unwrap_or(false);
+    let pin = || settings.pin.clone().unwrap_or_else(|| DEFAULT_PINS.into());
+    let serves_flame = !settings.no_flame.unwrap_or(false);
     Ok(Options {
-        socket: cli
+        socket: settings
             .socket
             .clone()
             .unwrap_or_else(|| paths::own_folder().join(paths::DAEMON_SOCKET)),
-        socket_mode: cli.socket_mode.unwrap_or(default_mode),
+        socket_mode: settings.socket_mode.unwrap_or(default_mode),
         socket_group: group.map(|group| group.gid),
-        plane: cli.plane,
-        pool_bytes: cli
+        plane: settings.plane.unwrap_or_default(),
+        pool_bytes: settings
             .pool_mib
             .map_or_else(default_pool_bytes, |mib| mib.saturating_mul(1 << 20)),
-        huge_pages: cli.huge_pages,
-        max_workers: cli.max_workers,
-        pin: (!cli.no_pin).then(|| cli.pin.clone()),
-        grace: Duration::from_secs(cli.grace),
-        flame: (!cli.no_flame).then_some(flame::Options {
-            skmsg: cli.flame_skmsg,
-            rpc: cli.flame_rpc,
-            hold: Duration::from_secs(cli.flame_hold),
-            workers_of_user: cli.flame_workers,
-            max_workers: cli.max_workers,
+        huge_pages: settings.huge_pages.unwrap_or(HugePages::Auto),
+        max_workers,
+        pin: pinned.then(pin),
+        grace: settings.grace.map_or(DEFAULT_GRACE, Duration::from_secs),
+        flame: serves_flame.then(|| flame::Options {
+            skmsg: settings.flame_skmsg.unwrap_or(flame::Options::SKMSG),
+            rpc: settings.flame_rpc.unwrap_or(flame::Options::RPC),
+            hold: Duration::from_secs(settings.flame_hold.unwrap_or(60)),
+            workers_of_user: settings.flame_workers.unwrap_or(1024),
+            max_workers,
         }),
         gateway: GatewayOptions {
-            allowed: cli.gateway_listen.clone(),
+            allowed: settings.gateway_listen.clone().unwrap_or_default(),
             ..GatewayOptions::default()
         },
     })

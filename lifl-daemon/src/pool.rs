@@ -11,8 +11,12 @@ use std::path::PathBuf;
 use lifl_common::arena::{Layout, memfd};
 use nix::fcntl::{Flock, FlockArg};
 
+use crate::limits;
+use crate::registry::quota::QuotaError;
+
 /// Which pages arenas get.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum, serde::Deserialize)]
+#[serde(rename_all = "lowercase")]
 pub enum HugePages {
     /// Huge ones where they can be had, ordinary ones elsewhere.
     Auto,
@@ -49,6 +53,17 @@ pub enum PoolError {
     /// `--huge-pages always`, and there are none.
     #[error("{0}: raise vm.nr_hugepages or pass --huge-pages never")]
     NoHugePages(String),
+    /// Its user's quota.
+    #[error(transparent)]
+    Quota(#[from] QuotaError),
+    /// A limit of this process or machine.
+    #[error("no memory of {mib} MiB can be made: {limit}")]
+    Limit {
+        /// Its size.
+        mib: u64,
+        /// Which, and what to do.
+        limit: String,
+    },
     /// The kernel refuses a memfd.
     #[error("no memfd of {bytes} bytes can be made")]
     Memfd {
@@ -107,7 +122,13 @@ impl Pool {
             && (self.kernel.free() + self.kernel.allowed_surplus() > 0 || self.kernel.may_allow_surplus())
     }
 
-    pub(crate) fn allocate(&mut self, name: &str, layout: Layout) -> Result<Allocation, PoolError> {
+    /// Makes memory for an arena. `admit` says whether its user may have so many bytes more.
+    pub(crate) fn allocate(
+        &mut self,
+        name: &str,
+        layout: Layout,
+        admit: impl Fn(u64) -> Result<(), QuotaError>,
+    ) -> Result<Allocation, PoolError> {
         let Layout { slots, slot_bytes } = layout;
         let bad_layout = || PoolError::Layout { slots, slot_bytes };
         if slots == 0 {
@@ -116,7 +137,9 @@ impl Pool {
         let mut note = None;
         if self.huge_pages != HugePages::Never {
             let bytes = layout.memfd_bytes(true).ok_or_else(bad_layout)?;
-            match self.check_room(bytes).and_then(|()| self.huge(name, bytes)) {
+            let room = admit(bytes).map_err(PoolError::from);
+            let room = room.and_then(|()| self.check_room(bytes));
+            match room.and_then(|()| self.huge(name, bytes)) {
                 Ok(memfd) => {
                     self.used_bytes += bytes;
                     return Ok(Allocation {
@@ -131,8 +154,9 @@ impl Pool {
             }
         }
         let bytes = layout.memfd_bytes(false).ok_or_else(bad_layout)?;
+        admit(bytes)?;
         self.check_room(bytes)?;
-        let memfd = memfd::create(name, bytes, false).map_err(|source| PoolError::Memfd { bytes, source })?;
+        let memfd = memfd::create(name, bytes, false).map_err(|source| refused(bytes, source))?;
         self.used_bytes += bytes;
         Ok(Allocation {
             memfd,
@@ -169,8 +193,11 @@ impl Pool {
 
     fn huge(&mut self, name: &str, bytes: u64) -> Result<File, PoolError> {
         let need = bytes / memfd::HUGE_PAGE_BYTES;
-        let memfd = memfd::create(name, bytes, true).map_err(|source| {
-            PoolError::NoHugePages(format!("the kernel has no huge pages of 2 MiB ({source})"))
+        let memfd = memfd::create(name, bytes, true).map_err(|source| match refused(bytes, source) {
+            PoolError::Memfd { source, .. } => {
+                PoolError::NoHugePages(format!("the kernel has no huge pages of 2 MiB ({source})"))
+            }
+            limit => limit,
         })?;
         let _surplus = self.kernel.allow_surplus(need);
         match memfd::reserve(&memfd, bytes) {
@@ -181,6 +208,17 @@ impl Pool {
                 Err(PoolError::NoHugePages(message))
             }
         }
+    }
+}
+
+/// Why the kernel gives no memfd.
+fn refused(bytes: u64, source: io::Error) -> PoolError {
+    match limits::explain(&source, bytes) {
+        Some(limit) => PoolError::Limit {
+            mib: bytes.div_ceil(1 << 20),
+            limit,
+        },
+        None => PoolError::Memfd { bytes, source },
     }
 }
 
@@ -279,9 +317,9 @@ mod tests {
     #[test]
     fn the_ceiling_holds_and_names_the_numbers() {
         let mut pool = Pool::new(3 << 20, HugePages::Never);
-        let first = pool.allocate("a", layout(2 << 20)).expect("fits");
+        let first = pool.allocate("a", layout(2 << 20), |_| Ok(())).expect("fits");
         let error = pool
-            .allocate("b", layout(2 << 20))
+            .allocate("b", layout(2 << 20), |_| Ok(()))
             .expect_err("too much")
             .to_string();
         assert!(
@@ -289,7 +327,7 @@ mod tests {
             "{error}"
         );
         pool.free(first.bytes);
-        assert!(pool.allocate("b", layout(2 << 20)).is_ok());
+        assert!(pool.allocate("b", layout(2 << 20), |_| Ok(())).is_ok());
     }
 
     #[test]
@@ -310,7 +348,10 @@ mod tests {
             },
         ] {
             assert!(
-                matches!(pool.allocate("a", layout), Err(PoolError::Layout { .. })),
+                matches!(
+                    pool.allocate("a", layout, |_| Ok(())),
+                    Err(PoolError::Layout { .. })
+                ),
                 "{layout:?}"
             );
         }
@@ -327,7 +368,7 @@ mod tests {
             kernel: nowhere(),
             ..Pool::new(u64::MAX, HugePages::Auto)
         };
-        let allocation = auto.allocate("a", layout).expect("ordinary pages");
+        let allocation = auto.allocate("a", layout, |_| Ok(())).expect("ordinary pages");
         assert_eq!(allocation.page_bytes, 4096);
         assert!(
             allocation
@@ -339,7 +380,7 @@ mod tests {
             ..Pool::new(u64::MAX, HugePages::Always)
         };
         assert!(matches!(
-            always.allocate("a", layout),
+            always.allocate("a", layout, |_| Ok(())),
             Err(PoolError::NoHugePages(_))
         ));
     }
@@ -357,7 +398,9 @@ mod tests {
         // More than are free, so that the kernel must make some.
         let bytes = (kernel.free() + 4) * memfd::HUGE_PAGE_BYTES;
         let mut pool = Pool::new(u64::MAX, HugePages::Always);
-        let arena = pool.allocate("arena", layout(bytes)).expect("made by the kernel");
+        let arena = pool
+            .allocate("arena", layout(bytes), |_| Ok(()))
+            .expect("made by the kernel");
         assert_eq!(kernel.read(SURPLUS_LIMIT), limit);
         drop(pool);
         let reader = memmap2::MmapOptions::new()

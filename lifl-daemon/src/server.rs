@@ -7,11 +7,13 @@
 //! ```
 
 use std::collections::HashMap;
+use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::fs::{FileTypeExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use lifl_common::control::packet::{PacketError, PacketSocket};
@@ -20,18 +22,22 @@ use lifl_common::control::{ErrorCode, Message, Reply, Request};
 use lifl_common::frame::Frame;
 use lifl_common::watch::watch;
 use nix::errno::Errno;
+use nix::fcntl::{FcntlArg, FdFlag, OFlag, fcntl};
 use nix::sys::socket::{
-    AddressFamily, Backlog, SockFlag, SockType, UnixAddr, accept4, bind, connect, getsockopt, listen, socket,
-    sockopt,
+    AddressFamily, Backlog, SockFlag, SockType, UnixAddr, accept4, bind, connect, getsockname, getsockopt,
+    listen, socket, sockopt,
 };
 use tokio::io::unix::AsyncFd;
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
+use crate::Watch;
 use crate::chain::error_chain;
 use crate::flame::Desk;
 use crate::gateway::Opened;
+use crate::limits;
+use crate::registry::quota::{Quotas, Use, Want};
 use crate::registry::reattach::CHECK;
 use crate::registry::{ConnId, Outgoing, Peer, Registry};
 
@@ -40,6 +46,9 @@ const QUEUE: usize = 8192;
 
 /// How long a client may take to say hello.
 const HELLO_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// How long the daemon takes to turn somebody away.
+const TURNED_AWAY: Duration = Duration::from_millis(100);
 
 /// How long clients have to leave when the daemon ends.
 const DRAIN: Duration = Duration::from_secs(3);
@@ -50,6 +59,9 @@ pub enum ListenError {
     /// Another daemon is there.
     #[error("another daemon listens at {0}: stop it, or give --socket another path")]
     InUse(PathBuf),
+    /// What was handed over is something else.
+    #[error("the socket that the service manager hands over is not one to listen at: {0}")]
+    NotAListener(&'static str),
     /// A call failed.
     #[error("{call} for the control socket {path} failed")]
     System {
@@ -63,11 +75,12 @@ pub enum ListenError {
     },
 }
 
-/// A listening control socket; its file goes when it does.
+/// A listening control socket; its file goes when it does, unless it was handed over.
 #[derive(Debug)]
 pub(crate) struct Listener {
     fd: AsyncFd<OwnedFd>,
     path: PathBuf,
+    own: bool,
 }
 
 impl Listener {
@@ -110,7 +123,40 @@ impl Listener {
         Ok(Self {
             fd,
             path: path.to_owned(),
+            own: true,
         })
+    }
+
+    /// Takes a socket that listens already. Its file, mode and group are its maker's affair.
+    pub(crate) fn take(fd: OwnedFd) -> Result<Self, ListenError> {
+        let failed = |call, source| ListenError::System {
+            call,
+            path: PathBuf::from("that was handed over"),
+            source,
+        };
+        let option = |errno: Errno| failed("getsockopt", errno.into());
+        let address: Result<UnixAddr, _> = getsockname(fd.as_raw_fd());
+        let Some(path) = address.ok().and_then(|address| Some(address.path()?.to_owned())) else {
+            return Err(ListenError::NotAListener("it is no Unix socket with a path"));
+        };
+        if getsockopt(&fd, sockopt::SockType).map_err(option)? != SockType::SeqPacket {
+            return Err(ListenError::NotAListener(
+                "its type is not SOCK_SEQPACKET (ListenSequentialPacket= in a unit)",
+            ));
+        }
+        if !getsockopt(&fd, sockopt::AcceptConn).map_err(option)? {
+            return Err(ListenError::NotAListener("it does not listen"));
+        }
+        let set = |errno: Errno| failed("fcntl", errno.into());
+        fcntl(&fd, FcntlArg::F_SETFL(OFlag::O_NONBLOCK)).map_err(set)?;
+        fcntl(&fd, FcntlArg::F_SETFD(FdFlag::FD_CLOEXEC)).map_err(set)?;
+        let fd = watch(fd).map_err(|source| failed("epoll_ctl", source))?;
+        Ok(Self { fd, path, own: false })
+    }
+
+    /// Where it listens.
+    pub(crate) fn path(&self) -> &Path {
+        &self.path
     }
 
     async fn accept(&self) -> io::Result<(PacketSocket, Peer)> {
@@ -172,6 +218,9 @@ impl Drop for Temporary {
 
 impl Drop for Listener {
     fn drop(&mut self) {
+        if !self.own {
+            return;
+        }
         if let Err(error) = std::fs::remove_file(&self.path) {
             tracing::warn!(path = %self.path.display(), "the control socket's file stays: {error}");
         }
@@ -215,6 +264,83 @@ pub(crate) struct Beside {
     pub(crate) opened: mpsc::UnboundedReceiver<Opened>,
     /// Flame's workers, where they are served.
     pub(crate) flame: Option<Desk>,
+    /// Who is told how the daemon is.
+    pub(crate) watch: Option<Watch>,
+}
+
+/// How many may be connected, in all and of each user.
+pub(crate) struct Connections {
+    max: u32,
+    quotas: Quotas,
+    of: Arc<Mutex<HashMap<u32, u32>>>,
+}
+
+impl Connections {
+    pub(crate) fn new(max: u32, quotas: Quotas) -> Self {
+        Self {
+            max,
+            quotas,
+            of: Arc::default(),
+        }
+    }
+
+    /// A place for a connection, for as long as the result lives.
+    ///
+    /// # Errors
+    /// Why there is none, for the one who asks.
+    fn admit(&self, peer: Peer) -> Result<Place, String> {
+        // The daemon's own, which come of its gateway, are as many as a job has workers there.
+        let uid = (!peer.is_own()).then_some(peer.uid);
+        let mut of = self.of.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(uid) = uid {
+            if of.values().sum::<u32>() >= self.max {
+                return Err(format!(
+                    "the daemon has {} connections, as many as it may: end another job, or start it with a larger \
+                     --max-workers",
+                    self.max
+                ));
+            }
+            let used = Use {
+                connections: of.get(&uid).copied().unwrap_or(0),
+                ..Use::default()
+            };
+            let admitted = self.quotas.admit(uid, &used, Want::Connection);
+            admitted.map_err(|error| error.to_string())?;
+            *of.entry(uid).or_default() += 1;
+        }
+        Ok(Place {
+            uid,
+            of: Arc::clone(&self.of),
+        })
+    }
+}
+
+/// A connection's place; dropping it makes room.
+struct Place {
+    uid: Option<u32>,
+    of: Arc<Mutex<HashMap<u32, u32>>>,
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        let Some(uid) = self.uid else { return };
+        let mut of = self.of.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(count) = of.get_mut(&uid) {
+            *count -= 1;
+            if *count == 0 {
+                of.remove(&uid);
+            }
+        }
+    }
+}
+
+/// A descriptor that is kept so that there is one to turn somebody away with when there are no others.
+struct Spare(Option<File>);
+
+impl Spare {
+    fn new() -> Self {
+        Self(File::open("/dev/null").ok())
+    }
 }
 
 /// Serves until `shutdown`, then lets clients leave and gives the registry back.
@@ -225,26 +351,25 @@ pub(crate) async fn serve(
         mut dead_letters,
         mut opened,
         flame,
+        watch,
     }: Beside,
-    max_connections: usize,
+    connections: Connections,
     shutdown: CancellationToken,
 ) -> Registry {
     let (commands, mut inbox) = mpsc::channel(1024);
     let tasks = TaskTracker::new();
     let accepting = shutdown.child_token();
     let answers = commands.downgrade();
-    tasks.spawn(accept(
-        listener,
-        commands,
-        tasks.clone(),
-        max_connections,
-        accepting,
-    ));
+    tasks.spawn(accept(listener, commands, tasks.clone(), connections, accepting));
     let mut queues: HashMap<ConnId, (mpsc::Sender<Outgoing>, CancellationToken)> = HashMap::new();
     let mut draining = false;
     let mut jobs_stay = false;
     let mut check = tokio::time::interval(CHECK);
     check.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    let (mut beat, mut tell) = match watch {
+        Some(Watch { every, tell }) => (tokio::time::interval(every), Some(tell)),
+        None => (tokio::time::interval(Duration::MAX), None),
+    };
     let drained = tokio::time::sleep(Duration::MAX);
     tokio::pin!(drained);
     loop {
@@ -281,6 +406,11 @@ pub(crate) async fn serve(
                 jobs_stay = registry.leave_jobs();
                 drained.as_mut().reset(tokio::time::Instant::now() + DRAIN);
             }
+            _ = beat.tick(), if tell.is_some() => {
+                if let Some(tell) = &mut tell {
+                    tell(&registry.vitals());
+                }
+            }
             now = check.tick(), if registry.awaits() => registry.check_awaited(now),
             () = &mut drained, if draining => {
                 tracing::warn!(left = registry.connections(), "clients did not leave in time");
@@ -316,10 +446,10 @@ async fn accept(
     listener: Listener,
     commands: mpsc::Sender<Command>,
     tasks: TaskTracker,
-    max_connections: usize,
+    connections: Connections,
     shutdown: CancellationToken,
 ) {
-    let slots = std::sync::Arc::new(tokio::sync::Semaphore::new(max_connections));
+    let mut spare = Spare::new();
     let mut last = 0;
     loop {
         let accepted = tokio::select! {
@@ -328,21 +458,40 @@ async fn accept(
         };
         let (socket, peer) = match accepted {
             Ok(accepted) => accepted,
+            Err(error) if is_out_of_descriptors(&error) && spare.0.is_some() => {
+                // Who waits to be accepted would wait for ever: it is told, with the descriptor that was kept for this.
+                spare.0 = None;
+                let Ok(Ok((socket, peer))) = tokio::time::timeout(TURNED_AWAY, listener.accept()).await
+                else {
+                    spare = Spare::new();
+                    continue;
+                };
+                spare = Spare::new();
+                if spare.0.is_none() {
+                    turn_away(&socket, peer, limits::descriptors()).await;
+                    drop(socket);
+                    spare = Spare::new();
+                    continue;
+                }
+                // Some have become free meanwhile.
+                (socket, peer)
+            }
             Err(error) => {
-                // Out of descriptors, most likely: what is connected must go on, so wait for one to leave.
+                // What is connected must go on, so wait for somebody to leave.
                 tracing::error!("accept on the control socket failed: {error}");
                 tokio::time::sleep(Duration::from_millis(100)).await;
+                if spare.0.is_none() {
+                    spare = Spare::new();
+                }
                 continue;
             }
         };
-        let Ok(slot) = std::sync::Arc::clone(&slots).try_acquire_owned() else {
-            tracing::warn!(
-                pid = peer.pid,
-                uid = peer.uid,
-                max_connections,
-                "too many connections: refused"
-            );
-            continue;
+        let place = match connections.admit(peer) {
+            Ok(place) => place,
+            Err(why) => {
+                turn_away(&socket, peer, why).await;
+                continue;
+            }
         };
         last += 1;
         let id = ConnId(last);
@@ -361,10 +510,23 @@ async fn accept(
                 () = kick.cancelled() => {}
                 () = converse(&socket, id, peer, &commands, outgoing) => {}
             }
+            // Who hears that there is room again finds it.
+            drop((socket, place));
             let _ = commands.send(Command::Closed(id)).await;
-            drop(slot);
         });
     }
+}
+
+fn is_out_of_descriptors(error: &io::Error) -> bool {
+    matches!(error.raw_os_error(), Some(libc::EMFILE | libc::ENFILE))
+}
+
+/// Tells somebody who cannot be let in why. It does not wait for anybody: there is room for one packet.
+async fn turn_away(socket: &PacketSocket, peer: Peer, message: String) {
+    tracing::warn!(pid = peer.pid, uid = peer.uid, "connection refused: {message}");
+    let code = ErrorCode::Full;
+    let reply = Message::Reply(Reply::Error { code, message });
+    let _ = tokio::time::timeout(TURNED_AWAY, socket.send(&reply, &[])).await;
 }
 
 /// Carries one client's packets until it leaves or misbehaves. One request is under way at a time, so that answers
@@ -404,9 +566,12 @@ async fn converse(
                     return;
                 }
                 Err(error) => {
-                    let message = error_chain(&error);
+                    let (code, message) = match error {
+                        PacketError::NoDescriptors => (ErrorCode::Full, limits::descriptors()),
+                        error => (ErrorCode::BadPacket, error_chain(&error)),
+                    };
                     tracing::warn!(pid = peer.pid, uid = peer.uid, "bad packet: {message}");
-                    let reply = Message::Reply(Reply::Error { code: ErrorCode::BadPacket, message });
+                    let reply = Message::Reply(Reply::Error { code, message });
                     let _ = tokio::time::timeout(Duration::from_secs(1), socket.send(&reply, &[])).await;
                     return;
                 }

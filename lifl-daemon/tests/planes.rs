@@ -5,7 +5,7 @@
 use std::fs::File;
 use std::io::Write;
 use std::net::{Ipv4Addr, TcpListener, TcpStream, UdpSocket};
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
@@ -352,9 +352,23 @@ on_both_planes! {
         };
         use nix::sys::socket::SockType;
         assert!(matches!(refused(File::open("/dev/null").expect("open").into()), SocketError::NotASocket));
+        let (pipe, _writer) = std::io::pipe().expect("a pipe");
+        assert!(matches!(refused(pipe.into()), SocketError::NotASocket));
+        let memfd = lifl_common::arena::memfd::create("test", 4096, false).expect("a memfd");
+        assert!(matches!(refused(memfd.into()), SocketError::NotASocket));
         match kind {
             PlaneKind::Sockmap => {
                 assert!(matches!(refused(udp()), SocketError::Type { found: 2 }));
+                let listening = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).expect("bound");
+                assert!(matches!(refused(listening.into()), SocketError::NotEstablished { state: 10 }));
+                // Its addresses are IPv4's in disguise, its family is not.
+                let listener = TcpListener::bind(("::ffff:127.0.0.1", 0)).expect("bound");
+                let near = TcpStream::connect(listener.local_addr().expect("bound")).expect("connected");
+                assert!(matches!(refused(near.into()), SocketError::Family { found: 10, .. }));
+                // Multipath TCP answers the same questions as TCP.
+                if let Some(near) = multipath_pair() {
+                    assert!(matches!(refused(near), SocketError::Protocol { found: 262 }));
+                }
                 let unix = unix_pair(SockType::Stream).0;
                 assert!(matches!(refused(unix), SocketError::Family { found: 1, .. }));
                 let unconnected = tcp(SockType::Stream);
@@ -367,6 +381,13 @@ on_both_planes! {
             }
             PlaneKind::Relay => {
                 assert!(matches!(refused(udp()), SocketError::Family { found: 2, .. }));
+                let (near, _far) = tcp_pair();
+                assert!(matches!(refused(near.into()), SocketError::Family { found: 2, .. }));
+                let packets = unix_pair(SockType::SeqPacket).0;
+                assert!(matches!(refused(packets), SocketError::Type { found: 5 }));
+                let folder = tempfile::tempdir().expect("a folder");
+                let listening = std::os::unix::net::UnixListener::bind(folder.path().join("x")).expect("bound");
+                assert!(matches!(refused(listening.into()), SocketError::NotConnected));
                 let datagrams = unix_pair(SockType::Datagram).0;
                 assert!(matches!(refused(datagrams), SocketError::Type { found: 2 }));
                 use nix::sys::socket::{AddressFamily, SockFlag, socket};
@@ -665,6 +686,26 @@ async fn a_relay_survives_garbage_and_half_a_frame() {
     let (mut two, mut three) = (node.worker(2, 1), node.worker(3, 1));
     two.send(&[frame(2, 3, 1)]).await.expect("sent");
     expect(&mut three, frame(2, 3, 1)).await;
+}
+
+/// An end of an established pair of Multipath TCP, where the kernel has that.
+fn multipath_pair() -> Option<OwnedFd> {
+    use nix::sys::socket::{Backlog, SockaddrIn, bind, connect, getsockname, listen};
+    let mptcp = || {
+        let kind = libc::SOCK_STREAM | libc::SOCK_CLOEXEC;
+        // SAFETY: three numbers, and a descriptor of nobody else's.
+        match unsafe { libc::socket(libc::AF_INET, kind, libc::IPPROTO_MPTCP) } {
+            -1 => None,
+            // SAFETY: as above.
+            fd => Some(unsafe { OwnedFd::from_raw_fd(fd) }),
+        }
+    };
+    let (listener, near) = (mptcp()?, mptcp()?);
+    bind(listener.as_raw_fd(), &SockaddrIn::new(127, 0, 0, 1, 0)).expect("bound");
+    listen(&listener, Backlog::new(1).expect("small")).expect("listens");
+    let address: SockaddrIn = getsockname(listener.as_raw_fd()).expect("bound");
+    connect(near.as_raw_fd(), &address).expect("connected");
+    Some(near)
 }
 
 fn tcp_pair() -> (TcpStream, TcpStream) {

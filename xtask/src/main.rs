@@ -2,6 +2,7 @@
 
 mod ci;
 mod ebpf;
+mod install;
 
 use anyhow::Result;
 use clap::{Parser, Subcommand};
@@ -20,11 +21,17 @@ enum Task {
     BuildEbpf(ebpf::Options),
     /// Run what CI runs.
     Ci,
+    /// Build, and install the programs, systemd's units and the settings.
+    Install(install::Options),
+    /// Take away what `install` has put there.
+    Uninstall(install::Options),
 }
 
 fn main() -> Result<()> {
     match Arguments::parse().task {
         Task::BuildEbpf(options) => ebpf::build(&options),
         Task::Ci => ci::run(),
+        Task::Install(options) => install::install(&options),
+        Task::Uninstall(options) => install::uninstall(&options),
     }
 }

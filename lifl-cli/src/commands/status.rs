@@ -5,7 +5,7 @@ use std::path::Path;
 use anyhow::anyhow;
 use comfy_table::presets::NOTHING;
 use comfy_table::{CellAlignment, Table};
-use lifl_common::control::{FlamePage, Status};
+use lifl_common::control::{FlamePage, Status, UserStatus};
 use nix::time::{ClockId, clock_gettime};
 use serde_json::json;
 use tokio::runtime::Builder;
@@ -72,6 +72,10 @@ fn print(socket: &Path, status: &Status) {
         daemon.workers,
         daemon.max_workers
     );
+    outln!("  runs as uid {}, {}", daemon.uid, with(&daemon.capabilities));
+    for user in &status.users {
+        outln!("  {}", share(user));
+    }
     for job in &status.jobs {
         let name = job.name.as_deref().unwrap_or("(another user's)");
         let bytes = human_bytes(job.arena_bytes);
@@ -131,6 +135,33 @@ fn print(socket: &Path, status: &Status) {
     outln!("{table}");
 }
 
+/// What a process may do.
+fn with(capabilities: &[String]) -> String {
+    match capabilities {
+        [] => "without capabilities".to_owned(),
+        some => format!("with {}", some.join(", ")),
+    }
+}
+
+/// What a user has of what it may have.
+fn share(user: &UserStatus) -> String {
+    let UserStatus { uid, used, quota } = user;
+    let count = |used: u32, quota: u32, what: &str| match quota {
+        u32::MAX => format!("{used} {what}"),
+        quota => format!("{used} of {quota} {what}"),
+    };
+    let memory = match quota.pool_bytes {
+        u64::MAX => human_bytes(used.pool_bytes),
+        quota => format!("{} of {}", human_bytes(used.pool_bytes), human_bytes(quota)),
+    };
+    format!(
+        "uid {uid} has {memory} in arenas, {}, {}, {}",
+        count(used.workers, quota.workers, "workers"),
+        count(used.jobs, quota.jobs, "jobs"),
+        count(used.connections, quota.connections, "connections")
+    )
+}
+
 fn print_flame(page: &FlamePage) {
     outln!(
         "  Flame at {}, plane {}: {} workers on {} connections, {} references held",
@@ -177,5 +208,52 @@ fn since(last_ns: u64) -> String {
     match last_ns {
         0 => "never".to_owned(),
         last => format!("{:.1} s", now.saturating_sub(last) as f64 / 1e9),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use lifl_common::control::Amounts;
+
+    use super::*;
+
+    #[test]
+    fn a_users_share_is_shown_with_its_limits_where_there_are_some() {
+        let used = Amounts {
+            pool_bytes: 512 << 20,
+            workers: 3,
+            jobs: 1,
+            connections: 5,
+        };
+        let none = Amounts {
+            pool_bytes: u64::MAX,
+            workers: u32::MAX,
+            jobs: u32::MAX,
+            connections: u32::MAX,
+        };
+        let quota = Amounts {
+            pool_bytes: 600 << 20,
+            workers: 10,
+            ..none
+        };
+        let user = |quota| UserStatus {
+            uid: 1000,
+            used,
+            quota,
+        };
+        assert_eq!(
+            share(&user(quota)),
+            "uid 1000 has 512.0 MiB of 600.0 MiB in arenas, 3 of 10 workers, 1 jobs, 5 connections"
+        );
+        assert_eq!(
+            share(&user(none)),
+            "uid 1000 has 512.0 MiB in arenas, 3 workers, 1 jobs, 5 connections"
+        );
+    }
+
+    #[test]
+    fn capabilities_are_named_and_none_is_said() {
+        assert_eq!(with(&[]), "without capabilities");
+        assert_eq!(with(&["CAP_BPF".into(), "CAP_X".into()]), "with CAP_BPF, CAP_X");
     }
 }

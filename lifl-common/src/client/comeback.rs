@@ -159,8 +159,13 @@ pub(super) async fn greet(path: &Path) -> Result<(PacketSocket, Welcome), Client
         source,
     })?;
     let hello = Request::Hello { protocol: PROTOCOL };
-    socket.send(&hello, &[]).await?;
-    let welcome = match socket.recv::<Message>().await?.ok_or(ClientError::Closed)?.0 {
+    // A daemon that lets nobody more in says why and closes, perhaps before it could hear this: then that is what counts.
+    let said = socket.send(&hello, &[]).await;
+    let answer = socket.recv::<Message>().await?;
+    if answer.is_none() {
+        said?;
+    }
+    let welcome = match answer.ok_or(ClientError::Closed)?.0 {
         Message::Reply(Reply::Welcome(welcome)) => welcome,
         Message::Reply(Reply::Error { code, message }) => {
             return Err(ClientError::Refused { code, message });

@@ -237,6 +237,12 @@ pub struct Welcome {
     pub workers: u32,
     /// Workers that were there before this daemon, and have not come back yet.
     pub awaited: u32,
+    /// Whom its process runs as.
+    #[serde(default)]
+    pub uid: u32,
+    /// The capabilities that its process has, by their names in `capabilities(7)`.
+    #[serde(default)]
+    pub capabilities: Vec<String>,
 }
 
 /// What the daemon says unasked.
@@ -324,6 +330,33 @@ pub struct Status {
     pub workers: Vec<WorkerStatus>,
     /// Whether there are workers after the last of these.
     pub more: bool,
+    /// What users have and may have: of the caller, and of all to root.
+    #[serde(default)]
+    pub users: Vec<UserStatus>,
+}
+
+/// What a user has, and what it may have.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct UserStatus {
+    /// Who.
+    pub uid: u32,
+    /// What it has.
+    pub used: Amounts,
+    /// Its quota; the largest number where there is none.
+    pub quota: Amounts,
+}
+
+/// What quotas are about.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Amounts {
+    /// Bytes of arenas.
+    pub pool_bytes: u64,
+    /// Workers.
+    pub workers: u32,
+    /// Jobs.
+    pub jobs: u32,
+    /// Connections to the control socket.
+    pub connections: u32,
 }
 
 /// A job.

@@ -10,8 +10,9 @@ pub mod packet;
 pub mod paths;
 
 pub use message::{
-    ArenaStatus, DeadLetter, ErrorCode, Event, FlamePage, FlameWorkerStatus, GatewayStatus, HeldArena,
-    JobStatus, Message, PeerLost, RemoteWorker, Reply, Request, Status, Welcome, WorkerStatus,
+    Amounts, ArenaStatus, DeadLetter, ErrorCode, Event, FlamePage, FlameWorkerStatus, GatewayStatus,
+    HeldArena, JobStatus, Message, PeerLost, RemoteWorker, Reply, Request, Status, UserStatus, Welcome,
+    WorkerStatus,
 };
 
 /// The protocol's version; a client and a daemon of different versions do not talk.

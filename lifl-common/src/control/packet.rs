@@ -33,6 +33,9 @@ pub enum PacketError {
     /// More descriptors than anybody needs; all were closed.
     #[error("more than {MAX_FDS} descriptors beside a packet")]
     TooManyFds,
+    /// This process may have no descriptor more: those beside the packet were closed.
+    #[error("this process has no descriptor left for those beside a packet")]
+    NoDescriptors,
     /// Not the JSON that belongs here.
     #[error("not a control message")]
     Syntax(#[from] serde_json::Error),
@@ -123,8 +126,9 @@ fn recv_packet(fd: RawFd, bytes: &mut [u8]) -> io::Result<Received> {
     let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_CMSG_CLOEXEC;
     let received = match recvmsg::<()>(fd, &mut iov, Some(&mut space), flags) {
         Ok(received) => received,
-        // Whoever died with unread packets leaves a reset, which is an end like any other.
-        Err(Errno::ECONNRESET) => return Ok(Ok((0, Vec::new()))),
+        // Whoever left with unread packets leaves a reset, which is an end like any other. It is told once, and before
+        // what was said last, which may be why.
+        Err(Errno::ECONNRESET) => recvmsg::<()>(fd, &mut iov, Some(&mut space), flags)?,
         Err(errno) => return Err(errno.into()),
     };
     let mut fds = Vec::new();
@@ -142,7 +146,13 @@ fn recv_packet(fd: RawFd, bytes: &mut [u8]) -> io::Result<Received> {
         Err(_) => cut = true,
     }
     if cut {
-        return Ok(Err(PacketError::TooManyFds));
+        // The kernel cuts where the space for them ends, or where this process may have no more.
+        let full = fds.len() >= MAX_FDS;
+        return Ok(Err(if full {
+            PacketError::TooManyFds
+        } else {
+            PacketError::NoDescriptors
+        }));
     }
     if received.flags.contains(MsgFlags::MSG_TRUNC) {
         return Ok(Err(PacketError::TooLong));

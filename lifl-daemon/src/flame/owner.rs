@@ -8,6 +8,7 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::sync::LazyLock;
 
 use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockProtocol, SockType, recv, send, socket};
+use nix::sys::stat::{SFlag, fstat};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
 use crate::plane::support;
@@ -202,12 +203,27 @@ pub(super) fn process(pid: u32) -> Option<Process> {
 
 /// What a process has under that number.
 pub(super) fn descriptor(pid: u32, fd: u32) -> Descriptor {
-    let Ok(link) = fs::read_link(format!("/proc/{pid}/fd/{fd}")) else {
-        return Descriptor::Missing;
+    let link = match fs::read_link(format!("/proc/{pid}/fd/{fd}")) {
+        Ok(link) => link,
+        // The folder is its user's alone: CAP_DAC_READ_SEARCH would open it. What takes the descriptor later can tell as
+        // well, and asks for CAP_SYS_PTRACE only.
+        Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
+            return duplicate(pid, fd).map_or(Descriptor::Missing, |copy| what_is(&copy));
+        }
+        Err(_) => return Descriptor::Missing,
     };
     let inode = link
         .to_str()
         .and_then(|link| link.strip_prefix("socket:[")?.strip_suffix(']')?.parse().ok());
+    inode.map_or(Descriptor::Other, |inode| Descriptor::Socket { inode })
+}
+
+fn what_is(descriptor: &OwnedFd) -> Descriptor {
+    let Ok(stat) = fstat(descriptor) else {
+        return Descriptor::Missing;
+    };
+    let is_socket = SFlag::from_bits_truncate(stat.st_mode) & SFlag::S_IFMT == SFlag::S_IFSOCK;
+    let inode = u32::try_from(stat.st_ino).ok().filter(|_| is_socket);
     inode.map_or(Descriptor::Other, |inode| Descriptor::Socket { inode })
 }
 
@@ -260,6 +276,10 @@ mod tests {
         let (pid, fd) = (std::process::id(), near.as_raw_fd() as u32);
         assert_eq!(descriptor(pid, fd), Descriptor::Socket { inode: owner.inode });
         assert_eq!(descriptor(pid, 9999), Descriptor::Missing);
+        let copy = duplicate(pid, fd).expect("one's own");
+        assert_eq!(what_is(&copy), Descriptor::Socket { inode: owner.inode });
+        let file = fs::File::open("/dev/null").expect("open");
+        assert_eq!(what_is(&file.into()), Descriptor::Other);
         let elsewhere = SocketAddrV4::new(*local.ip(), local.port() ^ 1);
         assert_eq!(table.at(elsewhere, remote).expect("asked"), None);
     }

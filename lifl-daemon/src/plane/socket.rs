@@ -32,6 +32,12 @@ pub enum SocketError {
         /// What it is, as a number of `socket(2)`.
         found: i32,
     },
+    /// A stream of another kind, which the kernel does not put into a sockmap.
+    #[error("the socket's protocol is {found}, this plane needs IPPROTO_TCP (6)")]
+    Protocol {
+        /// What it is, as a number of `socket(2)`.
+        found: i32,
+    },
     /// Listening, unconnected, or closing.
     #[error("the socket is not connected (TCP state {state}, not ESTABLISHED)")]
     NotEstablished {
@@ -84,6 +90,10 @@ pub(super) fn own_netns() -> Result<u64, SocketError> {
 pub(super) fn check_tcp(fd: impl AsFd, netns: u64) -> Result<Connection, SocketError> {
     let fd = fd.as_fd();
     check_stream(fd, libc::AF_INET, "AF_INET (2)")?;
+    match option(fd, libc::SOL_SOCKET, libc::SO_PROTOCOL, "getsockopt(SO_PROTOCOL)")? {
+        libc::IPPROTO_TCP => {}
+        found => return Err(SocketError::Protocol { found }),
+    }
     let state: u8 = option(fd, libc::IPPROTO_TCP, libc::TCP_INFO, "getsockopt(TCP_INFO)")?;
     if state != ESTABLISHED {
         return Err(SocketError::NotEstablished { state });

@@ -27,12 +27,25 @@ fn parse_release(release: &str) -> Option<(u32, u32)> {
     Some((numbers.next()?.parse().ok()?, numbers.next()?.parse().ok()?))
 }
 
-/// The calling thread's effective capabilities, a bit for each; 0 where `/proc` does not tell.
+/// The calling thread's effective capabilities, a bit for each; 0 if the kernel does not tell.
 pub fn effective_capabilities() -> u64 {
-    let status = fs::read_to_string("/proc/thread-self/status").unwrap_or_default();
-    let line = status.lines().find_map(|line| line.strip_prefix("CapEff:"));
-    line.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok())
-        .unwrap_or(0)
+    let set = caps::read(None, caps::CapSet::Effective).unwrap_or_default();
+    set.into_iter()
+        .fold(0, |mask, capability| mask | capability.bitmask())
+}
+
+/// The names of the capabilities in a mask, as `capabilities(7)` has them.
+pub fn names_of(mask: u64) -> Vec<String> {
+    let name = |number: u32| {
+        let known = caps::all()
+            .into_iter()
+            .find(|cap| u32::from(cap.index()) == number);
+        known.map_or_else(|| format!("capability {number}"), |cap| cap.to_string())
+    };
+    (0..u64::BITS)
+        .filter(|number| mask & (1 << number) != 0)
+        .map(name)
+        .collect()
 }
 
 /// Those of [`CAPABILITIES`] that are not in the mask.
@@ -55,6 +68,21 @@ mod tests {
         assert_eq!(parse_release("6.1.0-37-amd64"), Some((6, 1)));
         assert_eq!(parse_release("5.15.167.4-microsoft-standard-WSL2"), Some((5, 15)));
         assert_eq!(parse_release("unknown"), None);
+    }
+
+    #[test]
+    fn names_capabilities_as_their_manual_does() {
+        assert_eq!(names_of(1 << 12 | 1 << 39), ["CAP_NET_ADMIN", "CAP_BPF"]);
+        assert_eq!(names_of(1 << 63), ["capability 63"]);
+        assert!(names_of(0).is_empty());
+    }
+
+    #[test]
+    fn what_the_kernel_tells_is_what_proc_shows() {
+        let status = fs::read_to_string("/proc/thread-self/status").expect("a status");
+        let shown = status.lines().find_map(|line| line.strip_prefix("CapEff:"));
+        let shown = u64::from_str_radix(shown.expect("shown").trim(), 16).expect("a mask");
+        assert_eq!(effective_capabilities(), shown);
     }
 
     #[test]

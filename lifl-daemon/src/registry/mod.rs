@@ -12,6 +12,7 @@
 //! Requests are judged here and nowhere else. Nothing here waits: answers and events go into an outbox.
 
 mod door;
+pub(crate) mod quota;
 pub(crate) mod reattach;
 mod status;
 
@@ -27,11 +28,13 @@ use lifl_common::id::{ArenaId, JobId, WorkerId};
 use lifl_common::kernel::Member;
 use lifl_common::session::Traffic;
 
+use self::quota::{Quotas, Use, Want};
 use self::reattach::Awaited;
 use crate::chain::error_chain;
 use crate::gateway::{self, GatewayOptions};
+use crate::limits;
 use crate::plane::{Plane, PlaneError};
-use crate::pool::Pool;
+use crate::pool::{Pool, PoolError};
 
 /// The longest name of a job, a role or a worker.
 const MAX_NAME_BYTES: usize = 128;
@@ -50,6 +53,13 @@ const NOBODY: ConnId = ConnId(0);
 pub(crate) struct Peer {
     pub(crate) pid: i32,
     pub(crate) uid: u32,
+}
+
+impl Peer {
+    /// Whether it is this process: a proxy, which the gateway lets in.
+    pub(crate) fn is_own(&self) -> bool {
+        self.pid.unsigned_abs() == std::process::id()
+    }
 }
 
 /// Something to send.
@@ -111,6 +121,7 @@ pub(crate) struct Facts {
 /// The daemon's state.
 pub(crate) struct Registry {
     facts: Facts,
+    quotas: Quotas,
     plane: Plane,
     pool: Pool,
     conns: HashMap<ConnId, Conn>,
@@ -137,6 +148,7 @@ fn deny<T>(code: ErrorCode, message: impl Into<String>) -> Result<T, Denial> {
 impl Registry {
     pub(crate) fn new(
         facts: Facts,
+        quotas: Quotas,
         plane: Plane,
         pool: Pool,
         gateway: gateway::Handle,
@@ -144,6 +156,7 @@ impl Registry {
     ) -> Self {
         Self {
             facts,
+            quotas,
             plane,
             pool,
             conns: HashMap::new(),
@@ -255,8 +268,9 @@ impl Registry {
         };
         let hostile = matches!(refusal, Refusal::ForgedSource | Refusal::OtherJob);
         if hostile {
+            let uid = self.conns.get(&sender.conn).map(|conn| conn.peer.uid);
             tracing::warn!(
-                worker = %sender.name, pid = sender.pid, from = %frame.from, to = %frame.to,
+                worker = %sender.name, pid = sender.pid, uid, from = %frame.from, to = %frame.to,
                 "frame refused: {refusal}"
             );
         }
@@ -355,6 +369,7 @@ impl Registry {
             return deny(ErrorCode::BadRequest, "this connection has a job already");
         }
         let uid = conn.peer.uid;
+        self.admit(uid, Want::Job)?;
         let job = JobId(self.last_job + 1);
         if let Err(error) = self.plane.note_job(job) {
             return deny(ErrorCode::Failed, error_chain(&error));
@@ -403,9 +418,7 @@ impl Registry {
             let message = format!("the process that made job {job_id} is not back yet");
             return deny(ErrorCode::NotYet, message);
         }
-        // The daemon's own are proxies, which its gateway lets in.
-        let own = peer.pid.unsigned_abs() == std::process::id();
-        if peer.uid != job.uid && peer.uid != 0 && !own {
+        if peer.uid != job.uid && peer.uid != 0 && !peer.is_own() {
             return deny(ErrorCode::Denied, format!("job {job_id} is another user's"));
         }
         if self
@@ -418,6 +431,7 @@ impl Registry {
                 format!("job {job_id} has a worker called {name} already"),
             );
         }
+        self.admit(job.uid, Want::Worker)?;
         let mut fds = fds.into_iter();
         let (Some(socket), None) = (fds.next(), fds.next()) else {
             return deny(
@@ -477,16 +491,34 @@ impl Registry {
             let most = ArenaId::PER_WORKER;
             return deny(ErrorCode::Full, format!("a worker has at most {most} arenas"));
         };
-        let Some(job) = self.jobs.get_mut(&job_id) else {
+        let Some(uid) = self.jobs.get(&job_id).map(|job| job.uid) else {
             return deny(ErrorCode::NotFound, "the job is gone");
         };
-        let allocation = match self.pool.allocate(&name, layout) {
+        let used = self.used(uid);
+        let admit = |bytes| self.quotas.admit(uid, &used, Want::Arena { bytes });
+        let allocation = match self.pool.allocate(&name, layout, admit) {
             Ok(allocation) => allocation,
             Err(error) => {
-                let full = matches!(error, crate::pool::PoolError::Full { .. });
-                let code = if full { ErrorCode::Full } else { ErrorCode::Failed };
+                let code = match &error {
+                    PoolError::Layout { .. } => ErrorCode::BadRequest,
+                    PoolError::Memfd { .. } => ErrorCode::Failed,
+                    PoolError::Full { .. }
+                    | PoolError::Quota(_)
+                    | PoolError::NoHugePages(_)
+                    | PoolError::Limit { .. } => ErrorCode::Full,
+                };
                 return deny(code, error_chain(&error));
             }
+        };
+        let handle = match duplicate(&allocation.memfd) {
+            Ok(handle) => handle,
+            Err(denial) => {
+                self.pool.free(allocation.bytes);
+                return Err(denial);
+            }
+        };
+        let Some(job) = self.jobs.get_mut(&job_id) else {
+            return deny(ErrorCode::NotFound, "the job is gone");
         };
         job.arena_bytes += allocation.bytes;
         job.arena_peak_bytes = job.arena_peak_bytes.max(job.arena_bytes);
@@ -499,7 +531,6 @@ impl Registry {
             page_bytes,
             note,
         } = allocation;
-        let handle = duplicate(&memfd)?;
         self.arenas.insert(
             arena,
             Arena {
@@ -632,6 +663,28 @@ impl Registry {
         }
     }
 
+    /// What a user has of the node. Counted afresh each time, so that it is what is there.
+    fn used(&self, uid: u32) -> Use {
+        let jobs = self.jobs.values().filter(|job| job.uid == uid);
+        let workers = self.workers.values().filter(|worker| {
+            let job = self.jobs.get(&worker.job);
+            job.is_some_and(|job| job.uid == uid)
+        });
+        let connections = self.conns.values().filter(|conn| is_of(conn.peer, uid));
+        Use {
+            pool_bytes: jobs.clone().map(|job| job.arena_bytes).sum(),
+            workers: (workers.count() + self.awaited.of_user(uid)) as u32,
+            // One that has ended is nothing but its workers.
+            jobs: jobs.filter(|job| !job.ended).count() as u32,
+            connections: connections.count() as u32,
+        }
+    }
+
+    fn admit(&self, uid: u32, want: Want) -> Result<(), Denial> {
+        let admitted = self.quotas.admit(uid, &self.used(uid), want);
+        admitted.map_err(|error| Denial(ErrorCode::Full, error.to_string()))
+    }
+
     fn known(&self, id: ConnId) -> Result<&Conn, Denial> {
         self.conns
             .get(&id)
@@ -658,6 +711,11 @@ impl Registry {
     }
 }
 
+/// Whether a connection counts for a user. The daemon's own, those of proxies, count for nobody.
+fn is_of(peer: Peer, uid: u32) -> bool {
+    peer.uid == uid && !peer.is_own()
+}
+
 fn check_name(what: &str, name: &str) -> Result<(), Denial> {
     let printable = !name.is_empty() && name.len() <= MAX_NAME_BYTES && !name.chars().any(char::is_control);
     if printable {
@@ -670,12 +728,12 @@ fn check_name(what: &str, name: &str) -> Result<(), Denial> {
 }
 
 fn duplicate(file: &File) -> Result<OwnedFd, Denial> {
-    let copy = file.as_fd().try_clone_to_owned();
-    copy.map_err(|error| {
-        Denial(
-            ErrorCode::Failed,
-            format!("the arena's descriptor cannot be copied: {error}"),
-        )
+    file.as_fd().try_clone_to_owned().map_err(|error| {
+        let call = "the arena's descriptor cannot be copied";
+        match limits::explain(&error, 0) {
+            Some(limit) => Denial(ErrorCode::Full, format!("{call}: {limit}")),
+            None => Denial(ErrorCode::Failed, format!("{call}: {error}")),
+        }
     })
 }
 

@@ -61,6 +61,16 @@ impl Awaited {
         self.members.len()
     }
 
+    /// How many, of a user's jobs.
+    pub(super) fn of_user(&self, uid: u32) -> usize {
+        self.members.values().filter(|member| member.uid == uid).count()
+    }
+
+    /// Whose jobs they are in.
+    pub(super) fn users(&self) -> impl Iterator<Item = u32> {
+        self.members.values().map(|member| member.uid)
+    }
+
     /// Whether somebody of that job is awaited.
     pub(super) fn has_job(&self, job: JobId) -> bool {
         self.members.values().any(|member| member.job == job)

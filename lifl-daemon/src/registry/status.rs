@@ -1,17 +1,25 @@
 //! What the registry shows: the daemon's first word, and pages of what is registered.
 
+use std::collections::BTreeSet;
+
 use lifl_common::control::{
-    ArenaStatus, ErrorCode, GatewayStatus, JobStatus, PROTOCOL, Reply, Status, Welcome, WorkerStatus,
+    Amounts, ArenaStatus, ErrorCode, GatewayStatus, JobStatus, PROTOCOL, Reply, Status, UserStatus, Welcome,
+    WorkerStatus,
 };
 use lifl_common::id::{JobId, WorkerId};
 
 use super::{Answer, ConnId, Denial, Registry, Worker};
+use crate::Vitals;
+use crate::plane::support;
 
 /// Workers on one page of a status: a page must fit into a packet.
 const STATUS_PAGE: usize = 16;
 
 /// Jobs on a page.
 const STATUS_JOBS: usize = 64;
+
+/// Users on a page.
+const STATUS_USERS: usize = 64;
 
 impl Registry {
     pub(super) fn status(&self, id: ConnId, job: Option<JobId>, after: Option<WorkerId>) -> Answer {
@@ -55,8 +63,51 @@ impl Registry {
             jobs: jobs.take(STATUS_JOBS).collect(),
             workers: page,
             more,
+            users: self.users(uid),
         };
         Ok((Reply::Status(status), None))
+    }
+
+    /// What that user has and may have; to root, what all have.
+    fn users(&self, asking: u32) -> Vec<UserStatus> {
+        let mut users = BTreeSet::from([asking]);
+        if asking == 0 {
+            let connected = self.conns.values().filter(|conn| !conn.peer.is_own());
+            users.extend(connected.map(|conn| conn.peer.uid));
+            users.extend(self.jobs.values().map(|job| job.uid));
+            users.extend(self.awaited.users());
+            users.extend(self.quotas.of.keys());
+        }
+        let status = |uid| {
+            let (used, quota) = (self.used(uid), self.quotas.of(uid));
+            UserStatus {
+                uid,
+                used: Amounts {
+                    pool_bytes: used.pool_bytes,
+                    workers: used.workers,
+                    jobs: used.jobs,
+                    connections: used.connections,
+                },
+                quota: Amounts {
+                    pool_bytes: quota.pool_bytes,
+                    workers: quota.workers,
+                    jobs: quota.jobs,
+                    connections: quota.connections,
+                },
+            }
+        };
+        users.into_iter().take(STATUS_USERS).map(status).collect()
+    }
+
+    /// How the daemon is, for whoever supervises it.
+    pub(crate) fn vitals(&self) -> Vitals {
+        Vitals {
+            plane: self.plane.kind(),
+            jobs: self.jobs.values().filter(|job| !job.ended).count(),
+            workers: self.workers.len(),
+            pool_used_bytes: self.pool.used_bytes(),
+            pool_bytes: self.pool.ceiling_bytes(),
+        }
     }
 
     fn worker_status(&self, worker_id: WorkerId, worker: &Worker) -> Result<WorkerStatus, Denial> {
@@ -102,6 +153,8 @@ impl Registry {
             max_workers: self.facts.max_workers,
             workers: self.workers.len() as u32,
             awaited: self.awaited.len() as u32,
+            uid: nix::unistd::geteuid().as_raw(),
+            capabilities: support::names_of(support::effective_capabilities()),
         }
     }
 }

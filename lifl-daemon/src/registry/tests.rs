@@ -36,7 +36,7 @@ impl Bench {
         // Nobody runs it: what the registry lets through is not answered.
         let (gateway, ..) = gateway::gateway("nowhere".into(), &options, CancellationToken::new());
         Self {
-            registry: Registry::new(facts, chosen.plane, pool, gateway, options),
+            registry: Registry::new(facts, Quotas::unlimited(), chosen.plane, pool, gateway, options),
             far: Vec::new(),
         }
     }

@@ -1,0 +1,6 @@
+//! `lifl-daemon` as a process, on a machine with users, limits and a service manager.
+
+mod full;
+mod process;
+mod supervised;
+mod users;
