@@ -396,7 +396,7 @@ async fn converse(
                     return;
                 }
                 Err(error) => {
-                    let message = error_chain(&error);
+                    let message = error.told();
                     tracing::warn!(pid = peer.pid, uid = peer.uid, "bad packet: {message}");
                     let reply = Message::Reply(Reply::Error { code: ErrorCode::BadPacket, message });
                     let _ = tokio::time::timeout(Duration::from_secs(1), socket.send(&reply, &[])).await;
