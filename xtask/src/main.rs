@@ -2,6 +2,7 @@
 
 mod ci;
 mod ebpf;
+mod fuzz;
 
 use anyhow::Result;
 use clap::{Parser, Subcommand};
@@ -20,11 +21,14 @@ enum Task {
     BuildEbpf(ebpf::Options),
     /// Run what CI runs.
     Ci,
+    /// Run the fuzz targets under libFuzzer: needs rustup's nightly and cargo-fuzz.
+    Fuzz(fuzz::Options),
 }
 
 fn main() -> Result<()> {
     match Arguments::parse().task {
         Task::BuildEbpf(options) => ebpf::build(&options),
         Task::Ci => ci::run(),
+        Task::Fuzz(options) => fuzz::run(&options),
     }
 }
