@@ -396,6 +396,17 @@ fn image() {
         ..Metadata::default()
     };
     seed("image", "no-loss", of(&schema, &no_loss));
+    // Each of these characters is six of JSON, and this loss has 326 digits when it is written out.
+    let longest = Metadata {
+        maker: "\u{1}".repeat(128),
+        round: u32::MAX,
+        generation: Generation(u64::MAX),
+        samples: u64::MAX,
+        loss: Some(-5e-324),
+        folded: u64::MAX,
+        bytes_copied: u64::MAX,
+    };
+    seed("image", "longest-metadata", of(&schema, &longest));
     let other = Schema::new(vec![
         TensorSpec::new("b", DType::BF16, [2, 0, 3]),
         TensorSpec::new("h", DType::F16, [7]),
@@ -508,4 +519,20 @@ fn session() {
         "huge-object",
         stream([255; 4], &[huge.encode(), first.clone()]),
     );
+    let publish = |session: u64, sequence: u32, message: &[u8]| {
+        let publish = [&session.to_le_bytes()[..], &sequence.to_le_bytes(), message].concat();
+        parts(&[&publish])
+    };
+    let publishes = [
+        publish(7, 0, hello),
+        publish(7, 1, update),
+        publish(8, 2, ping),
+        publish(7, 2, first),
+        publish(7, 1, update),
+        publish(7, 3, second),
+        publish(7, 0, bye),
+    ];
+    seed("session", "publishes", [&[2][..], &publishes.concat()].concat());
+    let gap = [publish(7, 0, model), publish(7, 2, first)];
+    seed("session", "publishes-gap", [&[2][..], &gap.concat()].concat());
 }

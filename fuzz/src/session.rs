@@ -1,31 +1,41 @@
-//! Sessions: messages one by one, and what a gateway or a worker makes of whatever a TCP connection brings.
+//! Sessions: messages one by one, and what a gateway or a worker makes of whatever a connection brings.
 
-use lifl_common::session::{Broken, Buffer, Exchange, Happened, Message, Object, Room, tcp};
+use lifl_common::session::{Broken, Buffer, Exchange, Happened, Message, Object, Room, Wire, mqtt, tcp};
 use nix::sys::socket::{setsockopt, sockopt};
 use tokio::io::AsyncWriteExt;
 use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::mpsc;
 use tokio::time::timeout;
 
-use crate::input::{PATIENCE, pieces, runtime};
+use crate::input::{PATIENCE, part, pieces, runtime};
 
 /// Longer objects are left waiting, as by a receiver without a place for them.
 const ROOM_BYTES: u64 = 64 << 10;
 
-/// The first byte 0: the rest is one message. Otherwise four bytes of sizes and a stream, which a connection brings in
-/// pieces of those sizes.
+/// The session over MQTT that is listened to.
+const SESSION: u64 = 7;
+
+/// The first byte says what the rest is. 0: a message. 1: four bytes of sizes and a stream, which a TCP connection brings
+/// in pieces of those sizes. Otherwise: publishes that a broker brings, each with its length in front, in two bytes.
 pub fn session(data: &[u8]) {
-    match data.split_first() {
-        Some((0, message)) => decoded(message),
-        Some((_, rest)) => {
+    let Some((how, rest)) = data.split_first() else {
+        return;
+    };
+    match how {
+        0 => decoded(rest),
+        1 => {
             if let Some((sizes, stream)) = rest.split_first_chunk::<4>() {
                 let pieces = pieces(sizes, stream);
                 runtime().block_on(async {
-                    let conversation = timeout(PATIENCE, received(&pieces, stream));
+                    let conversation = timeout(PATIENCE, over_tcp(&pieces, stream));
                     conversation.await.expect("the end of the stream");
                 });
             }
         }
-        None => {}
+        _ => runtime().block_on(async {
+            let conversation = timeout(PATIENCE, over_mqtt(rest));
+            conversation.await.expect("the end of the publishes");
+        }),
     }
 }
 
@@ -43,18 +53,12 @@ fn decoded(bytes: &[u8]) {
     assert_eq!(again, bytes);
 }
 
-/// What a receiver can have got whole by some place of a stream, found by the shortest way. It may be more than a
+/// What a receiver can have got whole by some place of a conversation, found by the shortest way. It may be more than a
 /// receiver has taken: here nobody minds a chunk that was not expected.
-fn sent(mut stream: &[u8]) -> Vec<(Object, Vec<u8>)> {
+fn sent<'a>(messages: impl IntoIterator<Item = &'a [u8]>) -> Vec<(Object, Vec<u8>)> {
     let mut coming: Vec<(Object, Vec<u8>)> = Vec::new();
     let mut whole = Vec::new();
-    let mut next = || {
-        let (length, rest) = stream.split_first_chunk::<4>()?;
-        let (message, rest) = rest.split_at_checked(u32::from_le_bytes(*length) as usize)?;
-        stream = rest;
-        Some(message)
-    };
-    while let Some(message) = next() {
+    for message in messages {
         if let [6, r0, r1, r2, r3, rest @ ..] = message {
             let round = u32::from_le_bytes([*r0, *r1, *r2, *r3]);
             let Some((offset, data)) = rest.split_first_chunk::<8>() else {
@@ -86,7 +90,7 @@ fn sent(mut stream: &[u8]) -> Vec<(Object, Vec<u8>)> {
     whole
 }
 
-async fn received(pieces: &[&[u8]], stream: &[u8]) {
+async fn over_tcp(pieces: &[&[u8]], stream: &[u8]) {
     let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
     let address = listener.local_addr().expect("its address");
     let (near, far) = tokio::join!(TcpStream::connect(address), listener.accept());
@@ -110,9 +114,49 @@ async fn received(pieces: &[&[u8]], stream: &[u8]) {
         let _ = near.shutdown().await;
         near
     };
-    let (_near, objects) = tokio::join!(write, receive(far));
-    let sent = sent(stream);
-    for (object, bytes) in &objects {
+    let wire = tcp::wire(far).expect("a connection");
+    let (_near, objects) = tokio::join!(write, receive(wire));
+    let mut rest = stream;
+    let messages = std::iter::from_fn(|| {
+        let (length, after) = rest.split_first_chunk::<4>()?;
+        let (message, after) = after.split_at_checked(u32::from_le_bytes(*length) as usize)?;
+        rest = after;
+        Some(message)
+    });
+    were_sent(&objects, messages);
+}
+
+async fn over_mqtt(mut publishes: &[u8]) {
+    let (line, _driver) = mqtt::nowhere();
+    let (inbox, brought) = mpsc::channel(mqtt::INBOX);
+    let wire = line.wire("there".to_owned(), SESSION, brought);
+    let mut messages = Vec::new();
+    let mut expected = 0;
+    let write = async {
+        while publishes.len() > 2 {
+            let (publish, rest) = part(publishes);
+            publishes = rest;
+            if let Some((SESSION, sequence)) = mqtt::envelope(publish)
+                && sequence == expected
+            {
+                // What came before is brought again, what comes too early breaks the session.
+                expected += 1;
+                messages.push(&publish[12..]);
+            }
+            if inbox.send(publish.to_vec().into()).await.is_err() {
+                break;
+            }
+        }
+        drop(inbox);
+    };
+    let ((), objects) = tokio::join!(write, receive(wire));
+    were_sent(&objects, messages);
+}
+
+/// Each object that was received is one that was sent.
+fn were_sent<'a>(objects: &[(Object, Vec<u8>)], messages: impl IntoIterator<Item = &'a [u8]>) {
+    let sent = sent(messages);
+    for (object, bytes) in objects {
         assert_eq!(bytes.len() as u64, object.length);
         let is_it = |known: &(Object, Vec<u8>)| known.0 == *object && known.1 == *bytes;
         assert!(sent.iter().any(is_it), "{object:?} is not what was sent");
@@ -120,8 +164,7 @@ async fn received(pieces: &[&[u8]], stream: &[u8]) {
 }
 
 /// Takes what a connection brings, until it ends or is broken.
-async fn receive(stream: TcpStream) -> Vec<(Object, Vec<u8>)> {
-    let mut wire = tcp::wire(stream).expect("a connection");
+async fn receive(mut wire: Wire) -> Vec<(Object, Vec<u8>)> {
     let mut exchange = Exchange::default();
     let mut objects = Vec::new();
     loop {

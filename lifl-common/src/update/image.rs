@@ -19,7 +19,8 @@ use crate::id::Generation;
 /// The data's alignment within the image, and so in memory: slots are page-aligned.
 pub const DATA_ALIGN: usize = 64;
 
-/// Room for `__metadata__` in an image of ours.
+/// Room for `__metadata__` in an image of ours. The longest has 1006 bytes: 128 of a maker that JSON makes six of each,
+/// 24 digits of loss, the largest numbers, and the keys.
 const METADATA_ROOM: usize = 1024;
 
 /// The largest header that is read from another worker's image.
@@ -131,7 +132,10 @@ pub fn write_header(image: &mut [u8], schema: &Schema, metadata: &Metadata) {
         ("bytes_copied", metadata.bytes_copied.to_string()),
     ]);
     if let Some(loss) = metadata.loss {
-        fields.insert("loss", loss.to_string());
+        // Written out, a tiny one has 300 digits: for such the exponent's form, which is as exact and has 24 at most.
+        let digits = loss.to_string();
+        let short = digits.len() <= 24;
+        fields.insert("loss", if short { digits } else { format!("{loss:e}") });
     }
     let fields = serde_json::to_string(&fields).expect("strings are JSON");
     let header = &mut image[..offset];
@@ -351,6 +355,30 @@ mod tests {
         assert_eq!(offset % DATA_ALIGN, 0);
         let theirs = safetensors::SafeTensors::deserialize(&image).expect("safetensors reads it");
         assert_eq!(theirs.tensor("dense.weight").expect("there").shape(), [3, 2]);
+    }
+
+    #[test]
+    fn the_longest_metadata_has_room() {
+        let schema = schema();
+        let longest = Metadata {
+            maker: "\u{1}".repeat(200),
+            round: u32::MAX,
+            generation: Generation(u64::MAX),
+            samples: u64::MAX,
+            loss: Some(-f64::MIN_POSITIVE),
+            folded: u64::MAX,
+            bytes_copied: u64::MAX,
+        };
+        for loss in [-f64::MIN_POSITIVE, -5e-324, f64::MAX, -1.0 / 3.0, 1e300] {
+            let metadata = Metadata {
+                loss: Some(loss),
+                ..longest.clone()
+            };
+            let mut image = vec![0; image_bytes(&schema)];
+            write_header(&mut image, &schema, &metadata);
+            let (read, _) = check(&image, &schema).expect("our own image");
+            assert_eq!((read.loss, read.maker.len()), (Some(loss), 128));
+        }
     }
 
     #[test]
