@@ -12,7 +12,7 @@ use lifl_common::client::{Client, FrameSocket};
 use lifl_common::config::{self, Overrides};
 use lifl_common::frame::{Frame, FrameKind, Refusal};
 use lifl_common::id::{ArenaId, Generation, JobId, Key, WorkerId};
-use lifl_common::update::{DType, Metadata, Schema, TensorSpec, image};
+use lifl_common::update::{Cover, DType, Metadata, Schema, TensorSpec, image};
 use lifl_daemon::plane::Request;
 use lifl_daemon::pool::HugePages;
 use lifl_daemon::{Daemon, GatewayOptions, Options};
@@ -81,6 +81,7 @@ impl Actor {
             round,
             generation,
             samples,
+            cover: Cover::of(self.id.0),
             ..Metadata::default()
         };
         image::write_header(slot.bytes_mut(), schema, &metadata);

@@ -568,7 +568,7 @@ async fn converse(
                 Err(error) => {
                     let (code, message) = match error {
                         PacketError::NoDescriptors => (ErrorCode::Full, limits::descriptors()),
-                        error => (ErrorCode::BadPacket, error_chain(&error)),
+                        error => (ErrorCode::BadPacket, error.told()),
                     };
                     tracing::warn!(pid = peer.pid, uid = peer.uid, "bad packet: {message}");
                     let reply = Message::Reply(Reply::Error { code, message });

@@ -13,7 +13,7 @@ use lifl_common::session::{
     Broken, Buffer, Exchange, Happened, Hello, JobToken, Message, Object, Room, Source, Traffic,
     UpdateHeader, Wire, proxy_name, tcp,
 };
-use lifl_common::update::{DType, Metadata, Schema, TensorSpec, image};
+use lifl_common::update::{Cover, DType, Metadata, Schema, TensorSpec, image};
 use lifl_daemon::plane::Request;
 use lifl_daemon::pool::HugePages;
 use lifl_daemon::{Daemon, GatewayOptions, Options};
@@ -116,7 +116,7 @@ impl Stage {
         UpdateHeader {
             object: self.object(round),
             samples: 5,
-            covers: 1,
+            cover: Cover::of(0),
             loss: 0.5,
             folded: 0,
             bytes_copied: 0,

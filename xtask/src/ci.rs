@@ -32,17 +32,40 @@ pub(crate) fn run() -> Result<()> {
     ]);
     doc.env("RUSTDOCFLAGS", "-D warnings");
     step("docs", doc)?;
+    deny()?;
     println!("=== the carried eBPF objects");
     ebpf::build(&ebpf::Options::check())?;
     let mut test = cargo(["test", "--release"]);
     // What the README tells everybody to run. A test that this machine cannot run must fail here, and not pass unseen.
     test.env("LIFL_REQUIRE_KERNEL", "1");
     step("tests", test)?;
-    // Not among the default members, since users need none of it.
+    // No default member, so not among those.
     step(
-        "tests of these tasks",
-        cargo(["test", "--release", "-p", "xtask"]),
+        "the tasks' own tests",
+        cargo(["test", "--release", "--package", "xtask"]),
     )
+}
+
+/// What may be linked (`deny.toml`). cargo-deny takes minutes to build, so it is used where it is, and missed aloud.
+fn deny() -> Result<()> {
+    let there = |mut command: Command| command.output().is_ok_and(|output| output.status.success());
+    if !there(cargo(["deny", "--version"])) {
+        println!(
+            "=== licenses, bans and sources: NOT CHECKED, cargo-deny is not there: cargo install cargo-deny --locked"
+        );
+        return Ok(());
+    }
+    let what_we_say = ["deny", "--locked", "check", "licenses", "bans", "sources"];
+    step("licenses, bans and sources", cargo(what_we_say))?;
+    if there(cargo(["deny", "--locked", "fetch", "db"])) {
+        let advisories = ["deny", "--locked", "check", "--disable-fetch", "advisories"];
+        step("advisories", cargo(advisories))
+    } else {
+        println!(
+            "=== advisories: NOT CHECKED, their database cannot be fetched from github.com/RustSec/advisory-db"
+        );
+        Ok(())
+    }
 }
 
 fn cargo<const N: usize>(arguments: [&str; N]) -> Command {

@@ -2,6 +2,7 @@
 
 mod ci;
 mod ebpf;
+mod fuzz;
 mod install;
 
 use anyhow::Result;
@@ -25,6 +26,8 @@ enum Task {
     Install(install::Options),
     /// Take away what `install` has put there.
     Uninstall(install::Options),
+    /// Run the fuzz targets under libFuzzer: needs rustup's nightly and cargo-fuzz.
+    Fuzz(fuzz::Options),
 }
 
 fn main() -> Result<()> {
@@ -33,5 +36,6 @@ fn main() -> Result<()> {
         Task::Ci => ci::run(),
         Task::Install(options) => install::install(&options),
         Task::Uninstall(options) => install::uninstall(&options),
+        Task::Fuzz(options) => fuzz::run(&options),
     }
 }

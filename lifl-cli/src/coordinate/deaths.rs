@@ -251,7 +251,7 @@ impl Rounds<'_, '_> {
         let last = last_frames(status);
         let begun = self.clock.begun_ns;
         let answered = self.roster.trainers().filter(|&trainer| {
-            let seen = self.roster.child_id(trainer).and_then(|id| last(id));
+            let seen = self.roster.child_id(trainer).and_then(&last);
             seen.is_some_and(|last| last >= begun)
         });
         if (answered.count() as u32) < self.run.job.quorum {

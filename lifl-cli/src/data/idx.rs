@@ -183,6 +183,11 @@ pub(super) fn bytes(path: &Path, file: &mut impl Read, most: usize) -> Result<Ve
                 "a sound one: fetch the file again",
             ))
         }
+        // An archive's entry whose way of packing is found out as it is read.
+        Err(e) if e.kind() == io::ErrorKind::Unsupported => {
+            let found = format!("a stream that cannot be unpacked here ({e})");
+            Err(DataError::format(path, found, "one stored or deflated"))
+        }
         Err(e) => Err(DataError::io(path, "read it")(e)),
     }
 }

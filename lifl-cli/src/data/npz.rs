@@ -250,6 +250,31 @@ pub(super) mod tests {
     }
 
     #[test]
+    fn an_entry_packed_in_another_way_is_named() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let path = folder.path().join("mnist.npz");
+        write_samples(&path, 2, 1);
+        let whole = std::fs::read(&path).expect("the archive");
+        // The method stands in the entry's own header and in the directory at the end: PKZIP's APPNOTE, 4.3.7 and 4.3.12.
+        for (signature, at) in [(b"PK\x03\x04", 8), (b"PK\x01\x02", 10)] {
+            let mut changed = whole.clone();
+            let entry = changed
+                .windows(4)
+                .position(|window| window == signature)
+                .expect("an entry");
+            changed[entry + at..][..2].copy_from_slice(&8200_u16.to_le_bytes());
+            std::fs::write(&path, &changed).expect("a file");
+            match read(&path) {
+                Err(DataError::Format { path, expected, .. }) => {
+                    assert!(path.ends_with("mnist.npz/x_train"), "{}", path.display());
+                    assert_eq!(expected, "one stored or deflated");
+                }
+                other => assert!(signature == b"PK\x03\x04" && other.is_ok(), "{other:?}"),
+            }
+        }
+    }
+
+    #[test]
     fn a_cut_off_archive_is_an_error() {
         let folder = tempfile::tempdir().expect("a folder");
         let path = folder.path().join("mnist.npz");

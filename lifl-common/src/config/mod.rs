@@ -39,7 +39,7 @@ mod walk;
 mod tests;
 
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, LazyLock};
 
 use document::{Document, FileKind};
 use problem::{Findings, Place};
@@ -117,13 +117,15 @@ pub fn schema() -> serde_json::Value {
 fn understand(paths: &[PathBuf], overrides: &Overrides, findings: &mut Findings) -> Option<JobSpec> {
     let parsed = files::read(paths, findings);
     let all_read = !findings.any();
-    let schema = schema();
+    // Generated from the types, so it is the same for all files that this process reads.
+    static SCHEMA: LazyLock<serde_json::Value> = LazyLock::new(schema);
+    let schema = &*SCHEMA;
     let documents: Vec<Document> = if part_files::recognise(&parsed) {
-        parts::assemble(parsed, &schema, findings).into_iter().collect()
+        parts::assemble(parsed, schema, findings).into_iter().collect()
     } else {
         let documents = parsed.into_iter();
         documents
-            .filter_map(|file| Document::new(file, &schema, findings))
+            .filter_map(|file| Document::new(file, schema, findings))
             .collect()
     };
     if findings.full() {

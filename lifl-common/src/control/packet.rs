@@ -1,5 +1,6 @@
 //! Packets on a `SOCK_SEQPACKET` Unix socket, with descriptors beside them.
 
+use std::error::Error;
 use std::io::{self, IoSlice, IoSliceMut};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::path::Path;
@@ -39,6 +40,31 @@ pub enum PacketError {
     /// Not the JSON that belongs here.
     #[error("not a control message")]
     Syntax(#[from] serde_json::Error),
+}
+
+/// The longest [`PacketError::told`]. However it is escaped it fits into a packet.
+const TOLD_BYTES: usize = 1024;
+
+impl PacketError {
+    /// In words for whoever sent the packet, with the cause. What they sent may be quoted in it, so it is cut: it must go
+    /// into a packet itself, and into a line of a log.
+    pub fn told(&self) -> String {
+        let mut told = self.to_string();
+        let mut cause = self.source();
+        while let Some(error) = cause {
+            told.push_str(&format!(": {error}"));
+            cause = error.source();
+        }
+        if told.len() > TOLD_BYTES {
+            let mut end = TOLD_BYTES;
+            while !told.is_char_boundary(end) {
+                end -= 1;
+            }
+            told.truncate(end);
+            told.push('…');
+        }
+        told
+    }
 }
 
 /// One end of a control connection.
@@ -158,4 +184,31 @@ fn recv_packet(fd: RawFd, bytes: &mut [u8]) -> io::Result<Received> {
         return Ok(Err(PacketError::TooLong));
     }
     Ok(Ok((received.bytes, fds)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::control::{ErrorCode, Message, Reply, Request};
+
+    #[test]
+    fn what_is_told_of_a_packet_fits_into_one_whatever_was_in_it() {
+        // An unknown name is quoted in the error; each of these characters is six bytes of JSON.
+        for character in ["x", "\\u0001", "é"] {
+            let name = character.repeat((MAX_BYTES - 20) / character.len());
+            let packet = format!(r#"{{"request":"{name}"}}"#);
+            assert!(packet.len() <= MAX_BYTES);
+            let error = serde_json::from_str::<Request>(&packet).expect_err("no such request");
+            let message = PacketError::from(error).told();
+            assert!(
+                message.starts_with("not a control message: unknown variant"),
+                "{message}"
+            );
+            let answer = Message::Reply(Reply::Error {
+                code: ErrorCode::BadPacket,
+                message,
+            });
+            assert!(serde_json::to_vec(&answer).expect("JSON").len() <= MAX_BYTES);
+        }
+    }
 }

@@ -193,6 +193,10 @@ async fn connect_with(
             _ => {}
         }
     }
+    Ok(halves(client, events, chunk_bytes))
+}
+
+fn halves(client: AsyncClient, events: EventLoop, chunk_bytes: usize) -> (Line, Driver) {
     let (acknowledged, watched) = watch::channel(0);
     let line = Line {
         client,
@@ -200,7 +204,15 @@ async fn connect_with(
         published: Arc::new(AtomicU64::new(0)),
         acknowledged: watched,
     };
-    Ok((line, Driver { events, acknowledged }))
+    (line, Driver { events, acknowledged })
+}
+
+/// A line without a broker, for sessions of which only the reading counts: what is published waits in the driver.
+#[cfg(feature = "fuzzing")]
+#[doc(hidden)]
+pub fn nowhere() -> (Line, Driver) {
+    let (client, events) = AsyncClient::new(MqttOptions::new("nobody", "localhost", 1), INBOX);
+    halves(client, events, CHUNK_BYTES)
 }
 
 /// A worker's session in the making: connects, and gives the wire with the task that is to be run for it, which ends with

@@ -19,7 +19,8 @@ use crate::id::Generation;
 pub const DATA_ALIGN: usize = 64;
 
 /// Room for `__metadata__` in an image of ours: a [`Cover`] of all trainers that a job may have, four of them a digit, and
-/// the rest.
+/// the rest, of which the longest has 1006 bytes: 128 of a maker that JSON makes six of each, 24 digits of loss, the largest
+/// numbers, and the keys. The cover's key takes 11.
 const METADATA_ROOM: usize = 1024 + MAX_TRAINERS as usize / 4;
 
 /// The largest header that is read from another worker's image.
@@ -142,7 +143,10 @@ pub fn header(schema: &Schema, metadata: &Metadata) -> Vec<u8> {
         fields.insert("cover", metadata.cover.to_string());
     }
     if let Some(loss) = metadata.loss {
-        fields.insert("loss", loss.to_string());
+        // Written out, a tiny one has 300 digits: for such the exponent's form, which is as exact and has 24 at most.
+        let digits = loss.to_string();
+        let short = digits.len() <= 24;
+        fields.insert("loss", if short { digits } else { format!("{loss:e}") });
     }
     let fields = serde_json::to_string(&fields).expect("strings are JSON");
     let mut header = vec![b' '; offset];
@@ -367,6 +371,33 @@ mod tests {
         assert_eq!(offset % DATA_ALIGN, 0);
         let theirs = safetensors::SafeTensors::deserialize(&image).expect("safetensors reads it");
         assert_eq!(theirs.tensor("dense.weight").expect("there").shape(), [3, 2]);
+    }
+
+    #[test]
+    fn the_longest_metadata_has_room() {
+        let schema = schema();
+        let mut everybody = Cover::default();
+        (0..MAX_TRAINERS as usize / 64).for_each(|word| everybody.set_word(word, u64::MAX));
+        let longest = Metadata {
+            cover: everybody,
+            maker: "\u{1}".repeat(200),
+            round: u32::MAX,
+            generation: Generation(u64::MAX),
+            samples: u64::MAX,
+            loss: Some(-f64::MIN_POSITIVE),
+            folded: u64::MAX,
+            bytes_copied: u64::MAX,
+        };
+        for loss in [-f64::MIN_POSITIVE, -5e-324, f64::MAX, -1.0 / 3.0, 1e300] {
+            let metadata = Metadata {
+                loss: Some(loss),
+                ..longest.clone()
+            };
+            let mut image = vec![0; image_bytes(&schema)];
+            write_header(&mut image, &schema, &metadata);
+            let (read, _) = check(&image, &schema).expect("our own image");
+            assert_eq!((read.loss, read.maker.len()), (Some(loss), 128));
+        }
     }
 
     #[test]

@@ -10,6 +10,9 @@
 //! module's own (`kernel`): nothing here touches those of LIFL's native workers. On the relay plane the daemon hands
 //! over what the program would, on the workers' connections.
 
+#[cfg(feature = "fuzzing")]
+#[doc(hidden)]
+pub mod fuzzing;
 mod kernel;
 mod owner;
 mod rules;

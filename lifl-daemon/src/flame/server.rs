@@ -279,15 +279,15 @@ async fn converse(
                 Ok(0) | Err(_) => return,
                 Ok(length) => length,
             };
-            match splitter.push(&bytes[..length]) {
-                Ok(messages) => {
-                    for message in messages {
-                        if events.send(Event::Reference(id, message)).await.is_err() {
-                            return;
-                        }
-                    }
+            let mut whole = Vec::new();
+            let pushed = splitter.push(&bytes[..length], &mut whole);
+            for message in whole {
+                if events.send(Event::Reference(id, message)).await.is_err() {
+                    return;
                 }
-                Err(error) => return tracing::warn!(uid, %peer, "Flame connection closed: {error}"),
+            }
+            if let Err(error) = pushed {
+                return tracing::warn!(uid, %peer, "Flame connection closed: {error}");
             }
         }
     };

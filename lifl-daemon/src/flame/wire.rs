@@ -126,6 +126,12 @@ impl Splitter {
         !self.bytes.is_empty()
     }
 
+    /// The bytes of it.
+    #[cfg(feature = "fuzzing")]
+    pub(super) fn waiting(&self) -> &[u8] {
+        &self.bytes
+    }
+
     /// The stream has fallen silent: what ends with a field is a whole reference.
     pub(super) fn flush(&mut self) -> Option<Message> {
         let (mut at, mut last) = (HEADER_BYTES, 0);
@@ -138,15 +144,15 @@ impl Splitter {
         Message::pad(&std::mem::take(&mut self.bytes))
     }
 
-    /// Takes what came in one read, and gives the references that are whole now.
-    pub(super) fn push(&mut self, bytes: &[u8]) -> Result<Vec<Message>, NotAReference> {
+    /// Takes what came in one read, and gives the references that are whole now to `whole`, also those before what is
+    /// none: what was said does not depend on how it was cut.
+    pub(super) fn push(&mut self, bytes: &[u8], whole: &mut Vec<Message>) -> Result<(), NotAReference> {
         self.bytes.extend_from_slice(bytes);
-        let mut whole = Vec::new();
         while let Some(end) = self.end_of_first()? {
             whole.push(Message::pad(&self.bytes[..end]).ok_or(NotAReference)?);
             self.bytes.drain(..end);
         }
-        Ok(whole)
+        Ok(())
     }
 
     /// Where the first reference ends; `None` if more must come first.
@@ -315,11 +321,25 @@ mod tests {
     #[test]
     fn what_is_no_reference_is_refused() {
         for garbage in [&b"GET / HTTP/1.1\r\n\r\n"[..], &[0; 64], &[0xff; 2000]] {
-            assert_eq!(
-                Splitter::default().push(garbage),
-                Err(NotAReference),
-                "{garbage:?}"
-            );
+            let mut whole = Vec::new();
+            let pushed = Splitter::default().push(garbage, &mut whole);
+            assert_eq!((pushed, whole), (Err(NotAReference), Vec::new()), "{garbage:?}");
+        }
+    }
+
+    #[test]
+    fn a_reference_is_taken_whether_or_not_what_is_none_came_with_it() {
+        let written = reference(7, "a", "b", 3, true);
+        let message = Message::pad(&written).expect("padded");
+        for cut in [1, written.len(), 100] {
+            let mut splitter = Splitter::default();
+            let mut whole = Vec::new();
+            let stream = [&written[..], b"GET / HTTP/1.1\r\n\r\n"].concat();
+            let refused = stream
+                .chunks(cut)
+                .any(|piece| splitter.push(piece, &mut whole).is_err());
+            assert!(refused);
+            assert_eq!(whole, std::slice::from_ref(&message), "in pieces of {cut} bytes");
         }
     }
 
@@ -328,10 +348,14 @@ mod tests {
         let written = reference(7, "a", "b", 3, false);
         let message = Message::pad(&written).expect("padded");
         let mut splitter = Splitter::default();
-        assert_eq!(splitter.push(&written[..4]), Ok(Vec::new()));
+        let push = |splitter: &mut Splitter, bytes: &[u8]| {
+            let mut whole = Vec::new();
+            splitter.push(bytes, &mut whole).map(|()| whole)
+        };
+        assert_eq!(push(&mut splitter, &written[..4]), Ok(Vec::new()));
         assert_eq!(splitter.flush(), None, "a header alone");
-        assert_eq!(splitter.push(&written[4..]), Ok(Vec::new()));
-        assert_eq!(splitter.push(&written), Ok(vec![message.clone()]));
+        assert_eq!(push(&mut splitter, &written[4..]), Ok(Vec::new()));
+        assert_eq!(push(&mut splitter, &written), Ok(vec![message.clone()]));
         assert_eq!(splitter.flush(), Some(message));
         assert!(!splitter.is_waiting());
     }
@@ -351,9 +375,8 @@ mod tests {
             let mut splitter = Splitter::default();
             let mut read = Vec::new();
             for piece in written.concat().chunks(cut) {
-                match splitter.push(piece) {
-                    Ok(messages) => read.extend(messages),
-                    Err(error) => return Err(TestCaseError::fail(error.to_string())),
+                if let Err(error) = splitter.push(piece, &mut read) {
+                    return Err(TestCaseError::fail(error.to_string()));
                 }
             }
             let expected: Vec<Message> =
@@ -365,7 +388,7 @@ mod tests {
         fn any_bytes_are_read_or_refused(bytes in proptest::collection::vec(any::<u8>(), 0..3000)) {
             let mut splitter = Splitter::default();
             for piece in bytes.chunks(97) {
-                if splitter.push(piece).is_err() {
+                if splitter.push(piece, &mut Vec::new()).is_err() {
                     break;
                 }
             }

@@ -41,6 +41,10 @@ pub(super) async fn inspect(
     schema: &Schema,
     frame: &Frame,
 ) -> Result<Given, Refusal> {
+    if frame.key.arena.owner() != frame.from {
+        tracing::warn!(from = %frame.from, key = %frame.key, "not of its own arena");
+        return Err(Refusal::BadKey);
+    }
     let arena = ground.peer(frame.key.arena).await.map_err(|error| {
         tracing::warn!(from = %frame.from, key = %frame.key, "cannot read the update: {error:#}");
         Refusal::BadKey

@@ -69,7 +69,7 @@ impl<G: Ground> Aggregator<G> {
         let orphan =
             |sent: &&mut Sent| sent.verdict.is_none() && sent.holder.is_none() && sent.round < number;
         let mut orphans = Vec::new();
-        for sent in self.sent.iter_mut().filter(|sent| orphan(&sent)) {
+        for sent in self.sent.iter_mut().filter(orphan) {
             sent.verdict = Some(ROUND_OVER);
             orphans.push((sent.key, sent.own.is_some(), frames(&sent.children)));
         }

@@ -52,9 +52,9 @@ impl Ashore {
         let layout = Layout::for_objects(slots, memory::object_bytes(schema)).expect("a layout");
         let bytes = layout.memfd_bytes(false).expect("small");
         let file = memfd::create("simulated", bytes, false).expect("memfd");
-        let arena = OwnedArena::new(&file, ArenaId(id.0), layout).expect("mapped");
+        let arena = OwnedArena::new(&file, arena_of(id), layout).expect("mapped");
         memfd::seal(file.as_fd()).expect("sealed");
-        arenas.borrow_mut().insert(ArenaId(id.0), (file, id, layout));
+        arenas.borrow_mut().insert(arena_of(id), (file, id, layout));
         Self {
             id,
             arena,
@@ -263,7 +263,7 @@ impl World {
         let (index, _) = self.nodes.remove(&id).expect("alive");
         self.died.extend(self.job.workers[index].share);
         self.deaths += 1;
-        self.arenas.borrow_mut().remove(&ArenaId(id.0));
+        self.arenas.borrow_mut().remove(&arena_of(id));
         self.inboxes.remove(&id);
         self.news.remove(&id);
         let sent = self.streams.get(&id).map_or(0, VecDeque::len);
@@ -426,6 +426,10 @@ impl World {
     }
 }
 
+fn arena_of(id: WorkerId) -> ArenaId {
+    ArenaId::of(id, 0).expect("not so many workers")
+}
+
 fn floats(bytes: &[u8]) -> Vec<f32> {
     bytes
         .as_chunks::<4>()
@@ -503,8 +507,8 @@ async fn live(job: JobSpec, seed: u64, deaths: u32, rounds: u32) {
                 let frames = world.start(index, &mut roster).await;
                 if world.job.workers[index].kind == Kind::Top {
                     let id = WorkerId(world.last_id);
-                    let (file, owner, layout) = &world.arenas.borrow()[&ArenaId(id.0)];
-                    let arena = PeerArena::new(file, ArenaId(id.0), *owner, *layout).expect("mapped");
+                    let (file, owner, layout) = &world.arenas.borrow()[&arena_of(id)];
+                    let arena = PeerArena::new(file, arena_of(id), *owner, *layout).expect("mapped");
                     tops.push((id, Arc::new(arena)));
                 }
                 world.send(if running { frames } else { Vec::new() });
