@@ -194,8 +194,14 @@ impl LoadError {
     /// Why the program cannot be had, in one line, and what to do; `instead` is what works without it.
     pub(crate) fn explain(&self, instead: &str) -> (String, String) {
         debug!(error = error_chain(self), "an SK_MSG program cannot be loaded");
-        let missing = support::missing_capabilities(support::effective_capabilities());
-        if !self.is_refused() {
+        let capabilities = support::effective_capabilities();
+        let missing = support::missing_capabilities(capabilities);
+        if self.has_at_its_bottom(libc::EACCES) && !support::may_load_any(capabilities) {
+            (
+                "the kernel's verifier refuses the program to a process without CAP_PERFMON".to_owned(),
+                format!("start the daemon as root (sudo lifl-daemon) or with that capability, {instead}"),
+            )
+        } else if !self.has_at_its_bottom(libc::EPERM) {
             (
                 error_chain(self),
                 format!("report this kernel and message, {instead}"),
@@ -214,11 +220,11 @@ impl LoadError {
         }
     }
 
-    /// Whether `EPERM` is at the bottom of it. (`EACCES` is the verifier's.)
-    fn is_refused(&self) -> bool {
+    /// Whether that error number is at the bottom of it. `EPERM` is the system call's, `EACCES` the verifier's.
+    fn has_at_its_bottom(&self, errno: i32) -> bool {
         causes(self).any(|cause| {
             let io = cause.downcast_ref::<io::Error>();
-            io.is_some_and(|io| io.raw_os_error() == Some(libc::EPERM))
+            io.is_some_and(|io| io.raw_os_error() == Some(errno))
         })
     }
 }

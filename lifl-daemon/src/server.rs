@@ -23,6 +23,7 @@ use lifl_common::frame::Frame;
 use lifl_common::watch::watch;
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, FdFlag, OFlag, fcntl};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{
     AddressFamily, Backlog, SockFlag, SockType, UnixAddr, accept4, bind, connect, getsockname, getsockopt,
     listen, socket, sockopt,
@@ -163,7 +164,15 @@ impl Listener {
         let fd = loop {
             let mut ready = self.fd.readable().await?;
             let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
-            match ready.try_io(|fd| accept4(fd.as_raw_fd(), flags).map_err(io::Error::from)) {
+            let accept = |fd: &AsyncFd<OwnedFd>| {
+                // accept4 takes a descriptor before it looks whether somebody waits: without this it would fail for want of
+                // one when nobody does.
+                match is_waited_for(fd.get_ref())? {
+                    true => accept4(fd.as_raw_fd(), flags).map_err(io::Error::from),
+                    false => Err(io::ErrorKind::WouldBlock.into()),
+                }
+            };
+            match ready.try_io(accept) {
                 Ok(accepted) => break accepted?,
                 Err(_would_block) => continue,
             }
@@ -179,6 +188,12 @@ impl Listener {
             },
         ))
     }
+}
+
+/// Whether somebody waits to be accepted.
+fn is_waited_for(listener: &OwnedFd) -> io::Result<bool> {
+    let mut polled = [PollFd::new(listener.as_fd(), PollFlags::POLLIN)];
+    Ok(poll(&mut polled, PollTimeout::ZERO)? > 0)
 }
 
 fn new_socket() -> nix::Result<OwnedFd> {

@@ -49,6 +49,14 @@ async fn without_a_descriptor_left_requests_say_so_and_those_who_are_there_go_on
         message.contains("all 48 descriptors") && message.contains("LimitNOFILE"),
         "{message}"
     );
+    // The one that turns people away is kept again a moment after it has done so.
+    let open = || std::fs::read_dir(format!("/proc/{}/fd", daemon.pid())).map_or(0, Iterator::count);
+    within(async {
+        while open() < 48 {
+            tokio::task::yield_now().await;
+        }
+    })
+    .await;
     let (code, message) = refused(child.create_arena(PAGE).await);
     assert_eq!(code, ErrorCode::Full, "{message}");
     assert!(message.contains("all 48 descriptors"), "{message}");

@@ -351,9 +351,24 @@ async fn two_capabilities_are_enough_for_a_user_and_are_given_up() {
 /// Flame's workers are other users' processes, and their connections must be taken out of them: that one right stays.
 #[tokio::test]
 async fn with_flames_workers_one_capability_stays_and_is_enough() {
-    if !is_root() {
-        return;
+    if is_root() {
+        serve_flame(0, "exec \"$@\"", &["CapEff", "CapPrm", "CapBnd"]).await;
     }
+}
+
+/// As in `flame.conf`.
+#[tokio::test]
+async fn four_capabilities_are_enough_for_a_user_with_flames_workers_and_one_stays() {
+    if is_root() {
+        let shell = "exec setpriv --reuid 65533 --regid 65533 --clear-groups \
+                     --inh-caps=-all,+bpf,+net_admin,+perfmon,+sys_ptrace \
+                     --bounding-set=-all,+bpf,+net_admin,+perfmon,+sys_ptrace \
+                     --ambient-caps=-all,+bpf,+net_admin,+perfmon,+sys_ptrace --no-new-privs -- \"$@\"";
+        serve_flame(65533, shell, &["CapEff", "CapPrm"]).await;
+    }
+}
+
+async fn serve_flame(uid: u32, shell: &str, sets: &[&str]) {
     let free = || {
         let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).expect("bound");
         listener.local_addr().expect("bound").port()
@@ -362,13 +377,14 @@ async fn with_flames_workers_one_capability_stays_and_is_enough() {
     let ports = [skmsg, rpc].map(|port| format!("127.0.0.1:{port}"));
     let mut daemon = Daemon::new("");
     let more = ["--flame-skmsg", &ports[0], "--flame-rpc", &ports[1]];
-    let command = daemon.command("exec \"$@\"", &more);
+    std::os::unix::fs::chown(daemon.folder.path(), Some(uid), Some(uid)).expect("given");
+    let command = daemon.command(shell, &more);
     daemon.spawn(command);
     daemon.listening().await;
     daemon.logged("listening for Flame").await;
     let mut client = connect(&daemon.socket()).await;
     assert_eq!(client.welcome().capabilities, ["CAP_SYS_PTRACE"]);
-    for set in ["CapEff", "CapPrm", "CapBnd"] {
+    for set in sets {
         assert_eq!(threads(daemon.pid(), set), BTreeSet::from([1 << 19]), "{set}");
     }
     // As Flame's SDK does it: "descriptor 5 of process $$ is my connection, and I am 7".
