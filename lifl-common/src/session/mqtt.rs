@@ -211,7 +211,10 @@ fn halves(client: AsyncClient, events: EventLoop, chunk_bytes: usize) -> (Line, 
 #[cfg(feature = "fuzzing")]
 #[doc(hidden)]
 pub fn nowhere() -> (Line, Driver) {
-    let (client, events) = AsyncClient::new(MqttOptions::new("nobody", "localhost", 1), INBOX);
+    let mut options = MqttOptions::new("nobody", "localhost", 1);
+    // Room is made for as many at once; by default that is 20 MB.
+    options.set_outgoing_inflight_upper_limit(IN_FLIGHT);
+    let (client, events) = AsyncClient::new(options, INBOX);
     halves(client, events, CHUNK_BYTES)
 }
 
