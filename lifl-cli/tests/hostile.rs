@@ -193,12 +193,12 @@ impl Stage {
         }
     }
 
-    /// Begins a round with all trainers; each is lent the model and gives it back.
-    async fn begin(&mut self, round: u32) {
-        for trainer in &self.trainers {
+    /// Says how a round stands: who its children are, 0 for who is not waited for.
+    async fn announce(&mut self, round: u32, children: &[WorkerId]) {
+        for child in children {
             let child = Frame {
                 round,
-                value: u64::from(trainer.id.0),
+                value: u64::from(child.0),
                 ..Frame::default()
             };
             self.coordinator.send(self.top_id, FrameKind::Child, child).await;
@@ -209,6 +209,12 @@ impl Stage {
             ..Frame::default()
         };
         self.coordinator.send(self.top_id, FrameKind::Begin, begin).await;
+    }
+
+    /// Begins a round with all trainers; each is lent the model and gives it back.
+    async fn begin(&mut self, round: u32) {
+        let children: Vec<WorkerId> = self.trainers.iter().map(|trainer| trainer.id).collect();
+        self.announce(round, &children).await;
         for trainer in &mut self.trainers {
             let model = trainer.expect(FrameKind::Model).await;
             let back = Frame {
@@ -362,7 +368,8 @@ async fn children_that_misbehave(plane: &str, timing: &str) {
         trainer.expect(FrameKind::Release).await;
     }
 
-    // Round 5: the last answers are that there is nothing, and that one is gone. What came before counts.
+    // Round 5: the last answers are that there is nothing, and that one is gone, which is for the coordinator to say. What
+    // came before counts.
     stage.begin(5).await;
     let good = stage.trainers[0].update(&schema, 5, 8.0, 10);
     stage.trainers[0].send(top, FrameKind::Update, good).await;
@@ -377,6 +384,8 @@ async fn children_that_misbehave(plane: &str, timing: &str) {
         )
         .await;
     drop(stage.trainers.pop());
+    let left = [stage.trainers[0].id, stage.trainers[1].id, WorkerId::NONE];
+    stage.announce(5, &left).await;
     assert_eq!(stage.result().await, (1, 10, 8.0));
     stage.leave().await;
 }
@@ -398,7 +407,7 @@ async fn two_of_three_are_enough(timing: &str) {
     stage.trainers[2].expect(FrameKind::Release).await;
     let late = stage.trainers[1].update(&schema, 1, 100.0, 10);
     stage.trainers[1].send(top, FrameKind::Update, late).await;
-    stage.trainers[1].expect_refusal(Refusal::NotExpected).await;
+    stage.trainers[1].expect_refusal(Refusal::Late).await;
 
     // Round 2: one that is refused does not count, so the round waits for the third.
     stage.begin(2).await;
@@ -421,6 +430,8 @@ async fn two_of_three_are_enough(timing: &str) {
     };
     stage.trainers[0].send(top, FrameKind::Nothing, nothing).await;
     drop(stage.trainers.pop());
+    let left = [stage.trainers[0].id, stage.trainers[1].id, WorkerId::NONE];
+    stage.announce(3, &left).await;
     let good = stage.trainers[1].update(&schema, 3, 8.0, 10);
     stage.trainers[1].send(top, FrameKind::Update, good).await;
     assert_eq!(stage.result().await, (1, 10, 8.0));

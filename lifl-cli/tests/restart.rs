@@ -197,7 +197,7 @@ fn assert_nothing_is_registered(socket: &Path) {
 }
 
 #[test]
-fn a_worker_that_dies_while_there_is_no_daemon_is_left_out() {
+fn a_worker_that_dies_while_there_is_no_daemon_is_missed_and_comes_back() {
     if !can_have("sockmap") {
         return;
     }
@@ -214,7 +214,9 @@ fn a_worker_that_dies_while_there_is_no_daemon_is_left_out() {
     let finished = run.wait().success();
     let lost = finished.one("worker_lost")["worker"].as_str().expect("a name");
     assert!(lost.starts_with("trainer-3"), "{lost}");
-    assert_eq!(finished.all("round")[59]["trainers"], 7);
+    // Whether a round was missed depends on how soon it was back.
+    finished.one("worker_replaced");
+    assert_eq!(finished.all("round")[59]["trainers"], 8);
     assert_nothing_is_registered(&node.socket());
     node.end();
 }

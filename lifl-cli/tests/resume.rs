@@ -592,7 +592,7 @@ fn a_full_disk_costs_the_checkpoint_and_not_the_job() {
     let failed = run.wait_for("checkpoint_failed");
     let error = failed["error"].as_str().expect("text");
     assert!(
-        error.contains("state-1.safetensors (801") && error.contains("bytes were free for it"),
+        error.contains("state-1.safetensors (805") && error.contains("bytes were free for it"),
         "{error}"
     );
     assert!(
@@ -640,7 +640,7 @@ fn a_last_model_that_has_no_room_fails_the_job() {
         .expect("text")
         .to_owned();
     assert!(
-        error.contains("model.safetensors (401") && error.contains("its file system is full"),
+        error.contains("model.safetensors (405") && error.contains("its file system is full"),
         "{error}"
     );
     assert!(parts(&disk.folder.path().join("run")).is_empty());

@@ -243,11 +243,11 @@ mod tests {
         };
         assert_eq!(
             share(&user(quota)),
-            "uid 1000 has 512.0 MiB of 600.0 MiB in arenas, 3 of 10 workers, 1 jobs, 5 connections"
+            "uid 1000 has 512 MiB of 600 MiB in arenas, 3 of 10 workers, 1 jobs, 5 connections"
         );
         assert_eq!(
             share(&user(none)),
-            "uid 1000 has 512.0 MiB in arenas, 3 workers, 1 jobs, 5 connections"
+            "uid 1000 has 512 MiB in arenas, 3 workers, 1 jobs, 5 connections"
         );
     }
 

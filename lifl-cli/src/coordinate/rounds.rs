@@ -326,7 +326,13 @@ impl<'r, 'j> Rounds<'r, 'j> {
     async fn flush(&mut self) -> Outcome {
         let sent = self.run.frames.send(&self.outgoing).await;
         self.outgoing.clear();
-        sent.context("the frame socket failed").because(Cause::Job)
+        match sent {
+            Ok(()) => Ok(()),
+            Err(error) => {
+                tracing::warn!("the frame socket failed: {error}");
+                Err(self.daemon_gone().await)
+            }
+        }
     }
 
     /// Waits for whatever comes next, and deals with it unless it is a frame about a round.
@@ -336,8 +342,7 @@ impl<'r, 'j> Rounds<'r, 'j> {
             Some(frame) => Some(frame),
             None => tokio::select! {
                 frame = self.run.frames.recv() => {
-                    let frame = frame.context("the frame socket failed").because(Cause::Job)?;
-                    let Some(frame) = frame else { return Err(self.daemon_gone().await) };
+                    let Ok(Some(frame)) = frame else { return Err(self.daemon_gone().await) };
                     Some(frame)
                 }
                 event = self.run.client.event() => {
@@ -346,7 +351,7 @@ impl<'r, 'j> Rounds<'r, 'j> {
                     None
                 }
                 (index, status) = self.workers.exited() => {
-                    self.read_all()?;
+                    self.read_all();
                     self.process_ended(index, &status)?;
                     None
                 }
@@ -380,18 +385,12 @@ impl<'r, 'j> Rounds<'r, 'j> {
         Ok(News::Other)
     }
 
-    /// Reads what the dead have said before they died, so that it counts before their death does.
-    fn read_all(&mut self) -> Outcome {
-        while let Some(frame) = self
-            .run
-            .frames
-            .try_recv()
-            .context("the frame socket failed")
-            .because(Cause::Job)?
-        {
+    /// Reads what the dead have said before they died, so that it counts before their death does. That the socket has failed is
+    /// found by whoever waits for it.
+    fn read_all(&mut self) {
+        while let Ok(Some(frame)) = self.run.frames.try_recv() {
             self.unread.push_back(frame);
         }
-        Ok(())
     }
 
     /// A worker can begin.
@@ -440,7 +439,7 @@ impl<'r, 'j> Rounds<'r, 'j> {
                 self.unread.extend(ready);
             }
             DaemonEvent::PeerLost(lost) => {
-                self.read_all()?;
+                self.read_all();
                 if let Some(index) = self.roster.left(lost.worker) {
                     self.connection_closed(index)?;
                 }
@@ -448,7 +447,7 @@ impl<'r, 'j> Rounds<'r, 'j> {
             DaemonEvent::Living { first, last, workers } => {
                 tracing::info!("the daemon is back");
                 let gone = |id: &WorkerId| (first..=last).contains(id) && workers.binary_search(id).is_err();
-                self.read_all()?;
+                self.read_all();
                 for id in self.roster.ids().into_iter().filter(gone) {
                     if let Some(index) = self.roster.left(id) {
                         self.connection_closed(index)?;

@@ -7,7 +7,7 @@ use proptest::prelude::*;
 use tokio::io::AsyncWriteExt;
 use tokio::net::{TcpListener, TcpStream};
 
-use super::message::{MAX_CHUNK_BYTES, check_length};
+use super::message::{MAX_CHUNK_BYTES, MAX_CONTROL_BYTES, check_length};
 use super::*;
 use crate::update::Cover;
 
@@ -94,7 +94,7 @@ fn lengths_are_judged_before_anything_is_read() {
         (6, 13),
         (6, 14 + MAX_CHUNK_BYTES as u64),
         (6, u64::from(u32::MAX)),
-        (1, 1025),
+        (1, MAX_CONTROL_BYTES as u64 + 1),
         (3, 0),
     ] {
         assert_eq!(check_length(kind, bytes), Err(Malformed::Length { kind, bytes }));

@@ -87,7 +87,7 @@ fn one_that_cannot_be_written_leaves_nothing() {
         .checkpoint(2, &slot(2), Some(&slot(3)))
         .expect_err("no file can be there");
     assert!(
-        format!("{error:#}").contains("state-2.safetensors (5152 bytes)"),
+        format!("{error:#}").contains("state-2.safetensors (9248 bytes)"),
         "{error:#}"
     );
     assert!(!folder.path().join("model-2.safetensors").exists());
