@@ -30,7 +30,7 @@ mod simulation;
 mod start;
 mod up;
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 
 use anyhow::Context;
@@ -109,6 +109,8 @@ struct Aggregator<G> {
     models: HashMap<Key, (Lent, Vec<WorkerId>)>,
     /// Aggregates that are not settled, and the last that is.
     sent: Vec<Sent>,
+    /// Who is known to be gone: frames of theirs may still come.
+    gone: HashSet<WorkerId>,
     /// The top's current model.
     current: Option<Lent>,
     round: Round,
@@ -174,6 +176,7 @@ impl<G: Ground> Aggregator<G> {
             shared,
             models: HashMap::new(),
             sent: Vec::new(),
+            gone: HashSet::new(),
             current: None,
             round: Round::default(),
             accumulator,
@@ -189,7 +192,10 @@ impl<G: Ground> Aggregator<G> {
     async fn take(&mut self, incoming: Incoming) -> anyhow::Result<bool> {
         match incoming {
             Incoming::Frame(kind, frame) => self.frame(kind, frame).await?,
-            Incoming::Lost(worker) => self.lost(worker),
+            Incoming::Lost(worker) => {
+                self.gone.insert(worker);
+                self.lost(worker);
+            }
             Incoming::Undelivered(letter) => {
                 // Whoever did not get it has it no longer: as good as gone, until the coordinator says who took over.
                 self.ground.take_back(letter.to);

@@ -185,6 +185,10 @@ impl<G: Ground> Aggregator<G> {
 
     /// A piece of what a predecessor's aggregate covers, which the parent has.
     pub(super) async fn taken(&mut self, frame: &Frame) -> anyhow::Result<()> {
+        if self.gone.contains(&frame.from) {
+            // Nobody will pass the verdict on any more: its successor says anew how the round stands.
+            return Ok(());
+        }
         let expected = frame.from == self.round.parent
             && frame.round == self.round.number
             && matches!(self.round.stage, Stage::Announced);
