@@ -10,16 +10,7 @@ use support::{Finished, Job, Place, lifl};
 
 /// The run must fail with that code and say all of that, before it made anything.
 fn refused(place: &Place, more: &[&str], code: i32, says: &[&str]) -> Finished {
-    let finished = place.finish(more);
-    assert_eq!(finished.code(), Some(code), "{}", finished.stderr);
-    for text in says {
-        assert!(
-            finished.stderr.contains(text),
-            "no {text:?} in: {}",
-            finished.stderr
-        );
-    }
-    assert!(finished.all("job_started").is_empty());
+    let finished = place.finish(more).refused(code, says);
     assert!(!place.run().exists(), "a run folder was made");
     finished
 }

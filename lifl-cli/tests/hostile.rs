@@ -35,6 +35,8 @@ struct Actor {
     frames: FrameSocket,
     id: WorkerId,
     arena: Option<OwnedArena>,
+    /// What it has published.
+    made: Vec<Key>,
 }
 
 impl Actor {
@@ -48,6 +50,7 @@ impl Actor {
             frames: registration.frames,
             id: registration.worker,
             arena: Some(arena),
+            made: Vec::new(),
         }
     }
 
@@ -70,7 +73,7 @@ impl Actor {
     /// Writes an update of that schema, all elements of that value, and gives the frame that lends it.
     fn update(&mut self, schema: &Schema, round: u32, value: f32, samples: u64) -> Frame {
         let arena = self.arena.as_mut().expect("an arena");
-        arena.free_unheld();
+        self.made.retain(|&key| !arena.free(key));
         let mut slot = arena.begin().expect("free");
         let offset = image::data_offset(schema);
         for element in slot.bytes_mut()[offset..offset + schema.data_bytes()].chunks_exact_mut(4) {
@@ -86,6 +89,7 @@ impl Actor {
         };
         image::write_header(slot.bytes_mut(), schema, &metadata);
         let key = arena.publish(slot);
+        self.made.push(key);
         Frame {
             round,
             key,
@@ -158,6 +162,7 @@ impl Stage {
             frames: registration.frames,
             id: registration.worker,
             arena: None,
+            made: Vec::new(),
         };
         let mut command = Command::new(env!("CARGO_BIN_EXE_lifl"));
         command.args([

@@ -8,7 +8,7 @@ use lifl_common::arena::{Layout, OwnedArena};
 use lifl_common::client::{Client, ClientError, FrameSocket};
 use lifl_common::control::{ErrorCode, Event, RemoteWorker};
 use lifl_common::frame::{Frame, FrameKind, Refusal};
-use lifl_common::id::{JobId, WorkerId};
+use lifl_common::id::{JobId, Key, WorkerId};
 use lifl_common::session::{
     Broken, Buffer, Exchange, Happened, Hello, JobToken, Message, Object, Room, Source, Traffic,
     UpdateHeader, Wire, proxy_name, tcp,
@@ -39,6 +39,8 @@ struct Stage {
     frames: FrameSocket,
     id: WorkerId,
     arena: OwnedArena,
+    /// What was published in it.
+    made: Vec<Key>,
     schema: Schema,
     address: SocketAddr,
     token: JobToken,
@@ -97,6 +99,7 @@ impl Stage {
             frames: registration.frames,
             id: registration.worker,
             arena,
+            made: Vec::new(),
             schema,
             address: address.expect("an address"),
             token,
@@ -170,7 +173,7 @@ impl Stage {
 
     /// Begins a round with that child and lends it a model of all ones.
     async fn begin(&mut self, child: WorkerId, round: u32) {
-        self.arena.free_unheld();
+        self.made.retain(|&key| !self.arena.free(key));
         let mut slot = self.arena.begin().expect("free");
         let start = image::data_offset(&self.schema);
         for element in slot.bytes_mut()[start..][..self.schema.data_bytes()].chunks_exact_mut(4) {
@@ -182,6 +185,7 @@ impl Stage {
         };
         image::write_header(slot.bytes_mut(), &self.schema, &metadata);
         let key = self.arena.publish(slot);
+        self.made.push(key);
         self.arena.lend(key, child).expect("published");
         let begin = Frame {
             round,

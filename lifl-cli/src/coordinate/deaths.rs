@@ -10,12 +10,13 @@
 //! The coordinator alone decides. A dead aggregator's place is kept for its successor, which gets the references that its
 //! children still lend; a dead trainer's is empty until the next round.
 
+use std::collections::HashMap;
 use std::time::{Duration, Instant};
 
 use anyhow::anyhow;
 use lifl_common::config::Kind;
 use lifl_common::control::Status;
-use lifl_common::frame::FrameKind;
+use lifl_common::id::WorkerId;
 use nix::time::{ClockId, clock_gettime};
 
 use super::report::Event;
@@ -34,8 +35,10 @@ const START_TIME: Duration = Duration::from_secs(30);
 /// over.
 const SAY_AGAIN: Duration = Duration::from_secs(1);
 
-/// How often the plane's counters are looked at, once there is a reason to.
+/// How often the plane's counters are looked at, once there is a reason to: while a round is to be closed; to see who hangs, so
+/// many times in the grace time.
 const LOOK_EVERY: Duration = Duration::from_millis(200);
+const LOOKS_A_GRACE_TIME: u32 = 10;
 
 /// One worker's process and connection.
 #[derive(Debug, Default)]
@@ -64,7 +67,8 @@ impl Life {
 pub(super) struct Clock {
     begun: Instant,
     begun_ns: u64,
-    closed: Option<(Instant, u64)>,
+    /// When trainers ceased to be waited for, by the plane's clock.
+    closed_ns: Option<u64>,
     /// Aggregators that took over after that: when they are told.
     to_close: Vec<(Instant, usize)>,
     looked: Instant,
@@ -75,7 +79,7 @@ impl Clock {
         Self {
             begun: Instant::now(),
             begun_ns: monotonic_ns(),
-            closed: None,
+            closed_ns: None,
             to_close: Vec::new(),
             looked: Instant::now(),
         }
@@ -188,7 +192,7 @@ impl Rounds<'_, '_> {
         self.lives[index].started = None;
         let frames = self.roster.succeeds(index);
         self.outgoing.extend(frames);
-        if self.clock.closed.is_some() && self.roster.takes_part(index) {
+        if self.clock.closed_ns.is_some() && self.roster.takes_part(index) {
             self.clock.to_close.push((Instant::now() + SAY_AGAIN, index));
         }
         let event = Event::WorkerReplaced {
@@ -230,34 +234,36 @@ impl Rounds<'_, '_> {
         let due: Vec<(Instant, usize)> = due;
         self.outgoing
             .extend(due.into_iter().filter_map(|(_, index)| self.roster.close(index)));
+        let since_looked = self.clock.looked.elapsed();
         let elapsed = self.clock.begun.elapsed();
         let timeout = self.run.job.round_timeout_s;
         let overdue = timeout.is_some_and(|timeout| elapsed.as_secs_f64() > timeout);
-        if (overdue && self.clock.closed.is_none()) || elapsed > grace {
+        let to_be_closed = overdue && self.clock.closed_ns.is_none();
+        if to_be_closed || (elapsed > grace && since_looked > grace / LOOKS_A_GRACE_TIME) {
             self.clock.looked = now;
             // While the daemon is away, nobody can be told to hang.
             if let Some(status) = self.status_now().await? {
-                if overdue && self.clock.closed.is_none() {
-                    self.close_round(&status);
+                let last = last_frames(&status);
+                if to_be_closed {
+                    self.close_round(&last);
                 }
-                self.end_who_hangs(&status);
+                self.end_who_hangs(&last);
             }
         }
         Ok(())
     }
 
     /// The round's time is over: once there is a quorum, whoever has not answered is left out.
-    fn close_round(&mut self, status: &Status) {
-        let last = last_frames(status);
+    fn close_round(&mut self, last: &HashMap<WorkerId, u64>) {
         let begun = self.clock.begun_ns;
         let answered = self.roster.trainers().filter(|&trainer| {
-            let seen = self.roster.child_id(trainer).and_then(&last);
-            seen.is_some_and(|last| last >= begun)
+            let seen = self.roster.child_id(trainer).and_then(|id| last.get(&id));
+            seen.is_some_and(|&last| last >= begun)
         });
         if (answered.count() as u32) < self.run.job.quorum {
             return;
         }
-        self.clock.closed = Some((Instant::now(), monotonic_ns()));
+        self.clock.closed_ns = Some(monotonic_ns());
         let job = self.run.job;
         let above_trainers = self.roster.aggregators().filter(|(_, pair)| {
             pair.children
@@ -267,13 +273,11 @@ impl Rounds<'_, '_> {
         let frames: Vec<_> = above_trainers
             .filter_map(|(index, _)| self.roster.close(index))
             .collect();
-        debug_assert!(frames.iter().all(|frame| frame.kind == FrameKind::Close as u16));
         self.outgoing.extend(frames);
     }
 
-    fn end_who_hangs(&mut self, status: &Status) {
+    fn end_who_hangs(&mut self, last: &HashMap<WorkerId, u64>) {
         let job = self.run.job;
-        let last = last_frames(status);
         let seen = Seen {
             pairs: self.roster.pairs(),
             kind: |index: usize| job.workers[index].kind,
@@ -281,10 +285,10 @@ impl Rounds<'_, '_> {
                 self.roster
                     .child_id(index)
                     .filter(|_| self.roster.is_present(index))
-                    .and_then(&last)
+                    .and_then(|id| last.get(&id).copied())
             },
             begun: self.clock.begun_ns,
-            closed: self.clock.closed.map(|(_, ns)| ns),
+            closed: self.clock.closed_ns,
             now: monotonic_ns(),
             grace: nanos(job.grace_time_s),
             trainers: job.round_timeout_s.map(nanos),
@@ -308,9 +312,9 @@ impl Rounds<'_, '_> {
 }
 
 /// When each worker sent its last frame.
-fn last_frames(status: &Status) -> impl Fn(lifl_common::id::WorkerId) -> Option<u64> {
-    |id| {
-        let worker = status.workers.iter().find(|worker| worker.worker == id)?;
-        Some(worker.counters.last_ns)
-    }
+fn last_frames(status: &Status) -> HashMap<WorkerId, u64> {
+    let workers = status.workers.iter();
+    workers
+        .map(|worker| (worker.worker, worker.counters.last_ns))
+        .collect()
 }

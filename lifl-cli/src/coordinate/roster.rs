@@ -196,8 +196,11 @@ impl<'j> Roster<'j> {
         order.into_iter().flat_map(|index| self.stands(index)).collect()
     }
 
-    /// A successor can begin: if its place is one in the round, it, its parent and its children hear of it.
+    /// A successor can begin: if its place in the round waits for it, it, its parent and its children hear of it.
     pub(crate) fn succeeds(&mut self, index: usize) -> Vec<Frame> {
+        if self.round.out.contains(&index) {
+            return Vec::new();
+        }
         let Some(pair) = self.round.pairs.get(&index).cloned() else {
             return Vec::new();
         };

@@ -223,7 +223,7 @@ impl<'r, 'j> Rounds<'r, 'j> {
         self.round = round;
         self.plan_round(round).await?;
         self.clock = Clock::start();
-        self.outgoing = self.roster.announce();
+        self.outgoing.extend(self.roster.announce());
         self.flush().await?;
         let mut state: Option<Frame> = None;
         let frame = loop {

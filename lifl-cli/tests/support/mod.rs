@@ -369,6 +369,16 @@ impl Finished {
         self.status.code()
     }
 
+    /// It must have failed with that code before any job began, and say all of that.
+    pub(crate) fn refused(self, code: i32, says: &[&str]) -> Self {
+        assert_eq!(self.code(), Some(code), "{}", self.stderr);
+        for text in says {
+            assert!(self.stderr.contains(text), "no {text:?} in: {}", self.stderr);
+        }
+        assert!(self.all("job_started").is_empty());
+        self
+    }
+
     /// It must have succeeded.
     pub(crate) fn success(self) -> Self {
         assert!(

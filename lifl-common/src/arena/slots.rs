@@ -157,15 +157,6 @@ impl OwnedArena {
         free
     }
 
-    /// Makes every slot writable again whose object nobody holds: for an owner that publishes only to lend.
-    pub fn free_unheld(&mut self) {
-        for slot in &mut self.slots {
-            if matches!(&slot.state, State::Published { holders } if holders.is_empty()) {
-                slot.state = State::Free;
-            }
-        }
-    }
-
     /// A published object's bytes, its whole slot.
     pub fn object(&self, key: Key) -> Option<&[u8]> {
         self.published(key)?;

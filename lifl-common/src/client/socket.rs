@@ -85,9 +85,7 @@ impl FrameSocket {
             if let Some(frame) = self.buffered() {
                 return Ok(Some(frame));
             }
-            self.buffer.copy_within(self.start..self.end, 0);
-            self.end -= self.start;
-            self.start = 0;
+            self.make_room();
             let room = &mut self.buffer[self.end..];
             let read = self
                 .near
@@ -111,9 +109,7 @@ impl FrameSocket {
         if let Some(frame) = self.buffered() {
             return Ok(Some(frame));
         }
-        self.buffer.copy_within(self.start..self.end, 0);
-        self.end -= self.start;
-        self.start = 0;
+        self.make_room();
         // What has come may not have been noticed yet: the socket itself is asked.
         let room = &mut self.buffer[self.end..];
         match recv(self.near.get_ref().as_raw_fd(), room, MsgFlags::MSG_DONTWAIT) {
@@ -122,6 +118,13 @@ impl FrameSocket {
             Err(errno) => return Err(errno.into()),
         }
         Ok(self.buffered())
+    }
+
+    /// Moves the unread bytes, a piece of a frame, to the front.
+    fn make_room(&mut self) {
+        self.buffer.copy_within(self.start..self.end, 0);
+        self.end -= self.start;
+        self.start = 0;
     }
 
     fn buffered(&mut self) -> Option<Frame> {
