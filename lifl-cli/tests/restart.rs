@@ -2,137 +2,16 @@
 
 mod support;
 
-use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
-use std::time::{Duration, Instant};
-
-use lifl_daemon::plane::Request;
-use lifl_daemon::pool::HugePages;
-use lifl_daemon::{Daemon, GatewayOptions, Options};
 use nix::sys::signal::Signal;
-use tokio_util::sync::CancellationToken;
 
-use support::{Finished, Job, PATIENCE, Place, can_have, free_port, signal, transports};
-
-/// Where the daemon of a test is to listen, and to pin; nothing for no pins.
-const SOCKET: &str = "LIFL_TEST_SOCKET";
-const PINS: &str = "LIFL_TEST_PINS";
+use support::node::{self, Node};
+use support::{Finished, Job, Place, can_have, free_port, signal, transports};
 
 /// Not a test: the process that the others start as their daemon, and kill.
 #[test]
 #[ignore = "started by the other tests, as a daemon of their own"]
 fn daemon_of_the_other_tests() {
-    let socket = std::env::var_os(SOCKET).expect("started by another test");
-    let pin = std::env::var_os(PINS).map(PathBuf::from);
-    let runtime = tokio::runtime::Runtime::new().expect("a runtime");
-    runtime.block_on(async {
-        let options = Options {
-            socket: socket.into(),
-            socket_mode: 0o600,
-            socket_group: None,
-            plane: if pin.is_some() {
-                Request::Sockmap
-            } else {
-                Request::Relay
-            },
-            pool_bytes: 1 << 30,
-            huge_pages: HugePages::Never,
-            max_workers: 64,
-            pin,
-            grace: Duration::from_secs(10),
-            flame: None,
-            gateway: GatewayOptions::default(),
-        };
-        let shutdown = CancellationToken::new();
-        let daemon = Daemon::start(options, shutdown.clone()).expect("started");
-        let mut terminate =
-            tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate()).expect("a handler");
-        terminate.recv().await;
-        daemon.stop().await.expect("stopped");
-    });
-}
-
-/// A daemon in a process of its own.
-struct Node {
-    folder: tempfile::TempDir,
-    pins: Option<PathBuf>,
-    process: Option<Child>,
-}
-
-impl Node {
-    fn start(pins: Option<&str>) -> Self {
-        let pins = pins.map(|name| format!("/sys/fs/bpf/lifl-test-{}-{name}", std::process::id()));
-        let mut node = Self {
-            folder: tempfile::tempdir().expect("a folder"),
-            pins: pins.map(PathBuf::from),
-            process: None,
-        };
-        node.again();
-        node
-    }
-
-    fn socket(&self) -> PathBuf {
-        self.folder.path().join("lifl.sock")
-    }
-
-    /// Starts it, without waiting for it to listen.
-    fn again(&mut self) {
-        let mut command = Command::new(std::env::current_exe().expect("this file"));
-        command.args(["--exact", "daemon_of_the_other_tests", "--ignored", "--nocapture"]);
-        command.env(SOCKET, self.socket()).env_remove(PINS);
-        if let Some(pins) = &self.pins {
-            command.env(PINS, pins);
-        }
-        command.stdin(Stdio::null()).stdout(Stdio::null());
-        self.process = Some(command.spawn().expect("started"));
-    }
-
-    fn wait_until_it_listens(&mut self) {
-        let begun = Instant::now();
-        while !self.answers() {
-            let ended = self.process.as_mut().expect("a process").try_wait();
-            assert!(ended.expect("a child").is_none(), "the daemon does not start");
-            assert!(begun.elapsed() < PATIENCE, "the daemon does not listen");
-            std::thread::sleep(Duration::from_millis(10));
-        }
-    }
-
-    fn answers(&self) -> bool {
-        let status = support::lifl()
-            .args(["status", "--json", "--daemon"])
-            .arg(self.socket())
-            .output();
-        status.expect("run").status.success()
-    }
-
-    fn kill(&mut self) {
-        let mut process = self.process.take().expect("a process");
-        process.kill().expect("killed");
-        process.wait().expect("reaped");
-    }
-
-    /// Ends it in order; nothing may be left.
-    fn end(mut self) {
-        let mut process = self.process.take().expect("a process");
-        signal(i32::try_from(process.id()).expect("a pid"), Signal::SIGTERM);
-        assert!(process.wait().expect("reaped").success());
-        assert!(!self.socket().exists(), "the socket's file is left");
-        if let Some(pins) = &self.pins {
-            assert!(!pins.exists(), "{} is left", pins.display());
-        }
-    }
-}
-
-impl Drop for Node {
-    fn drop(&mut self) {
-        if let Some(mut process) = self.process.take() {
-            let _ = process.kill();
-            let _ = process.wait();
-        }
-        if let Some(pins) = &self.pins {
-            let _ = lifl_daemon::plane::reset(pins);
-        }
-    }
+    node::be_the_daemon();
 }
 
 /// Runs the job to its end with that daemon, which dies so many times on the way.
@@ -174,26 +53,8 @@ fn a_job_through_three_deaths_of_its_daemon_makes_the_same_model() {
         assert_eq!(round["trainers"], 8, "{round}");
     }
     assert!(place.model() == undisturbed.model(), "another model");
-    assert_nothing_is_registered(&node.socket());
+    node.wait_until_nothing_is_registered();
     node.end();
-}
-
-/// The daemon has no job and no worker.
-fn assert_nothing_is_registered(socket: &Path) {
-    let begun = Instant::now();
-    loop {
-        let status = support::lifl()
-            .args(["status", "--json", "--daemon"])
-            .arg(socket)
-            .output();
-        let status: serde_json::Value = serde_json::from_slice(&status.expect("run").stdout).expect("JSON");
-        let daemon = &status["status"]["daemon"];
-        if daemon["workers"] == 0 && daemon["awaited"] == 0 && daemon["pool_used_bytes"] == 0 {
-            return;
-        }
-        assert!(begun.elapsed() < PATIENCE, "{status:#}");
-        std::thread::sleep(Duration::from_millis(10));
-    }
 }
 
 #[test]
@@ -217,7 +78,7 @@ fn a_worker_that_dies_while_there_is_no_daemon_is_missed_and_comes_back() {
     // Whether a round was missed depends on how soon it was back.
     finished.one("worker_replaced");
     assert_eq!(finished.all("round")[59]["trainers"], 8);
-    assert_nothing_is_registered(&node.socket());
+    node.wait_until_nothing_is_registered();
     node.end();
 }
 

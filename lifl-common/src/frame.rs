@@ -113,6 +113,10 @@ numbered!(
         /// Parent to the successor of a child whose aggregate (`key`) it has: whom that covers, `value` being the word
         /// number `samples` of a [`Cover`](crate::update::Cover), `covers` the number of such frames. A verdict follows.
         Taken = 10,
+        /// Coordinator to a worker, in a round that takes long: whether it stirs.
+        Ping = 11,
+        /// Worker to coordinator: it does. `round` is the last in which it has answered its parent.
+        Pong = 12,
         /// Top to coordinator, immediately before the round's `Model`: what the optimizer remembers, lent. Only the
         /// `Model` makes it count.
         State = 13,

@@ -68,7 +68,7 @@ fn deny() -> Result<()> {
     }
 }
 
-fn cargo<const N: usize>(arguments: [&str; N]) -> Command {
+pub(crate) fn cargo<const N: usize>(arguments: [&str; N]) -> Command {
     let mut command = Command::new(
         std::env::var_os("CARGO")
             .as_deref()

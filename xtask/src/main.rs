@@ -1,5 +1,6 @@
 //! Tasks of LIFL's developers: `cargo xtask --help`.
 
+mod chaos;
 mod ci;
 mod ebpf;
 mod fuzz;
@@ -26,6 +27,8 @@ enum Task {
     Install(install::Options),
     /// Take away what `install` has put there.
     Uninstall(install::Options),
+    /// Kill, stop and delay the workers of jobs, and the daemon, at random: nothing may be lost, nothing left.
+    Chaos(chaos::Options),
     /// Run the fuzz targets under libFuzzer: needs rustup's nightly and cargo-fuzz.
     Fuzz(fuzz::Options),
 }
@@ -36,6 +39,7 @@ fn main() -> Result<()> {
         Task::Ci => ci::run(),
         Task::Install(options) => install::install(&options),
         Task::Uninstall(options) => install::uninstall(&options),
+        Task::Chaos(options) => chaos::run(&options),
         Task::Fuzz(options) => fuzz::run(&options),
     }
 }

@@ -21,7 +21,7 @@ use nix::time::{ClockId, clock_gettime};
 
 use super::report::Event;
 use super::rounds::Rounds;
-use super::watch::Seen;
+use super::watch::Looked;
 use crate::exit::{Because, Cause, Failure, Outcome};
 use crate::memory;
 
@@ -220,47 +220,71 @@ impl Rounds<'_, '_> {
                 self.end_stuck(index, "it did not become ready");
             }
         }
-        if !in_round || self.clock.looked.elapsed() < LOOK_EVERY {
+        if !in_round {
             return Ok(());
         }
         let now = Instant::now();
-        let (due, later) = self
+        let (due, later): (Vec<_>, Vec<_>) = self
             .clock
             .to_close
             .iter()
             .copied()
             .partition(|(when, _)| *when <= now);
         self.clock.to_close = later;
-        let due: Vec<(Instant, usize)> = due;
         self.outgoing
             .extend(due.into_iter().filter_map(|(_, index)| self.roster.close(index)));
-        let since_looked = self.clock.looked.elapsed();
         let elapsed = self.clock.begun.elapsed();
-        let timeout = self.run.job.round_timeout_s;
-        let overdue = timeout.is_some_and(|timeout| elapsed.as_secs_f64() > timeout);
-        let to_be_closed = overdue && self.clock.closed_ns.is_none();
-        if to_be_closed || (elapsed > grace && since_looked > grace / LOOKS_A_GRACE_TIME) {
-            self.clock.looked = now;
-            // While the daemon is away, nobody can be told to hang.
-            if let Some(status) = self.status_now().await? {
-                let last = last_frames(&status);
-                if to_be_closed {
-                    self.close_round(&last);
-                }
-                self.end_who_hangs(&last);
+        let timeout = self.run.job.round_timeout_s.map(Duration::from_secs_f64);
+        // Those who are to be left out are asked before that.
+        let to_be_closed =
+            self.clock.closed_ns.is_none() && timeout.is_some_and(|timeout| elapsed + LOOK_EVERY > timeout);
+        let every = if to_be_closed {
+            LOOK_EVERY
+        } else {
+            grace / LOOKS_A_GRACE_TIME
+        };
+        if !(to_be_closed || elapsed > grace) || self.clock.looked.elapsed() < every {
+            return Ok(());
+        }
+        self.clock.looked = now;
+        // While the daemon is away, nobody can be told to hang.
+        if let Some(status) = self.status_now().await? {
+            let last = last_frames(&status);
+            if to_be_closed && timeout.is_some_and(|timeout| elapsed > timeout) {
+                self.close_round(&last);
+            }
+            self.end_who_hangs(&last);
+            if timeout.is_some_and(|timeout| elapsed > timeout + grace) {
+                self.end_late_trainers(&last);
             }
         }
         Ok(())
     }
 
+    /// The trainers that were told of the round, are still there and, for all that is known, have not answered.
+    fn unanswered(&self, last: &HashMap<WorkerId, u64>) -> Vec<usize> {
+        let has_answered = |&trainer: &usize| {
+            let Some(id) = self.roster.takes_part_as(trainer) else {
+                return true;
+            };
+            if memory::is_remote(&self.run.job.workers[trainer]) {
+                // Its proxy sends nothing but answers.
+                return last.get(&id).is_some_and(|&last| last >= self.clock.begun_ns);
+            }
+            self.watch.has_answered(id, self.round)
+        };
+        let trainers = self.roster.trainers();
+        trainers.filter(|trainer| !has_answered(trainer)).collect()
+    }
+
     /// The round's time is over: once there is a quorum, whoever has not answered is left out.
     fn close_round(&mut self, last: &HashMap<WorkerId, u64>) {
-        let begun = self.clock.begun_ns;
-        let answered = self.roster.trainers().filter(|&trainer| {
-            let seen = self.roster.child_id(trainer).and_then(|id| last.get(&id));
-            seen.is_some_and(|&last| last >= begun)
-        });
-        if (answered.count() as u32) < self.run.job.quorum {
+        let there = self
+            .roster
+            .trainers()
+            .filter(|&trainer| self.roster.takes_part_as(trainer).is_some());
+        let answered = there.count() - self.unanswered(last).len();
+        if (answered as u32) < self.run.job.quorum {
             return;
         }
         self.clock.closed_ns = Some(monotonic_ns());
@@ -276,29 +300,25 @@ impl Rounds<'_, '_> {
         self.outgoing.extend(frames);
     }
 
+    /// Asks all who can be asked whether they stir; ends those who have not since they were asked before.
     fn end_who_hangs(&mut self, last: &HashMap<WorkerId, u64>) {
-        let job = self.run.job;
-        let seen = Seen {
-            pairs: self.roster.pairs(),
-            kind: |index: usize| job.workers[index].kind,
-            last: |index: usize| {
-                self.roster
-                    .child_id(index)
-                    .filter(|_| self.roster.is_present(index))
-                    .and_then(|id| last.get(&id).copied())
-            },
-            begun: self.clock.begun_ns,
-            closed: self.clock.closed_ns,
-            now: monotonic_ns(),
-            grace: nanos(job.grace_time_s),
-            trainers: job.round_timeout_s.map(nanos),
-            models_wait: job
-                .workers
-                .iter()
-                .any(|worker| memory::most_held(job, worker).is_some()),
-        };
-        for index in seen.stuck() {
-            self.end_stuck(index, "it owes an answer and does not stir");
+        let workers: Vec<WorkerId> = self.roster.present_here().collect();
+        let grace = nanos(self.run.job.grace_time_s);
+        let last = |id| last.get(&id).copied();
+        let Looked { ask, hang } = self.watch.look(&workers, last, monotonic_ns(), grace);
+        self.outgoing
+            .extend(ask.into_iter().map(|id| self.roster.ping(id)));
+        for id in hang {
+            if let Some(index) = self.roster.index(id) {
+                self.end_stuck(index, "it does not stir");
+            }
+        }
+    }
+
+    /// Ends trainers that have not come to an end, long after they ceased to be waited for.
+    fn end_late_trainers(&mut self, last: &HashMap<WorkerId, u64>) {
+        for index in self.unanswered(last) {
+            self.end_stuck(index, "it owes an update");
         }
     }
 

@@ -140,15 +140,18 @@ impl<'j> Roster<'j> {
         (0..self.seats.len()).filter(awaited).count()
     }
 
-    /// Who answers to the parent from that place, while it is there: the worker, or its proxy.
-    pub(crate) fn child_id(&self, index: usize) -> Option<WorkerId> {
-        let seat = &self.seats[index];
-        seat.proxy.or(seat.own).map(|(id, _)| id)
+    /// Who answers to the parent from that place in this round, while it is there: the worker, or its proxy.
+    pub(crate) fn takes_part_as(&self, index: usize) -> Option<WorkerId> {
+        let (seat, round) = (&self.seats[index], &self.round);
+        let (id, _) = seat.proxy.or(seat.own)?;
+        let told = round.proxies.get(&index).or(round.own.get(&index));
+        (told == Some(&id) && !round.out.contains(&index)).then_some(id)
     }
 
-    /// Who is whose child in the round.
-    pub(crate) fn pairs(&self) -> &HashMap<usize, Pair> {
-        &self.round.pairs
+    /// The workers on this node that can begin, not counting proxies.
+    pub(crate) fn present_here(&self) -> impl Iterator<Item = WorkerId> {
+        let own = self.seats.iter().filter_map(|seat| seat.own);
+        own.filter(|(_, ready)| *ready).map(|(id, _)| id)
     }
 
     /// Pairs those who are present for a new round; gives how many trainers take part.
@@ -227,6 +230,11 @@ impl<'j> Roster<'j> {
     pub(crate) fn close(&self, index: usize) -> Option<Frame> {
         let (to, _) = self.seats[index].own?;
         Some(self.frame(to, FrameKind::Close, WorkerId::NONE, 0))
+    }
+
+    /// Asks a worker whether it stirs.
+    pub(crate) fn ping(&self, worker: WorkerId) -> Frame {
+        self.frame(worker, FrameKind::Ping, WorkerId::NONE, 0)
     }
 
     /// What one who takes part hears of the round as it stands; nothing while it is gone.

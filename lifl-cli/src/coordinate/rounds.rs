@@ -22,6 +22,7 @@ use super::node::Node;
 use super::peak::Peak;
 use super::report::{Event, Reporter};
 use super::roster::Roster;
+use super::watch::Watch;
 use super::workers::Workers;
 use super::{Run, levels};
 use crate::exit::{Because, Cause, Failure, Outcome};
@@ -74,6 +75,7 @@ pub(super) struct Rounds<'r, 'j> {
     /// Which round runs, or is next; 0 before the first.
     pub(super) round: u32,
     pub(super) clock: Clock,
+    pub(super) watch: Watch,
     /// Frames that are to be sent.
     pub(super) outgoing: Vec<Frame>,
     /// Frames that have been read and not been dealt with.
@@ -116,6 +118,7 @@ impl<'r, 'j> Rounds<'r, 'j> {
             lives,
             round: 0,
             clock: Clock::start(),
+            watch: Watch::default(),
             outgoing: Vec::new(),
             unread: VecDeque::new(),
             early: Vec::new(),
@@ -366,10 +369,12 @@ impl<'r, 'j> Rounds<'r, 'j> {
         if let Some(frame) = frame {
             if let Some(letter) = DeadLetter::returned(&frame, self.run.id) {
                 self.daemon_event(DaemonEvent::DeadLetter(letter))?;
-            } else if frame.kind != FrameKind::Ready as u16 {
-                return Ok(News::Frame(frame));
             } else {
-                self.ready(frame).await?;
+                match FrameKind::from_number(frame.kind) {
+                    Some(FrameKind::Ready) => self.ready(frame).await?,
+                    Some(FrameKind::Pong) => self.watch.heard(frame.from, frame.round),
+                    _ => return Ok(News::Frame(frame)),
+                }
             }
         }
         for index in std::mem::take(&mut self.to_drop) {
@@ -446,6 +451,7 @@ impl<'r, 'j> Rounds<'r, 'j> {
             }
             DaemonEvent::Living { first, last, workers } => {
                 tracing::info!("the daemon is back");
+                self.watch.begin_anew();
                 let gone = |id: &WorkerId| (first..=last).contains(id) && workers.binary_search(id).is_err();
                 self.read_all();
                 for id in self.roster.ids().into_iter().filter(gone) {

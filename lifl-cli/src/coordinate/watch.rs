@@ -1,99 +1,81 @@
-//! Who hangs: found in the times of the workers' last frames, which the plane keeps for every worker.
+//! Who hangs: whoever was asked, and has sent nothing since.
 //!
 //! ```text
-//!   trainer      answers with its update                         hangs: it has sent nothing since the round began, and its
-//!                                                                       time and the grace time are over
-//!   aggregator   hands the model down, then, when all its        hangs: nothing of the first although it has the model, or
-//!                children have answered, answers itself                 nothing of the second, for the grace time
+//!               Ping                       it has sent a frame since
+//!   not asked ─────────▶ asked ─────────────────────────────────────────▶ not asked
+//!                          └── it has not, and the grace time is over ──▶ hangs
 //! ```
+//!
+//! The times of the workers' last frames are the plane's. A `Pong` is such a frame, and any other does as well; it also says
+//! whether the round's update has gone up, of which the coordinator hears nothing else.
 
 use std::collections::HashMap;
 
-use lifl_common::config::Kind;
+use lifl_common::id::WorkerId;
 
-use super::pairing::Pair;
-
-/// A round, as the plane's counters show it. Times are nanoseconds of `CLOCK_MONOTONIC`.
-pub(super) struct Seen<'a, K, L> {
-    /// Who is whose child.
-    pub(super) pairs: &'a HashMap<usize, Pair>,
-    /// What a worker is.
-    pub(super) kind: K,
-    /// When it sent its last frame, 0 for never; `None` if it is not there.
-    pub(super) last: L,
-    /// When the round was announced.
-    pub(super) begun: u64,
-    /// When trainers that had not answered ceased to be waited for.
-    pub(super) closed: Option<u64>,
-    /// The time.
-    pub(super) now: u64,
-    /// The grace time.
-    pub(super) grace: u64,
-    /// How long a trainer may take; `None` for as long as it likes.
-    pub(super) trainers: Option<u64>,
-    /// Whether a model may have to wait until a late worker gives an older one back.
-    pub(super) models_wait: bool,
+/// What was asked and answered.
+#[derive(Debug, Default)]
+pub(super) struct Watch {
+    /// When whoever has not been heard of since was asked.
+    asked: HashMap<WorkerId, u64>,
+    /// The last round in which each was known to have answered its parent.
+    answered: HashMap<WorkerId, u32>,
 }
 
-impl<K: Fn(usize) -> Kind, L: Fn(usize) -> Option<u64>> Seen<'_, K, L> {
-    /// The workers that hang.
-    pub(super) fn stuck(&self) -> Vec<usize> {
-        let mut stuck: Vec<usize> = self
-            .pairs
-            .keys()
-            .copied()
-            .filter(|&at| self.is_stuck(at))
-            .collect();
-        stuck.sort_unstable();
-        stuck
+/// What follows from a look.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub(super) struct Looked {
+    /// Who is to be asked.
+    pub(super) ask: Vec<WorkerId>,
+    /// Who hangs.
+    pub(super) hang: Vec<WorkerId>,
+}
+
+impl Watch {
+    /// Looks at all workers that can be asked. `last` is when one sent its last frame, `None` if the plane does not have it;
+    /// times are nanoseconds of one clock.
+    pub(super) fn look(
+        &mut self,
+        workers: &[WorkerId],
+        last: impl Fn(WorkerId) -> Option<u64>,
+        now: u64,
+        grace: u64,
+    ) -> Looked {
+        self.asked.retain(|id, _| workers.contains(id));
+        self.answered.retain(|id, _| workers.contains(id));
+        let mut looked = Looked::default();
+        for &id in workers {
+            let Some(last) = last(id) else {
+                continue;
+            };
+            match self.asked.get(&id) {
+                Some(&asked) if last < asked => {
+                    if now.saturating_sub(asked) > grace {
+                        looked.hang.push(id);
+                    }
+                }
+                _ => {
+                    self.asked.insert(id, now);
+                    looked.ask.push(id);
+                }
+            }
+        }
+        looked
     }
 
-    fn is_stuck(&self, index: usize) -> bool {
-        let Some(last) = (self.last)(index) else {
-            return false;
-        };
-        let Some(pair) = self.pairs.get(&index) else {
-            return false;
-        };
-        if (self.kind)(index) == Kind::Trainer {
-            let late = self
-                .trainers
-                .is_some_and(|most| self.since(self.begun) > most.saturating_add(self.grace));
-            return late && last < self.begun;
-        }
-        if let Some(answered) = self.all_answered(pair) {
-            return last <= answered && self.since(answered) > self.grace;
-        }
-        if self.models_wait || last >= self.begun {
-            return false;
-        }
-        // It has the model since its parent sent something, the top since the round was announced.
-        let has_model = match pair.parent {
-            None => Some(self.begun),
-            Some(parent) => (self.last)(parent).filter(|&last| last >= self.begun),
-        };
-        has_model.is_some_and(|since| self.since(since) > self.grace)
+    /// A worker has said in which round it answered last.
+    pub(super) fn heard(&mut self, id: WorkerId, round: u32) {
+        self.answered.insert(id, round);
     }
 
-    /// When the last of the children answered, if all have; who is not there will not.
-    fn all_answered(&self, pair: &Pair) -> Option<u64> {
-        let answers = pair.children.iter().map(|&child| self.answered(child));
-        answers.collect::<Option<Vec<u64>>>()?.into_iter().max()
+    /// Whether a worker is known to have answered in that round.
+    pub(super) fn has_answered(&self, id: WorkerId, round: u32) -> bool {
+        self.answered.get(&id) == Some(&round)
     }
 
-    fn answered(&self, index: usize) -> Option<u64> {
-        let Some(last) = (self.last)(index) else {
-            return ((self.kind)(index) == Kind::Trainer).then_some(self.begun);
-        };
-        if (self.kind)(index) == Kind::Trainer {
-            return (last >= self.begun).then_some(last).or(self.closed);
-        }
-        let below = self.all_answered(self.pairs.get(&index)?)?;
-        (last > below).then_some(last)
-    }
-
-    fn since(&self, then: u64) -> u64 {
-        self.now.saturating_sub(then)
+    /// For a while nobody could be heard of: all are asked anew.
+    pub(super) fn begin_anew(&mut self) {
+        self.asked.clear();
     }
 }
 
@@ -101,90 +83,63 @@ impl<K: Fn(usize) -> Kind, L: Fn(usize) -> Option<u64>> Seen<'_, K, L> {
 mod tests {
     use super::*;
 
-    /// A top, two leaves, two trainers each: 0; 1, 2; 3, 4, 5, 6.
-    fn pairs() -> HashMap<usize, Pair> {
-        let pair = |parent, children: &[usize]| Pair {
-            parent,
-            children: children.to_vec(),
-        };
-        HashMap::from([
-            (0, pair(None, &[1, 2])),
-            (1, pair(Some(0), &[3, 4])),
-            (2, pair(Some(0), &[5, 6])),
-            (3, pair(Some(1), &[])),
-            (4, pair(Some(1), &[])),
-            (5, pair(Some(2), &[])),
-            (6, pair(Some(2), &[])),
-        ])
+    const GRACE: u64 = 50;
+    const ONE: WorkerId = WorkerId(1);
+    const TWO: WorkerId = WorkerId(2);
+
+    /// A look at both; what they sent last is given.
+    fn look(watch: &mut Watch, now: u64, last: [u64; 2]) -> Looked {
+        let last = |id: WorkerId| Some(last[id.0 as usize - 1]);
+        watch.look(&[ONE, TWO], last, now, GRACE)
     }
 
-    /// Who hangs at 200, in a round that began at 100 and in which a worker may hang for 50 at the most.
-    fn stuck(last: [u64; 7], trainers: Option<u64>, closed: Option<u64>) -> Vec<usize> {
-        let kind = |index| match index {
-            0 => Kind::Top,
-            1 | 2 => Kind::Aggregator,
-            _ => Kind::Trainer,
-        };
-        let seen = Seen {
-            pairs: &pairs(),
-            kind,
-            last: |index: usize| Some(last[index]).filter(|last| *last != u64::MAX),
-            begun: 100,
-            closed,
-            now: 200,
-            grace: 50,
-            trainers,
-            models_wait: false,
-        };
-        seen.stuck()
+    fn looked(ask: &[WorkerId], hang: &[WorkerId]) -> Looked {
+        Looked {
+            ask: ask.to_vec(),
+            hang: hang.to_vec(),
+        }
     }
 
     #[test]
-    fn who_works_does_not_hang() {
-        assert!(
-            stuck([101, 102, 102, 90, 90, 90, 90], None, None).is_empty(),
-            "all train"
-        );
-        assert!(
-            stuck([101, 102, 102, 190, 190, 190, 190], None, None).is_empty(),
-            "both fold"
-        );
-        assert!(
-            stuck([101, 160, 160, 120, 120, 120, 120], None, None).is_empty(),
-            "the top folds"
-        );
-    }
-
-    #[test]
-    fn an_aggregator_that_folds_for_too_long_hangs() {
-        assert_eq!(stuck([101, 102, 160, 120, 120, 120, 120], None, None), [1]);
+    fn who_sends_nothing_for_the_grace_time_after_it_was_asked_hangs() {
+        let mut watch = Watch::default();
+        assert_eq!(look(&mut watch, 100, [0, 0]), looked(&[ONE, TWO], &[]));
         assert_eq!(
-            stuck([101, 130, 130, 120, 120, 120, 120], None, None),
-            [0],
-            "the top"
+            look(&mut watch, 150, [101, 99]),
+            looked(&[ONE], &[]),
+            "time is left"
         );
-        let gone = u64::MAX;
-        assert_eq!(
-            stuck([101, 102, 160, 120, gone, 120, 120], None, None),
-            [1],
-            "one child is gone"
-        );
+        assert_eq!(look(&mut watch, 151, [150, 99]), looked(&[ONE], &[TWO]));
     }
 
     #[test]
-    fn an_aggregator_that_does_not_hand_the_model_down_hangs() {
-        assert_eq!(stuck([101, 95, 160, 90, 90, 120, 120], None, None), [1]);
-        assert_eq!(stuck([95, 95, 95, 90, 90, 90, 90], None, None), [0], "the top");
+    fn silence_that_nobody_asked_about_is_no_fault() {
+        let mut watch = Watch::default();
+        assert_eq!(look(&mut watch, 1_000_000, [0, 0]), looked(&[ONE, TWO], &[]));
+        watch.begin_anew();
+        assert_eq!(look(&mut watch, 2_000_000, [0, 0]), looked(&[ONE, TWO], &[]));
     }
 
     #[test]
-    fn a_trainer_hangs_when_its_time_is_over() {
-        assert_eq!(stuck([101, 102, 190, 90, 190, 190, 190], Some(20), None), [3]);
-        assert!(stuck([101, 102, 190, 90, 190, 190, 190], Some(60), None).is_empty());
-        assert_eq!(
-            stuck([101, 102, 190, 90, 120, 190, 190], Some(60), Some(140)),
-            [1],
-            "whose leaf should go on"
-        );
+    fn a_successor_is_asked_anew() {
+        let mut watch = Watch::default();
+        look(&mut watch, 100, [0, 0]);
+        let without_it = watch.look(&[ONE], |_| Some(120), 130, GRACE);
+        assert_eq!(without_it, looked(&[ONE], &[]));
+        assert_eq!(look(&mut watch, 200, [190, 0]), looked(&[ONE, TWO], &[]));
+    }
+
+    #[test]
+    fn whom_the_plane_does_not_have_is_left_alone() {
+        let mut watch = Watch::default();
+        assert_eq!(watch.look(&[ONE], |_| None, 100, GRACE), Looked::default());
+    }
+
+    #[test]
+    fn an_answer_counts_for_its_round() {
+        let mut watch = Watch::default();
+        watch.heard(ONE, 3);
+        assert!(watch.has_answered(ONE, 3));
+        assert!(!watch.has_answered(ONE, 4) && !watch.has_answered(TWO, 3));
     }
 }

@@ -206,6 +206,7 @@ impl<G: Ground> Aggregator<G> {
                     collecting.children.nothing(letter.to);
                 }
             }
+            Incoming::Asked => {}
             Incoming::Ended(reason) => {
                 tracing::info!("the job has ended: {reason}");
                 return Ok(true);
@@ -288,7 +289,13 @@ impl<G: Ground> Aggregator<G> {
                 tracing::warn!(round = frame.round, "the parent refused our aggregate: {refusal}");
                 self.settle(frame.key, frame.from, (FrameKind::Refuse, frame.refusal));
             }
-            FrameKind::Child | FrameKind::Begin | FrameKind::Close | FrameKind::Ready | FrameKind::State => {
+            FrameKind::Child
+            | FrameKind::Begin
+            | FrameKind::Close
+            | FrameKind::Ready
+            | FrameKind::State
+            | FrameKind::Ping
+            | FrameKind::Pong => {
                 tracing::warn!(?kind, from = %frame.from, "not for an aggregator, or not from the coordinator");
             }
         }

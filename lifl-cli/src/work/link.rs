@@ -27,6 +27,8 @@ pub(super) enum Incoming {
     Lost(WorkerId),
     /// One of our frames was not delivered.
     Undelivered(DeadLetter),
+    /// The coordinator has asked whether this worker stirs; the answer has been [posted](Ground::post).
+    Asked,
     /// The job is over.
     Ended(String),
 }
@@ -49,6 +51,8 @@ pub(super) struct Link {
     known: HashSet<WorkerId>,
     /// Lost, and not yet reported.
     lost: Vec<WorkerId>,
+    /// The last round in which it has answered its parent.
+    answered: u32,
 }
 
 /// How long a worker that is being started waits for a daemon that is being started anew.
@@ -100,6 +104,7 @@ impl Link {
             own: None,
             known: HashSet::new(),
             lost: Vec::new(),
+            answered: 0,
         })
     }
 
@@ -131,6 +136,11 @@ impl Link {
                     }
                     self.known.insert(frame.from);
                     match FrameKind::from_number(frame.kind) {
+                        Some(FrameKind::Ping) if frame.from == self.coordinator => {
+                            let round = self.answered;
+                            self.post(self.coordinator, FrameKind::Pong, Frame { round, ..Frame::default() });
+                            return Ok(Incoming::Asked);
+                        }
                         Some(kind) => return Ok(Incoming::Frame(kind, frame)),
                         None => tracing::warn!(from = %frame.from, kind = frame.kind, "a frame of no known kind"),
                     }
@@ -180,6 +190,9 @@ impl Link {
     /// Sends what has been [posted](Ground::post), in one call.
     pub(super) async fn flush(&mut self) -> anyhow::Result<()> {
         self.known.extend(self.outbox.iter().map(|frame| frame.to));
+        let answers = [FrameKind::Update as u16, FrameKind::Nothing as u16];
+        let answers = self.outbox.iter().filter(|frame| answers.contains(&frame.kind));
+        self.answered = answers.map(|frame| frame.round).fold(self.answered, u32::max);
         let sent = self.frames.send(&self.outbox).await;
         self.outbox.clear();
         sent.context("the frame socket failed")

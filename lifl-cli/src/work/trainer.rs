@@ -135,6 +135,7 @@ impl<G: Ground> Trainer<G> {
                 self.ground.take_back(letter.to);
                 self.forget_orphan();
             }
+            Incoming::Asked => {}
             Incoming::Ended(reason) => {
                 tracing::info!("the job has ended: {reason}");
                 return Ok(true);

@@ -2,6 +2,8 @@
 
 #![expect(dead_code, reason = "each test file uses its part")]
 
+pub(crate) mod node;
+
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
@@ -182,6 +184,11 @@ impl Place {
         )
     }
 
+    /// Keeps the folder when this is dropped, or does not any more.
+    pub(crate) fn keep(&mut self, keep: bool) {
+        self.folder.disable_cleanup(keep);
+    }
+
     /// The last model.
     pub(crate) fn model(&self) -> Vec<u8> {
         fs::read(self.run().join("model.safetensors")).expect("a model")
@@ -302,6 +309,16 @@ impl Started {
         workers(&self.run, prefix)
     }
 
+    /// What it has said so far.
+    pub(crate) fn events(&self) -> Vec<Value> {
+        events(&self.out)
+    }
+
+    /// The run's folder.
+    pub(crate) fn folder(&self) -> &Path {
+        &self.run
+    }
+
     /// Whether it has not ended yet.
     pub(crate) fn is_running(&mut self) -> bool {
         self.child.try_wait().expect("a child").is_none()
@@ -419,6 +436,17 @@ fn events(path: &Path) -> Vec<Value> {
 
 /// Living processes of a run's workers whose names begin so.
 pub(crate) fn workers(run: &Path, prefix: &str) -> Vec<i32> {
+    let named = named_workers(run).into_iter();
+    let mut pids: Vec<i32> = named
+        .filter(|(name, _)| name.starts_with(prefix))
+        .map(|(_, pid)| pid)
+        .collect();
+    pids.sort_unstable();
+    pids
+}
+
+/// Living processes of a run's workers, by their names.
+pub(crate) fn named_workers(run: &Path) -> Vec<(String, i32)> {
     let run = run.to_string_lossy().into_owned();
     let mut found = Vec::new();
     for entry in fs::read_dir("/proc").expect("proc").flatten() {
@@ -432,8 +460,8 @@ pub(crate) fn workers(run: &Path, prefix: &str) -> Vec<i32> {
             .collect();
         let is_worker = words.get(1).is_some_and(|word| word == "worker") && words.contains(&run);
         let named = words.iter().skip_while(|word| *word != "--name").nth(1);
-        if is_worker && named.is_some_and(|name| name.starts_with(prefix)) {
-            found.push(pid);
+        if let Some(name) = named.filter(|_| is_worker) {
+            found.push((name.clone(), pid));
         }
     }
     found.sort_unstable();

@@ -45,7 +45,7 @@ pub struct JobSpec {
     pub quorum: u32,
     /// Seconds after which a round goes on without those who have not answered, once there is a quorum.
     pub round_timeout_s: Option<f64>,
-    /// Seconds after which a worker is ended that owes an answer and does not stir.
+    /// Seconds after which a worker is ended that does not stir, or a trainer that owes an update in spite of the round's end.
     pub grace_time_s: f64,
     /// Flame's `maxRunTime` in seconds.
     pub max_run_time_s: u64,
