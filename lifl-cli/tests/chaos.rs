@@ -36,7 +36,11 @@ const SHORT: Duration = Duration::from_secs(12);
 const TOLERANCE: f64 = 1e-6;
 
 /// A worker that dies oftener in one round is given up, which would end the job if it were the top.
-const MOST_DEATHS_IN_A_ROUND: u32 = 2;
+const MOST_DEATHS_IN_A_ROUND: usize = 3;
+
+/// How long a daemon lives at the least. Whoever hangs when it comes has to be given up by it first ([`node::GRACE`]): daemons that
+/// die sooner than that, one after the other, keep such a worker's place for ever.
+const DAEMON_LIVES: Duration = Duration::from_secs(5);
 
 /// What the machine has is counted: one chaos at a time.
 static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
@@ -130,10 +134,10 @@ fn one_job(node: &mut Node, chance: &mut ChaCha8Rng, daemons: bool, tally: &mut 
     let mut run = place.start_at(&node.socket(), &options);
     run.wait_for("job_started");
     let mut blows = Blows {
+        spared: None,
         chance,
         daemons,
         deaths: HashMap::new(),
-        round: 0,
         resurrection: None,
         tally,
     };
@@ -152,11 +156,11 @@ fn one_job(node: &mut Node, chance: &mut ChaCha8Rng, daemons: bool, tally: &mut 
 /// Who is hurt next.
 struct Blows<'a> {
     chance: &'a mut ChaCha8Rng,
-    /// Whether the daemon may be killed.
+    /// Whether the daemon may be killed; if it is another one's successor, since when it lives.
     daemons: bool,
-    /// How often each worker has died in the round that runs.
-    deaths: HashMap<String, u32>,
-    round: usize,
+    spared: Option<Instant>,
+    /// How many rounds were reported when each worker was made to die.
+    deaths: HashMap<String, Vec<usize>>,
     /// When the dead daemon's successor is started.
     resurrection: Option<Instant>,
     tally: &'a mut Tally,
@@ -166,9 +170,12 @@ impl Blows<'_> {
     fn strike(&mut self, run: &Started, node: &mut Node) {
         if self.resurrection.is_some_and(|when| when <= Instant::now()) {
             self.resurrection = None;
+            self.spared = Some(Instant::now());
             node.again();
         }
-        if self.daemons && self.resurrection.is_none() && self.chance.random_ratio(1, 15) {
+        let spared = self.spared.is_some_and(|since| since.elapsed() < DAEMON_LIVES);
+        let mortal = self.daemons && self.resurrection.is_none() && !spared;
+        if mortal && self.chance.random_ratio(1, 8) {
             node.kill();
             self.tally.daemons_killed += 1;
             let away = Duration::from_millis(self.chance.random_range(0..1500));
@@ -184,19 +191,17 @@ impl Blows<'_> {
             .iter()
             .filter(|event| event["event"] == "round")
             .count();
-        if round != self.round {
-            self.round = round;
-            self.deaths.clear();
-        }
         let (name, pid) = &workers[self.chance.random_range(0..workers.len())];
         let deaths = self.deaths.entry(name.clone()).or_default();
-        if *deaths >= MOST_DEATHS_IN_A_ROUND {
+        // A round is reported while the next one runs.
+        deaths.retain(|then| then + 1 >= round);
+        if deaths.len() >= MOST_DEATHS_IN_A_ROUND {
             return;
         }
         match self.chance.random_range(0..20) {
             // Until the coordinator ends it.
             0 => {
-                *deaths += 1;
+                deaths.push(round);
                 self.tally.stopped += u64::from(send(*pid, Signal::SIGSTOP));
             }
             1..=5 => {
@@ -207,7 +212,7 @@ impl Blows<'_> {
                 }
             }
             _ => {
-                *deaths += 1;
+                deaths.push(round);
                 self.tally.killed += u64::from(send(*pid, Signal::SIGKILL));
             }
         }

@@ -17,6 +17,9 @@ use super::{PATIENCE, lifl, signal};
 const SOCKET: &str = "LIFL_TEST_SOCKET";
 const PINS: &str = "LIFL_TEST_PINS";
 
+/// How long it waits for the workers of the daemon before it.
+pub(crate) const GRACE: Duration = Duration::from_secs(3);
+
 /// What the process that a [`Node`] starts does. A test file with nodes calls it from an ignored test of the name
 /// `daemon_of_the_other_tests`, and from nowhere else.
 pub(crate) fn be_the_daemon() {
@@ -37,7 +40,7 @@ pub(crate) fn be_the_daemon() {
             huge_pages: HugePages::Auto,
             max_workers: 64,
             pin,
-            grace: Duration::from_secs(10),
+            grace: GRACE,
             flame: None,
             gateway: GatewayOptions::default(),
         };
