@@ -393,6 +393,7 @@ fn image() {
         loss: Some(0.25),
         folded: 8,
         bytes_copied: 0,
+        made: vec![7, 9],
     };
     let ours = of(&schema, &metadata);
     seed("image", "ours", &ours);
@@ -412,6 +413,7 @@ fn image() {
         loss: Some(-5e-324),
         folded: u64::MAX,
         bytes_copied: u64::MAX,
+        made: vec![u64::MAX; 4],
     };
     seed("image", "longest-metadata", of(&schema, &longest));
     let other = Schema::new(vec![

@@ -10,6 +10,7 @@ use lifl_common::id::JobId;
 use lifl_daemon::plane;
 use lifl_daemon::pool::HugePages;
 
+use crate::bench::{Bench, EchoArgs};
 use crate::commands;
 use crate::coordinate::node::DaemonChoice;
 use crate::work::Place;
@@ -44,6 +45,14 @@ enum Command {
     Doctor(Report),
     /// Show the jobs, workers, arenas and counters of the daemons that this user can reach
     Status(StatusArgs),
+    /// Measure this machine: handing updates over, folding them, whole rounds, many workers
+    ///
+    /// Each prints a table, or with --json a line for each result. Shares are of the memory's read bandwidth, measured in the
+    /// same run; nothing else is comparable between machines. Let nothing else run meanwhile.
+    Bench(BenchArgs),
+    /// Be the other process of a hand-over; `lifl bench` starts these
+    #[command(hide = true)]
+    Echo(EchoArgs),
     /// Play one worker's role; `lifl run` starts these
     #[command(hide = true)]
     Worker(WorkerArgs),
@@ -172,6 +181,15 @@ pub(crate) struct StatusArgs {
 }
 
 #[derive(Args, Clone, Debug)]
+pub(crate) struct BenchArgs {
+    #[command(subcommand)]
+    pub(crate) bench: Bench,
+    /// Print newline-delimited JSON objects with an `event` field, and nothing else, on standard output
+    #[arg(long, global = true)]
+    pub(crate) json: bool,
+}
+
+#[derive(Args, Clone, Debug)]
 struct WorkerArgs {
     #[arg(long)]
     socket: PathBuf,
@@ -205,6 +223,8 @@ pub fn main() -> ExitCode {
         Command::Schema => commands::schema(),
         Command::Doctor(report) => commands::doctor(report),
         Command::Status(args) => commands::status(&args),
+        Command::Bench(args) => commands::bench(args),
+        Command::Echo(args) => commands::echo(&args),
         Command::Worker(WorkerArgs {
             socket,
             job,

@@ -5,8 +5,10 @@
 //! train with [`learn`] on [`data`].
 
 pub mod aggregate;
+mod bench;
 mod checkpoint;
 pub mod cli;
+mod clock;
 mod commands;
 pub mod coordinate;
 pub mod data;

@@ -16,9 +16,10 @@ use clap::{Args, ValueEnum};
 const TARGET: &str = "bpfel-unknown-none";
 const PROFILE: &str = "bpf";
 /// Each program of the crate, and its object.
-const OBJECTS: [(&str, &str); 2] = [
+const OBJECTS: [(&str, &str); 3] = [
     ("lifl-ebpf", "lifl-ebpf/lifl.bpf.o"),
     ("lifl-flame", "lifl-ebpf/flame.bpf.o"),
+    ("lifl-bare", "lifl-ebpf/bare.bpf.o"),
 ];
 /// What made the objects, beside them.
 const TOOLCHAIN: &str = "lifl-ebpf/bpf.toolchain";

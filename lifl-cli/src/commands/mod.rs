@@ -1,9 +1,11 @@
 //! One file a command, but for the smallest.
 
+mod bench;
 mod job;
 mod run;
 mod status;
 
+pub(crate) use bench::{bench, echo};
 pub(crate) use job::{plan, schema, validate};
 pub(crate) use run::run;
 pub(crate) use status::status;

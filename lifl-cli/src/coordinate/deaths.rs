@@ -17,11 +17,11 @@ use anyhow::anyhow;
 use lifl_common::config::Kind;
 use lifl_common::control::Status;
 use lifl_common::id::WorkerId;
-use nix::time::{ClockId, clock_gettime};
 
 use super::report::Event;
 use super::rounds::Rounds;
 use super::watch::Looked;
+use crate::clock::monotonic_ns;
 use crate::exit::{Because, Cause, Failure, Outcome};
 use crate::memory;
 
@@ -66,7 +66,7 @@ impl Life {
 #[derive(Debug)]
 pub(super) struct Clock {
     begun: Instant,
-    begun_ns: u64,
+    pub(super) begun_ns: u64,
     /// When trainers ceased to be waited for, by the plane's clock.
     closed_ns: Option<u64>,
     /// Aggregators that took over after that: when they are told.
@@ -88,12 +88,6 @@ impl Clock {
     pub(super) fn seconds(&self) -> f64 {
         self.begun.elapsed().as_secs_f64()
     }
-}
-
-/// The clock of the plane's counters.
-fn monotonic_ns() -> u64 {
-    let time = clock_gettime(ClockId::CLOCK_MONOTONIC).map_or(Duration::ZERO, Duration::from);
-    u64::try_from(time.as_nanos()).unwrap_or(u64::MAX)
 }
 
 fn nanos(seconds: f64) -> u64 {

@@ -313,6 +313,7 @@ impl RunFolder {
         let (metadata, offset) = image::check(bytes, &schema)?;
         let metadata = Metadata {
             generation: Generation(0),
+            made: Vec::new(),
             ..metadata
         };
         let header = image::header(&schema, &metadata);

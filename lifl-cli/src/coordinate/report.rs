@@ -109,6 +109,9 @@ pub enum Event {
         bytes_received: u64,
         /// Bytes that went to workers through the gateway.
         bytes_sent: u64,
+        /// The critical path, from the trainers up: when the last of each level had made what went into the model. Empty
+        /// where some of it was made on another machine.
+        levels: Vec<LevelTime>,
     },
     /// The job is done.
     JobFinished {
@@ -141,6 +144,15 @@ pub struct Level {
     pub role: String,
     /// How many.
     pub workers: usize,
+}
+
+/// When a level was done with a round.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct LevelTime {
+    /// The role.
+    pub role: String,
+    /// Since the round began.
+    pub seconds: f64,
 }
 
 /// Where events go.

@@ -20,7 +20,7 @@ use tokio::task::JoinHandle;
 use super::deaths::{Clock, Life};
 use super::node::Node;
 use super::peak::Peak;
-use super::report::{Event, Reporter};
+use super::report::{Event, LevelTime, Reporter};
 use super::roster::Roster;
 use super::watch::Watch;
 use super::workers::Workers;
@@ -35,6 +35,8 @@ struct NewModel {
     arena: Arc<PeerArena>,
     /// What the optimizer remembers with it, lent in front of it.
     state: Option<(Frame, Arc<PeerArena>)>,
+    /// When the round began, by the node's clock.
+    begun_ns: u64,
     seconds: f64,
     moved: Moved,
     /// The trainers that were to be in it.
@@ -269,6 +271,7 @@ impl<'r, 'j> Rounds<'r, 'j> {
             frame,
             arena,
             state,
+            begun_ns: self.clock.begun_ns,
             seconds,
             moved,
             asked,
@@ -587,6 +590,7 @@ impl<'r, 'j> Rounds<'r, 'j> {
                 NewModel {
                     frame,
                     state,
+                    begun_ns,
                     seconds,
                     moved,
                     asked,
@@ -645,6 +649,10 @@ impl<'r, 'j> Rounds<'r, 'j> {
             bytes_copied: if changed { metadata.bytes_copied } else { 0 },
             bytes_received: moved.gateway.bytes_received,
             bytes_sent: moved.gateway.bytes_sent,
+            levels: self
+                .level_times(&metadata, begun_ns)
+                .filter(|_| changed)
+                .unwrap_or_default(),
         };
         self.reporter.event(&event).because(Cause::Job)?;
         let accuracy = evaluation.map_or(String::new(), |it| {
@@ -652,6 +660,20 @@ impl<'r, 'j> Rounds<'r, 'j> {
         });
         self.reporter.position(u64::from(frame.round), accuracy);
         Ok(())
+    }
+
+    /// When each level was done with a round, if the model tells of all of them.
+    fn level_times(&self, metadata: &Metadata, begun_ns: u64) -> Option<Vec<LevelTime>> {
+        let roles = levels(self.run.job).into_iter().map(|level| level.role);
+        let roles: Vec<String> = roles.rev().collect();
+        let times = roles.into_iter().zip(&metadata.made);
+        let times: Vec<LevelTime> = times
+            .map(|(role, &made)| LevelTime {
+                role,
+                seconds: made.saturating_sub(begun_ns) as f64 / 1e9,
+            })
+            .collect();
+        (times.len() == self.run.job.levels() as usize + 1).then_some(times)
     }
 
     async fn finish(&mut self) -> Outcome {

@@ -24,6 +24,7 @@ use super::ground::Ground;
 use super::link::Incoming;
 use super::{Place, join, ready};
 use crate::aggregate::{Threads, subtract};
+use crate::clock::monotonic_ns;
 use crate::learn::{self, Learner, Trained};
 
 /// What stays the same from round to round.
@@ -373,6 +374,7 @@ pub(super) fn learn_one(shared: &Shared, lesson: Lesson) -> anyhow::Result<Learn
         loss: trained.loss,
         folded: 0,
         bytes_copied: trained.bytes_copied,
+        made: vec![monotonic_ns()],
     };
     image::write_header(slot.bytes_mut(), schema, &metadata);
     Ok(Learned {

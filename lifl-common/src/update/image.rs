@@ -19,9 +19,12 @@ use crate::id::Generation;
 pub const DATA_ALIGN: usize = 64;
 
 /// Room for `__metadata__` in an image of ours: a [`Cover`] of all trainers that a job may have, four of them a digit, and
-/// the rest, of which the longest has 1006 bytes: 128 of a maker that JSON makes six of each, 24 digits of loss, the largest
+/// the rest, of which the longest has 1105 bytes: 128 of a maker that JSON makes six of each, 24 digits of loss, the largest
 /// numbers, and the keys. The cover's key takes 11.
-const METADATA_ROOM: usize = 1024 + MAX_TRAINERS as usize / 4;
+const METADATA_ROOM: usize = 1152 + MAX_TRAINERS as usize / 4;
+
+/// Levels that a job may have, the trainers' among them.
+const MOST_LEVELS: usize = 4;
 
 /// The largest header that is read from another worker's image.
 const MAX_HEADER_BYTES: usize = 16 << 20;
@@ -45,6 +48,9 @@ pub struct Metadata {
     pub folded: u64,
     /// Bytes of lent objects that were copied in its making, on all levels below and in itself.
     pub bytes_copied: u64,
+    /// When the last object of each level that is in it was made, from the trainers' up to this one's own: nanoseconds of the
+    /// node's `CLOCK_MONOTONIC`. Empty if some of that was made elsewhere.
+    pub made: Vec<u64>,
 }
 
 /// Why bytes are not an image of the job's schema.
@@ -142,6 +148,10 @@ pub fn header(schema: &Schema, metadata: &Metadata) -> Vec<u8> {
     if !metadata.cover.is_empty() {
         fields.insert("cover", metadata.cover.to_string());
     }
+    if !metadata.made.is_empty() {
+        let times = metadata.made.iter().take(MOST_LEVELS);
+        fields.insert("made", times.map(u64::to_string).collect::<Vec<_>>().join(" "));
+    }
     if let Some(loss) = metadata.loss {
         // Written out, a tiny one has 300 digits: for such the exponent's form, which is as exact and has 24 at most.
         let digits = loss.to_string();
@@ -196,8 +206,18 @@ pub fn check(image: &[u8], schema: &Schema) -> Result<(Metadata, usize), ImageEr
             .filter(|loss: &f64| loss.is_finite()),
         folded: number("folded")?,
         bytes_copied: number("bytes_copied")?,
+        made: text("made").map_or(Ok(Vec::new()), |times| made(times))?,
     };
     Ok((metadata, offset))
+}
+
+fn made(times: &str) -> Result<Vec<u64>, ImageError> {
+    let times: Result<Vec<u64>, _> = times.split(' ').take(MOST_LEVELS + 1).map(str::parse).collect();
+    let times = times.map_err(|_| ImageError::Metadata("made"))?;
+    if times.len() > MOST_LEVELS {
+        return Err(ImageError::Metadata("made"));
+    }
+    Ok(times)
 }
 
 /// The schema of an image of ours, for who has not been told the job's. Whoever reads data by it has the image
@@ -353,6 +373,7 @@ mod tests {
             loss: Some(0.25),
             folded: 4,
             bytes_copied: 0,
+            made: vec![7, 9],
         }
     }
 
@@ -387,6 +408,7 @@ mod tests {
             loss: Some(-f64::MIN_POSITIVE),
             folded: u64::MAX,
             bytes_copied: u64::MAX,
+            made: vec![u64::MAX; MOST_LEVELS],
         };
         for loss in [-f64::MIN_POSITIVE, -5e-324, f64::MAX, -1.0 / 3.0, 1e300] {
             let metadata = Metadata {

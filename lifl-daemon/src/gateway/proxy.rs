@@ -504,6 +504,8 @@ impl Proxy {
             loss: Some(header.loss).filter(|loss| loss.is_finite()),
             folded: header.folded,
             bytes_copied: header.bytes_copied,
+            // By another machine's clock.
+            made: Vec::new(),
         };
         let covers = metadata.cover.count();
         image::write_header(slot.bytes_mut(), schema, &metadata);

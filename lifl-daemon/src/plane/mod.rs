@@ -13,6 +13,7 @@
 //!
 //! The registry task owns the plane; nobody else calls it.
 
+mod bare;
 mod pins;
 mod recover;
 mod relay;
@@ -32,6 +33,7 @@ use lifl_common::plane::PlaneKind;
 use serde::{Deserialize, Serialize};
 use tokio::sync::mpsc;
 
+pub use bare::Bare;
 pub use pins::{PinError, reset};
 pub use recover::Recovered;
 pub use relay::Relay;

@@ -407,7 +407,7 @@ async fn read_dead_letters(mut socket: FrameSocket, dead_letters: mpsc::Sender<F
     }
 }
 
-fn unavailable(error: &LoadError) -> PlaneError {
+pub(super) fn unavailable(error: &LoadError) -> PlaneError {
     let (reason, remedy) = error.explain("or use the relay plane (--plane relay)");
     PlaneError::Unavailable { reason, remedy }
 }

@@ -12,6 +12,7 @@ use super::children::{Children, Given};
 use super::models::Lent;
 use super::server::Step;
 use crate::aggregate::{Accumulator, FoldError, Input};
+use crate::clock::monotonic_ns;
 use crate::work::ground::Ground;
 
 /// An aggregate in the making.
@@ -189,6 +190,7 @@ impl Collecting {
                 with_loss += child.samples as f64;
             }
         }
+        metadata.made = made(self.children.folded().map(|given| &*given.metadata.made));
         metadata.loss = (with_loss > 0.0).then(|| loss / with_loss);
         image::write_header(self.slot.bytes_mut(), schema, &metadata);
         let children = self
@@ -202,6 +204,22 @@ impl Collecting {
             children,
         }))
     }
+}
+
+/// When the last object of each level was made, of those that went into an object that is just being made.
+fn made<'a>(children: impl Iterator<Item = &'a [u64]>) -> Vec<u64> {
+    let mut latest: Vec<u64> = Vec::new();
+    for times in children {
+        if times.is_empty() {
+            return Vec::new();
+        }
+        latest.resize(latest.len().max(times.len()), 0);
+        for (latest, &time) in latest.iter_mut().zip(times) {
+            *latest = time.max(*latest);
+        }
+    }
+    latest.push(monotonic_ns());
+    latest
 }
 
 /// The update's data, where it lies.

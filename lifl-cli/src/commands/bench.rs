@@ -1,0 +1,48 @@
+//! `lifl bench`.
+
+use std::sync::Arc;
+
+use anyhow::{Context, anyhow};
+use tokio::runtime::Builder;
+use tokio::signal::unix::{SignalKind, signal};
+
+use super::{log, runtime};
+use crate::bench::{self, EchoArgs, Scene};
+use crate::cli::BenchArgs;
+use crate::exit::{Because, Cause, Failure, Outcome};
+
+/// Measures until it is done or interrupted; nothing is left either way.
+pub(crate) fn bench(args: BenchArgs) -> Outcome {
+    log("error");
+    lifl_daemon::raise_open_files();
+    let scene = Arc::new(Scene::new().because(Cause::Machine)?);
+    let runtime = runtime(&mut Builder::new_current_thread())?;
+    runtime.block_on(async {
+        let mut interrupt = signal(SignalKind::interrupt()).because(Cause::Machine)?;
+        let mut terminate = signal(SignalKind::terminate()).because(Cause::Machine)?;
+        // The bench has runtimes of its own: a thread where none is.
+        let mut measuring = tokio::task::spawn_blocking({
+            let scene = Arc::clone(&scene);
+            move || bench::run(&args.bench, args.json, &scene)
+        });
+        let measured = tokio::select! {
+            measured = &mut measuring => Some(measured),
+            _ = interrupt.recv() => None,
+            _ = terminate.recv() => None,
+        };
+        if let Some(measured) = measured {
+            let measured = measured.context("the bench panicked").because(Cause::Machine)?;
+            return measured.because(Cause::Machine);
+        }
+        scene.cut();
+        // It notices at its next step.
+        let _ = measuring.await;
+        Err(Failure::new(Cause::Interrupted, anyhow!("interrupted")))
+    })
+}
+
+/// Is the other process.
+pub(crate) fn echo(args: &EchoArgs) -> Outcome {
+    log("error");
+    bench::echo(args).because(Cause::Job)
+}
