@@ -1,6 +1,6 @@
 """One system's weighted mean of K updates, timed in a process of its own so that its peak memory is its own.
 
-    aggregate_one.py SYSTEM BYTES UPDATES RUNS THREADS OUT.json
+aggregate_one.py SYSTEM BYTES UPDATES RUNS THREADS OUT.json
 """
 
 import gc
@@ -11,12 +11,14 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from machine import peak_rss_bytes
 
-Prepared = tuple[Callable[[], object], Callable[[object], np.ndarray]]
+# One run, and what makes an array of its result.
+Prepared = tuple[Callable[[], Any], Callable[[Any], np.ndarray]]
 
 # Floats in a block that stays in a core's cache while all updates are folded into it.
 BLOCK_FLOATS = 32 * 1024
@@ -43,13 +45,13 @@ def shares(count: int) -> list[float]:
 
 
 def numpy_whole(floats: int, count: int, _threads: int) -> Prepared:
-    """NumPy as most would write it with care: in place, one accumulator and one buffer, both made before the clock starts."""
+    """NumPy as one would write it with care: in place, with an accumulator and a buffer that are there already."""
     updates, parts = [update(index, floats) for index in range(count)], shares(count)
     mean, product = np.empty(floats, np.float32), np.empty(floats, np.float32)
 
     def run() -> np.ndarray:
         np.multiply(updates[0], np.float32(parts[0]), out=mean)
-        for values, part in zip(updates[1:], parts[1:]):
+        for values, part in zip(updates[1:], parts[1:], strict=True):
             np.multiply(values, np.float32(part), out=product)
             np.add(mean, product, out=mean)
         return mean
@@ -70,7 +72,7 @@ def numpy_blocked(floats: int, count: int, threads: int) -> Prepared:
             stop = min(start + BLOCK_FLOATS, end)
             block, scratch = mean[start:stop], product[: stop - start]
             np.multiply(updates[0][start:stop], parts[0], out=block)
-            for values, part in zip(updates[1:], parts[1:]):
+            for values, part in zip(updates[1:], parts[1:], strict=True):
                 np.multiply(values[start:stop], part, out=scratch)
                 np.add(block, scratch, out=block)
 
@@ -91,7 +93,7 @@ def torch_in_place(floats: int, count: int, threads: int) -> Prepared:
 
     def run() -> torch.Tensor:
         torch.mul(updates[0], parts[0], out=mean)
-        for values, part in zip(updates[1:], parts[1:]):
+        for values, part in zip(updates[1:], parts[1:], strict=True):
             mean.add_(values, alpha=part)
         return mean
 
@@ -129,11 +131,11 @@ def flare_torch(floats: int, count: int, threads: int) -> Prepared:
     return flare_helper(updates, lambda values: values.numpy())
 
 
-def flare_helper(updates: list[dict[str, object]], to_numpy: Callable[[object], np.ndarray]) -> Prepared:
+def flare_helper(updates: list[dict[str, Any]], to_numpy: Callable[[Any], np.ndarray]) -> Prepared:
     """One round of FLARE's aggregation helper over the updates."""
     from nvflare.app_common.aggregators.weighted_aggregation_helper import WeightedAggregationHelper
 
-    def run() -> dict[str, object]:
+    def run() -> dict[str, Any]:
         helper = WeightedAggregationHelper()
         for index, data in enumerate(updates):
             helper.add(data, weight(index), f"site-{index + 1}", 0)

@@ -1,7 +1,6 @@
 """FLARE's client: answers every model with an update of its size, without training."""
 
 import numpy as np
-
 import nvflare.client as flare
 
 flare.init()

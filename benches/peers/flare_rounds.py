@@ -1,6 +1,6 @@
 """Whole rounds of NVIDIA FLARE: its simulator, with a process for each client and FedAvg for the server.
 
-    flare_rounds.py BYTES CLIENTS ROUNDS THREADS OUT.json
+flare_rounds.py BYTES CLIENTS ROUNDS THREADS OUT.json
 """
 
 import json
@@ -28,7 +28,9 @@ def main() -> None:
     job.to_server(FedAvg(num_clients=clients, num_rounds=rounds, persistor_id="persistor"))
     job.to_server(RoundTimer(str(seen)), id="round_timer")
     job.to_clients(
-        ScriptRunner(script="flare_client.py", framework=FrameworkType.NUMPY, server_expected_format=ExchangeFormat.NUMPY)
+        ScriptRunner(
+            script="flare_client.py", framework=FrameworkType.NUMPY, server_expected_format=ExchangeFormat.NUMPY
+        )
     )
     code = job.simulator_run(str(Path("workspace").resolve()), n_clients=clients, threads=clients)
     if code:
@@ -37,7 +39,9 @@ def main() -> None:
     for number, line in enumerate(lines, start=1):
         if line["size"] != size_bytes // 4 or line["low"] != line["high"]:
             raise SystemExit(f"the new model of round {number} is not what it should be: {line}")
-    out.write_text(json.dumps({"rounds": [line["seconds"] for line in lines], "means": [line["low"] for line in lines]}))
+    out.write_text(
+        json.dumps({"rounds": [line["seconds"] for line in lines], "means": [line["low"] for line in lines]})
+    )
 
 
 if __name__ == "__main__":

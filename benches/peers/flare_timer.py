@@ -10,7 +10,7 @@ from nvflare.app_common.app_event_type import AppEventType
 
 
 class RoundTimer(FLComponent):
-    """From a round's begin, just before the model is sent, to the aggregate; writing the model to the disk is after that."""
+    """From just before the model is sent until the aggregate is there; FLARE writes it to the disk after that."""
 
     def __init__(self, out: str) -> None:
         super().__init__()
@@ -24,6 +24,11 @@ class RoundTimer(FLComponent):
         elif event_type == AppEventType.AFTER_AGGREGATION:
             seconds = time.perf_counter() - self.begun
             values = fl_ctx.get_prop(AppConstants.AGGREGATION_RESULT).params["numpy_key"]
-            line = {"seconds": seconds, "size": int(values.size), "low": float(values.min()), "high": float(values.max())}
+            line = {
+                "seconds": seconds,
+                "size": int(values.size),
+                "low": float(values.min()),
+                "high": float(values.max()),
+            }
             with open(self.out, "a", encoding="utf-8") as lines:
                 lines.write(json.dumps(line) + "\n")

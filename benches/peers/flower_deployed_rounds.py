@@ -1,6 +1,6 @@
 """Whole rounds of Flower as it is deployed: a SuperLink and a SuperNode for each client, as processes that speak HTTP.
 
-    flower_deployed_rounds.py BYTES CLIENTS ROUNDS THREADS OUT.json
+flower_deployed_rounds.py BYTES CLIENTS ROUNDS THREADS OUT.json
 """
 
 import json
@@ -29,6 +29,14 @@ publisher = "peers"
 [tool.flwr.app.components]
 serverapp = "flower_apps:server_app"
 clientapp = "flower_apps:client_app"
+"""
+CONFIG = """\
+[superlink]
+default = "here"
+
+[superlink.here]
+address = "127.0.0.1:{port}"
+insecure = true
 """
 
 
@@ -73,11 +81,18 @@ def main() -> None:
     link_port, *node_ports = free_ports(clients + 1)
     home = Path(os.environ["FLWR_HOME"])
     home.mkdir(parents=True, exist_ok=True)
-    (home / "config.toml").write_text(f'[superlink]\ndefault = "here"\n\n[superlink.here]\naddress = "127.0.0.1:{link_port}"\ninsecure = true\n')
+    (home / "config.toml").write_text(CONFIG.format(port=link_port))
 
     link = subprocess.Popen(
-        [programs / "flower-superlink", "--insecure", "--host", "127.0.0.1", "--port", str(link_port),
-         "--disable-runtime-dependency-installation"]
+        [
+            programs / "flower-superlink",
+            "--insecure",
+            "--host",
+            "127.0.0.1",
+            "--port",
+            str(link_port),
+            "--disable-runtime-dependency-installation",
+        ]
     )
     started = [link]
     try:
@@ -85,8 +100,18 @@ def main() -> None:
         for index, port in enumerate(node_ports):
             started.append(
                 subprocess.Popen(
-                    [programs / "flower-supernode", "--insecure", "--superlink", f"127.0.0.1:{link_port}", "--host", "127.0.0.1",
-                     "--port", str(port), "--node-config", f"partition-id={index}"]
+                    [
+                        programs / "flower-supernode",
+                        "--insecure",
+                        "--superlink",
+                        f"127.0.0.1:{link_port}",
+                        "--host",
+                        "127.0.0.1",
+                        "--port",
+                        str(port),
+                        "--node-config",
+                        f"partition-id={index}",
+                    ]
                 )
             )
         # With --stream it stays until the run is over.

@@ -1,6 +1,6 @@
 """Whole rounds of Flower in its simulation: Ray's processes for the clients, one thread for the server.
 
-    flower_rounds.py BYTES CLIENTS ROUNDS THREADS OUT.json
+flower_rounds.py BYTES CLIENTS ROUNDS THREADS OUT.json
 """
 
 import json
@@ -14,7 +14,9 @@ from flwr.simulation import run_simulation
 def main() -> None:
     """Runs the rounds; the server app writes the result."""
     size_bytes, clients, rounds, threads = map(int, sys.argv[1:5])
-    os.environ["PEERS_CASE"] = json.dumps({"bytes": size_bytes, "clients": clients, "rounds": rounds, "out": sys.argv[5]})
+    os.environ["PEERS_CASE"] = json.dumps(
+        {"bytes": size_bytes, "clients": clients, "rounds": rounds, "out": sys.argv[5]}
+    )
     run_simulation(
         server_app,
         client_app,

@@ -1,5 +1,6 @@
 """The machine: what it is, its memory, and processes that are watched while they run and gone afterwards."""
 
+import contextlib
 import ctypes
 import os
 import platform
@@ -17,8 +18,8 @@ PR_SET_CHILD_SUBREAPER = 36
 # A case that leaves less than this share of the machine's memory is stopped before the kernel kills something.
 MEMORY_FLOOR_SHARE = 0.06
 SAMPLE_SECONDS = 0.1
-
-
+# Above this load (runnable processes, over the last minute) something else takes part in what is measured.
+IDLE_LOAD = 0.5
 
 
 class CaseFailed(Exception):
@@ -58,6 +59,14 @@ def peak_rss_bytes() -> int:
     raise CaseFailed("/proc/self/status has no VmHWM: this needs Linux")
 
 
+def busy_warning() -> str | None:
+    """What to tell the reader if the machine does something else."""
+    load = os.getloadavg()[0]
+    if load <= IDLE_LOAD:
+        return None
+    return f"The machine was not idle when this began (load {load:.2f}): the numbers are of little worth."
+
+
 def facts(packages: list[str]) -> dict[str, str]:
     """What a reader must know about the machine to judge the numbers."""
     model = "unknown"
@@ -95,10 +104,8 @@ def end_descendants() -> None:
         if not below:
             return
         for process in below:
-            try:
+            with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
-            except psutil.NoSuchProcess:
-                pass
         psutil.wait_procs(below, timeout=1)
     say(f"still there after being killed: {[process.pid for process in psutil.Process().children(recursive=True)]}")
 
@@ -126,7 +133,12 @@ def run_child(command: list[str], folder: Path, timeout_seconds: float, env: dic
     with (folder / "stdout.txt").open("wb") as stdout, (folder / "stderr.txt").open("wb") as stderr:
         # Its own session: a Ctrl-C reaches this process alone, which then ends the whole tree.
         child = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=stdout, stderr=stderr, cwd=folder, start_new_session=True,
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=stdout,
+            stderr=stderr,
+            cwd=folder,
+            start_new_session=True,
             env={**os.environ, **(env or {})},
         )
         watcher = threading.Thread(target=watch, daemon=True)

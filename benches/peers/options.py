@@ -54,24 +54,52 @@ def parse() -> argparse.Namespace:
         "130 interrupted.",
     )
     option = parser.add_argument
-    option("--quick", action="store_true", help="44 MB only, K of 2 and 8, rounds of 8 clients: below 3 minutes")
+    option(
+        "--quick", action="store_true", help="44 MB only (and 4 kB), K of 2 and 8, rounds of 8 clients: below 3 minutes"
+    )
     option("--benches", type=names(BENCHES), default=BENCHES, metavar="LIST", help="aggregate, round (default: both)")
-    option("--systems", type=names(SYSTEMS), default=DEFAULT_SYSTEMS, metavar="LIST",
-           help=f"which of {', '.join(SYSTEMS)} (default: all but the last, which is slow); "
-           "whole rounds are for lifl, flower, flower-deployed and flare")
+    option(
+        "--systems",
+        type=names(SYSTEMS),
+        default=DEFAULT_SYSTEMS,
+        metavar="LIST",
+        help=f"which of {', '.join(SYSTEMS)} (default: all but the last, which is slow); "
+        "whole rounds are for lifl, flower, flower-deployed and flare",
+    )
     option("--bytes", type=numbers, metavar="LIST", help="sizes of an update (default: 44M,83M,232M)")
     option("--updates", type=numbers, metavar="LIST", help="K, the updates of one mean (default: 2,8,32)")
-    option("--round-bytes", type=numbers, metavar="LIST",
-           help="sizes in whole rounds (default: 4k,44M,232M; 4k shows what a round takes without bytes)")
+    option(
+        "--round-bytes",
+        type=numbers,
+        metavar="LIST",
+        help="sizes in whole rounds (default: 4k,44M,232M; 4k shows what a round takes without bytes)",
+    )
     option("--clients", type=numbers, metavar="LIST", help="clients in a whole round (default: 2,8,16)")
     option("--levels", type=numbers, default=[1, 3], metavar="LIST", help="LIFL's levels of aggregators (default: 1,3)")
     option("--rounds", type=int, default=5, metavar="N", help="rounds, the first of which is left out (default: 5)")
-    option("--runs", type=int, default=7, metavar="N", help="runs of each mean after a warm-up; 3 if one takes over 5 s (default: 7)")
-    option("--threads", type=int, default=len(os.sched_getaffinity(0)), metavar="N",
-           help="threads of those systems that can have more than one (default: one for each core)")
+    option(
+        "--runs",
+        type=int,
+        default=7,
+        metavar="N",
+        help="runs of each mean after a warm-up; 3 if one takes over 5 s (default: 7)",
+    )
+    option(
+        "--threads",
+        type=int,
+        default=len(os.sched_getaffinity(0)),
+        metavar="N",
+        help="threads of those systems that can have more than one (default: one for each core)",
+    )
     option("--timeout", type=float, default=900, metavar="SECONDS", help="what one case may take (default: 900)")
     option("--without-torch", action="store_true", help="install and measure no PyTorch: saves most of the download")
-    option("--lifl", type=Path, default=ROOT / "target/release/lifl", metavar="FILE", help="LIFL's binary (default: target/release/lifl)")
+    option(
+        "--lifl",
+        type=Path,
+        default=ROOT / "target/release/lifl",
+        metavar="FILE",
+        help="LIFL's binary (default: target/release/lifl)",
+    )
     option("--json", type=Path, metavar="FILE", help="write the raw numbers there, too")
     chosen = parser.parse_args()
 
@@ -82,7 +110,7 @@ def parse() -> argparse.Namespace:
         chosen.systems = [system for system in chosen.systems if "torch" not in system]
     chosen.bytes = chosen.bytes or ([44 * MB] if chosen.quick else [44 * MB, 83 * MB, 232 * MB])
     chosen.updates = chosen.updates or ([2, 8] if chosen.quick else [2, 8, 32])
-    chosen.round_bytes = chosen.round_bytes or ([44 * MB] if chosen.quick else [4_000, 44 * MB, 232 * MB])
+    chosen.round_bytes = chosen.round_bytes or ([4_000, 44 * MB] if chosen.quick else [4_000, 44 * MB, 232 * MB])
     chosen.clients = chosen.clients or ([8] if chosen.quick else [2, 8, 16])
     for name in ("bytes", "round_bytes"):
         if any(value % 4 for value in getattr(chosen, name)):

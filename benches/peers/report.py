@@ -20,12 +20,13 @@ ROUND_NOTES = """\
 - Flower (simulation, Ray) and FLARE (simulator) copy the model and the updates from process to process, through Ray's object
   store and through FLARE's cells. That is how they hand them over, also between machines; they were not asked to compute in
   shared memory, and LIFL's rounds here do nothing between machines.
-- Flower and FLARE also wait: they look for tasks and results at intervals of their own, up to 0.1 s (`flower`), 2 s (`flare`)
-  and 3 s (`flower-deployed`). The rounds of a small model show how much of a round that is. The intervals are as they come.
-- `flower` is its simulation, begun by `run_simulation`, the same engine as below `flwr run`; `flower-deployed` is a SuperLink
-  and a SuperNode for each client. None of the systems refused a message for its size, so no limit had to be raised.
+- Flower and FLARE also wait: they look for tasks and results at intervals of their own, up to 0.1 s (`flower`), 2 s
+  (`flare`) and 3 s (`flower-deployed`). The rounds of a small model show how much of a round that is. The intervals are as
+  they come.
+- `flower` is its simulation, begun by `run_simulation`, the same engine as below `flwr run`; `flower-deployed` is a
+  SuperLink and a SuperNode for each client. Limits of message sizes are as they come: none stopped what has a number here.
 - Ray runs as many clients at once as there are cores; FLARE's and LIFL's clients all have a process.
-- Flower and FLARE have one aggregator, as LIFL at 1 level has. At 3 levels LIFL's tree has more aggregators for the same updates.
+- Flower and FLARE have one aggregator, as `lifl-…-1` has. `lifl-…-3` has three levels of them for the same updates.
 - Peak memory is the drop of what the machine has available, so memory that processes share counts once, and what other
   programs took meanwhile counts too."""
 
@@ -91,7 +92,9 @@ def comparison(results: list[Measured], baseline: str, counted: str) -> str:
             elif against is None or system == baseline:
                 row.append(f"{seconds(result.median_seconds)} s")
             else:
-                row.append(f"{seconds(result.median_seconds)} s ({result.median_seconds / against.median_seconds:.2f}×)")
+                row.append(
+                    f"{seconds(result.median_seconds)} s ({result.median_seconds / against.median_seconds:.2f}×)"
+                )
         rows.append(row)
     return table([f"update × {counted}", *systems], rows)
 
@@ -113,13 +116,27 @@ def details(results: list[Measured], counted: str) -> str:
                 peak,
             ]
         )
-    header = [f"update × {counted}, system", "median s", "min s", "max s", "runs", "CPU s", "GB/s of updates", "peak memory"]
+    header = [
+        f"update × {counted}, system",
+        "median s",
+        "min s",
+        "max s",
+        "runs",
+        "CPU s",
+        "GB/s of updates",
+        "peak memory",
+    ]
     return table(header, rows)
 
 
-def markdown(facts: dict[str, str], command: str, results: list[Measured], left: list[Left], round_baseline: str) -> str:
+def markdown(
+    facts: dict[str, str], command: str, results: list[Measured], left: list[Left], round_baseline: str
+) -> str:
     """The whole report."""
-    parts = ["# LIFL and its peers, side by side", table(["", "machine"], [[name, value] for name, value in facts.items()])]
+    parts = [
+        "# LIFL and its peers, side by side",
+        table(["", "machine"], [[name, value] for name, value in facts.items()]),
+    ]
     parts.append(f"```text\n{command}\n```")
     for bench, title, counted, baseline, notes in (
         ("aggregate", "Aggregation: the weighted mean of K updates", "K", "lifl-lazy", AGGREGATION_NOTES),
@@ -128,7 +145,11 @@ def markdown(facts: dict[str, str], command: str, results: list[Measured], left:
         chosen = [result for result in results if result.bench == bench]
         if not chosen:
             continue
-        ratio = f" In brackets: times as long as `{baseline}`." if any(result.system == baseline for result in chosen) else ""
+        ratio = (
+            f" In brackets: times as long as `{baseline}`."
+            if any(result.system == baseline for result in chosen)
+            else ""
+        )
         parts += [f"## {title}", f"Median seconds.{ratio}", comparison(chosen, baseline, counted)]
         parts += ["What is not fair, or cannot be made so:", notes]
         parts += [f"<details><summary>Each number</summary>\n\n{details(chosen, counted)}\n\n</details>"]

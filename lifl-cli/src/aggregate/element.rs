@@ -38,6 +38,9 @@ pub(super) trait Element: Copy + Send + Sync + 'static {
     /// What a group's weighted values are added up in before they go to the `f64` sums.
     type Product: Element + Mul<Output = Self::Product> + Add<Output = Self::Product>;
 
+    /// Whether [`nearest`](Self::nearest) is vectorised within any loop; where not, [`write`](Self::write) is faster.
+    const ROUNDS_ALONE: bool = true;
+
     /// The same value.
     fn widen(self) -> Self::Product;
 
@@ -87,32 +90,65 @@ pub(super) trait Element: Copy + Send + Sync + 'static {
     }
 }
 
-/// Adds several inputs in one pass over the sums, in their order. Eight streams at once is what keeps the memory
-/// busy: one alone reaches half of its speed.
+/// Several inputs that are read in one pass, in their order. Eight streams at once is what keeps the memory busy: one alone
+/// reaches half of its speed.
+pub(super) struct Group<'a, E: Element, const N: usize> {
+    values: [&'a [E]; N],
+    weights: [E::Product; N],
+}
+
+impl<'a, E: Element, const N: usize> Group<'a, E, N> {
+    /// Their elements from `start` on, so many.
+    #[inline(always)]
+    pub(super) fn new(inputs: &[Weighted<'a, E>; N], start: usize, len: usize) -> Self {
+        Self {
+            values: inputs.each_ref().map(|input| &input.values[start..start + len]),
+            weights: inputs.each_ref().map(|input| E::Product::nearest(input.weight)),
+        }
+    }
+
+    /// What the `i`-th elements add up to, each times its weight.
+    #[inline(always)]
+    pub(super) fn sum(&self, i: usize) -> f64 {
+        let mut total = self.weights[0] * self.values[0][i].widen();
+        for n in 1..N {
+            total = total + self.weights[n] * self.values[n][i].widen();
+        }
+        total.to_f64()
+    }
+}
+
+/// Adds several inputs to sums in memory.
 #[inline(always)]
 fn add_group<E: Element, const N: usize>(sums: &mut [f64], group: &[Weighted<'_, E>; N], start: usize) {
-    let len = sums.len();
-    let values = group.each_ref().map(|input| &input.values[start..start + len]);
-    let weights = group.each_ref().map(|input| E::Product::nearest(input.weight));
+    let group = Group::new(group, start, sums.len());
     for (i, sum) in sums.iter_mut().enumerate() {
-        let mut total = weights[0] * values[0][i].widen();
-        for n in 1..N {
-            total = total + weights[n] * values[n][i].widen();
-        }
-        *sum += total.to_f64();
+        *sum += group.sum(i);
     }
 }
 
 /// Whether all sums are finite.
 #[inline(always)]
 pub(super) fn finite(sums: &[f64]) -> bool {
-    const EXPONENT: u64 = 0x7FF << 52;
     let mut bits = 0;
-    for sum in sums {
-        // Zero times a finite value has no exponent bit; times any other, all of them.
-        bits |= (sum * 0.0).to_bits();
+    for &sum in sums {
+        bits |= exponent(sum);
     }
-    bits & EXPONENT == 0
+    all_finite(bits)
+}
+
+/// What tells of one sum whether it is finite; that of several is put together by `|`.
+#[inline(always)]
+pub(super) fn exponent(sum: f64) -> u64 {
+    // Zero times a finite value has no exponent bit; times any other, all of them.
+    (sum * 0.0).to_bits()
+}
+
+/// Whether all are finite of whose [`exponent`]s that is put together.
+#[inline(always)]
+pub(super) fn all_finite(exponents: u64) -> bool {
+    const EXPONENT: u64 = 0x7FF << 52;
+    exponents & EXPONENT == 0
 }
 
 impl Element for f64 {
@@ -182,6 +218,7 @@ pub(super) fn bf16_nearest(value: f32) -> bf16 {
 /// Rounded by way of `f32` too, and that by `half`, with the machine's own instruction.
 impl Element for f16 {
     type Product = f32;
+    const ROUNDS_ALONE: bool = false;
 
     #[inline(always)]
     fn widen(self) -> f32 {

@@ -18,7 +18,7 @@
 //! all that a job may be off. With eight more bits nothing adds up, for one byte read and one written beside the
 //! twelve that the fold moves anyway.
 
-use super::element::{BLOCK, Element, Weighted, finite};
+use super::element::{BLOCK, Element, Group, Weighted, all_finite, exponent, finite};
 use super::wide::{self, Wide};
 
 /// One region's share in one call.
@@ -54,6 +54,24 @@ pub(super) fn slot<E: Element>(out: &mut [E], start: usize, fold: &Fold<'_, E>) 
 /// Memory of a type `C`, rounded to that.
 #[inline(always)]
 pub(super) fn private<E: Element, C: Element>(kept: &mut [C], start: usize, fold: &Fold<'_, E>) -> bool {
+    if C::ROUNDS_ALONE {
+        let kept = &mut *kept;
+        let done = match &fold.inputs[..] {
+            [a] => Some(private_at_once(kept, start, fold, &[*a])),
+            [a, b] => Some(private_at_once(kept, start, fold, &[*a, *b])),
+            [a, b, c, d] => Some(private_at_once(kept, start, fold, &[*a, *b, *c, *d])),
+            [a, b, c, d, e, f, g, h] => Some(private_at_once(
+                kept,
+                start,
+                fold,
+                &[*a, *b, *c, *d, *e, *f, *g, *h],
+            )),
+            _ => None,
+        };
+        if let Some(good) = done {
+            return good;
+        }
+    }
     let mut block = [0.0; BLOCK];
     let mut good = true;
     for (i, kept) in kept.chunks_mut(BLOCK).enumerate() {
@@ -66,6 +84,36 @@ pub(super) fn private<E: Element, C: Element>(kept: &mut [C], start: usize, fold
         );
         good &= finite(sums);
         C::write(sums, kept);
+    }
+    good
+}
+
+/// As [`private`], bit for bit, for inputs that are one group: their sums need not lie in memory.
+#[inline(always)]
+fn private_at_once<E: Element, C: Element, const N: usize>(
+    kept: &mut [C],
+    start: usize,
+    fold: &Fold<'_, E>,
+    group: &[Weighted<'_, E>; N],
+) -> bool {
+    let mut good = true;
+    for (i, kept) in kept.chunks_mut(BLOCK).enumerate() {
+        let group = Group::new(group, start + i * BLOCK, kept.len());
+        let mut bits = 0;
+        if fold.before == 0 {
+            for (i, kept) in kept.iter_mut().enumerate() {
+                let sum = 0.0 + group.sum(i);
+                bits |= exponent(sum);
+                *kept = C::nearest(sum);
+            }
+        } else {
+            for (i, kept) in kept.iter_mut().enumerate() {
+                let sum = fold.weight * kept.to_f64() + group.sum(i);
+                bits |= exponent(sum);
+                *kept = C::nearest(sum);
+            }
+        }
+        good &= all_finite(bits);
     }
     good
 }
@@ -149,6 +197,22 @@ fn clamp_group<const N: usize>(
 /// times 2²¹. (The bits of floats of one sign are ordered as the floats are, so that holds across powers of two.)
 #[inline(always)]
 pub(super) fn guarded(out: &mut [f32], guards: &mut [i8], start: usize, fold: &Fold<'_, f32>) -> bool {
+    {
+        let (out, guards) = (&mut *out, &mut *guards);
+        let done = match &fold.inputs[..] {
+            [a] => Some(guarded_at_once(out, guards, start, fold, &[*a])),
+            [a, b] => Some(guarded_at_once(out, guards, start, fold, &[*a, *b])),
+            [a, b, c, d] => Some(guarded_at_once(out, guards, start, fold, &[*a, *b, *c, *d])),
+            [a, b, c, d, e, f, g, h] => {
+                let group = [*a, *b, *c, *d, *e, *f, *g, *h];
+                Some(guarded_at_once(out, guards, start, fold, &group))
+            }
+            _ => None,
+        };
+        if let Some(good) = done {
+            return good;
+        }
+    }
     let mut block = [0.0; BLOCK];
     let mut good = true;
     for (i, (out, guards)) in out.chunks_mut(BLOCK).zip(guards.chunks_mut(BLOCK)).enumerate() {
@@ -167,6 +231,37 @@ pub(super) fn guarded(out: &mut [f32], guards: &mut [i8], start: usize, fold: &F
         for ((out, guard), &sum) in out.iter_mut().zip(guards).zip(sums.iter()) {
             (*out, *guard) = split(sum);
         }
+    }
+    good
+}
+
+/// As [`guarded`], bit for bit, for inputs that are one group.
+#[inline(always)]
+fn guarded_at_once<const N: usize>(
+    out: &mut [f32],
+    guards: &mut [i8],
+    start: usize,
+    fold: &Fold<'_, f32>,
+    group: &[Weighted<'_, f32>; N],
+) -> bool {
+    let mut good = true;
+    for (i, (out, guards)) in out.chunks_mut(BLOCK).zip(guards.chunks_mut(BLOCK)).enumerate() {
+        let group = Group::new(group, start + i * BLOCK, out.len());
+        let mut bits = 0;
+        if fold.before == 0 {
+            for (i, (out, guard)) in out.iter_mut().zip(guards).enumerate() {
+                let sum = 0.0 + group.sum(i);
+                bits |= exponent(sum);
+                (*out, *guard) = split(sum);
+            }
+        } else {
+            for (i, (out, guard)) in out.iter_mut().zip(guards).enumerate() {
+                let sum = fold.weight * join(*out, *guard) + group.sum(i);
+                bits |= exponent(sum);
+                (*out, *guard) = split(sum);
+            }
+        }
+        good &= all_finite(bits);
     }
     good
 }
