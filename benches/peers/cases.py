@@ -27,8 +27,8 @@ MEAN_MEMORY_SHARE = 0.6
 ROUND_MEMORY_SHARE = 0.85
 # Accumulators and copies that a mean may need beside the updates.
 EXTRA_UPDATES = 5
-# Of each update in a round, until a smaller case has shown how many the system makes.
-COPIES_AT_FIRST = 3.0
+# Of each update in a round, until smaller cases have shown what a client costs.
+COPIES_AT_FIRST = 3
 
 
 class Bench:
@@ -41,8 +41,8 @@ class Bench:
         self.left: list[Left] = []
         self.slices: dict[tuple[int, int], tuple[str, list[float]]] = {}
         self.memory_speed: float | None = None
-        # Copies of each update that a system's last rounds made, by system: nearest in size to its next.
-        self.copies: dict[str, float] = {}
+        # Clients and peak memory of the rounds so far, by system and size.
+        self.peaks: dict[tuple[str, int], list[tuple[int, int]]] = {}
 
     def case(self, name: str, needed_bytes: float, share: float, measure: Callable[[Path], list[Measured]]) -> None:
         """Measures one case, or notes why there is no number."""
@@ -118,47 +118,21 @@ class Bench:
 
     def aggregate_lifl(self, size_bytes: int, count: int, place: Path) -> list[Measured]:
         """LIFL's mean, lazy and eager."""
-        words = [
-            "aggregate",
-            "--json",
-            "--bytes",
-            str(size_bytes),
-            "--updates",
-            str(count),
-            "--dtype",
-            "f32",
-            "--timing",
-            "lazy,eager",
-            "--threads",
-            str(self.chosen.threads),
-        ]
-        events, _ = lifl.bench(self.chosen.lifl, words, place, self.chosen.timeout)
+        threads = self.chosen.threads
+        words = f"--bytes {size_bytes} --updates {count} --dtype f32 --timing lazy,eager --threads {threads}"
+        events = lifl.bench(self.chosen.lifl, "aggregate", words.split(), place, self.chosen.timeout)
         return [
-            self.from_event(
-                event, f"lifl-{event['case']['timing']}", event["case"]["updates"], event.get("peak_memory_bytes")
-            )
+            self.from_event(event, f"lifl-{event['case']['timing']}", event["case"]["updates"], event["cpu_seconds"])
             for event in self.bench_events(events)
         ]
 
     def round_lifl(self, size_bytes: int, clients: int, levels: int, place: Path) -> list[Measured]:
         """LIFL's rounds."""
-        words = [
-            "round",
-            "--json",
-            "--bytes",
-            str(size_bytes),
-            "--trainers",
-            str(clients),
-            "--levels",
-            str(levels),
-            "--rounds",
-            str(self.chosen.rounds),
-        ]
-        events, run = lifl.bench(self.chosen.lifl, words, place, self.chosen.timeout)
+        words = f"--bytes {size_bytes} --trainers {clients} --levels {levels} --rounds {self.chosen.rounds}"
+        events = lifl.bench(self.chosen.lifl, "round", words.split(), place, self.chosen.timeout)
+        # No CPU seconds: the peers' rounds have none to hold them against.
         return [
-            self.from_event(
-                event, f"lifl-{event['case']['timing']}-{levels}", event["case"]["trainers"], run.peak_memory_bytes
-            )
+            self.from_event(event, f"lifl-{event['case']['timing']}-{levels}", event["case"]["trainers"], None)
             for event in self.bench_events(events)
         ]
 
@@ -170,7 +144,7 @@ class Bench:
                 self.memory_speed = max(self.memory_speed or 0.0, event["read_bytes_per_second"])
         return [event for event in events if event.get("event") == "bench"]
 
-    def from_event(self, event: dict, system: str, count: int, peak: int | None) -> Measured:
+    def from_event(self, event: dict, system: str, count: int, cpu_seconds: float | None) -> Measured:
         """One of LIFL's results."""
         timing = event["seconds"]
         return Measured(
@@ -182,8 +156,8 @@ class Bench:
             timing["min"],
             timing.get("max"),
             timing["runs"],
-            event.get("cpu_seconds"),
-            peak,
+            cpu_seconds,
+            event["peak_memory_bytes"],
             event,
         )
 
@@ -201,9 +175,7 @@ class Bench:
         for number, value in enumerate(found["means"], start=1):
             if abs(value - mean) > TOLERANCE * mean:
                 raise CaseFailed(f"wrong result: round {number} made {value}, the mean is {mean}")
-        # Of small updates the processes' own memory would be taken for copies.
-        if size_bytes >= 10**7:
-            self.copies[system] = peak / (size_bytes * clients)
+        self.peaks.setdefault((system, size_bytes), []).append((clients, peak))
         after = found["rounds"][1:]
         return [
             Measured(
@@ -220,6 +192,14 @@ class Bench:
                 found,
             )
         ]
+
+    def round_memory(self, system: str, size_bytes: int, clients: int) -> float:
+        """What a round will take: a straight line through the last two cases of this size, if there are two."""
+        points = self.peaks.get((system, size_bytes), [])[-2:]
+        if len(points) < 2 or points[0][0] == points[1][0]:
+            return COPIES_AT_FIRST * clients * size_bytes
+        (few, little), (many, much) = points
+        return much + (much - little) / (many - few) * (clients - many)
 
     def run(self) -> None:
         """Everything that was asked for; case by case and not system by system, so that all see the machine alike."""
@@ -262,7 +242,7 @@ class Bench:
                         partial(self.round_lifl, size_bytes, clients, levels),
                     )
             elif system in ROUND_SCRIPTS:
-                needed = self.copies.get(system, COPIES_AT_FIRST) * clients * size_bytes
+                needed = self.round_memory(system, size_bytes, clients)
                 self.case(
                     f"{name}, {system}",
                     needed,

@@ -4,7 +4,7 @@ import json
 import subprocess
 from pathlib import Path
 
-from machine import CaseFailed, ChildRun, run_child
+from machine import CaseFailed, run_child
 
 
 def check(binary: Path) -> str:
@@ -17,10 +17,10 @@ def check(binary: Path) -> str:
     return version.stdout.strip() or "unknown"
 
 
-def bench(binary: Path, arguments: list[str], folder: Path, timeout_seconds: float) -> tuple[list[dict], ChildRun]:
-    """Runs `lifl bench …` and returns its events."""
-    run = run_child([str(binary), "bench", *arguments], folder, timeout_seconds)
+def bench(binary: Path, name: str, arguments: list[str], folder: Path, timeout_seconds: float) -> list[dict]:
+    """Runs one of `lifl bench`'s benches and returns its events."""
+    run_child([str(binary), "bench", name, "--json", *arguments], folder, timeout_seconds)
     events = [json.loads(line) for line in (folder / "stdout.txt").read_text().splitlines() if line.strip()]
     if not any(event.get("event") == "bench" for event in events):
-        raise CaseFailed(f"`lifl bench {' '.join(arguments)}` printed no result")
-    return events, run
+        raise CaseFailed(f"`lifl bench {name} {' '.join(arguments)}` printed no result")
+    return events

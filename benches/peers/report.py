@@ -27,8 +27,9 @@ ROUND_NOTES = """\
   SuperLink and a SuperNode for each client. Limits of message sizes are as they come: none stopped what has a number here.
 - Ray runs as many clients at once as there are cores; FLARE's and LIFL's clients all have a process.
 - Flower and FLARE have one aggregator, as `lifl-…-1` has. `lifl-…-3` has three levels of them for the same updates.
-- Peak memory is the drop of what the machine has available, so memory that processes share counts once, and what other
-  programs took meanwhile counts too."""
+- Peak memory of Flower and FLARE is the drop of what the machine has available: memory that processes share counts once, and
+  what other programs took meanwhile counts too. LIFL's is what its bench counted, which leaves out the memory in which that
+  bench measures the memory's speed beforehand."""
 
 
 @dataclass

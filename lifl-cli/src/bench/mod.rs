@@ -120,7 +120,7 @@ pub(crate) struct RoundArgs {
     #[arg(long, value_delimiter = ',', value_enum, default_value = "lazy,eager")]
     timing: Vec<RoundTiming>,
     /// Rounds of each job; the first, which touches the memory for the first time, stands by itself
-    #[arg(long, value_name = "N", default_value_t = 10, value_parser = clap::value_parser!(u32).range(2..))]
+    #[arg(long, value_name = "N", default_value_t = 10, value_parser = clap::value_parser!(u32).range(3..))]
     rounds: u32,
     /// How references travel
     #[arg(long, value_enum, default_value_t = lifl_daemon::plane::Request::Auto)]
@@ -147,7 +147,7 @@ pub(crate) struct ScaleArgs {
     #[arg(long, value_name = "N", default_value_t = 1000, value_parser = clap::value_parser!(u64).range(1..))]
     parameters: u64,
     /// Rounds of each job; the first stands by itself
-    #[arg(long, value_name = "N", default_value_t = 20, value_parser = clap::value_parser!(u32).range(2..))]
+    #[arg(long, value_name = "N", default_value_t = 20, value_parser = clap::value_parser!(u32).range(3..))]
     rounds: u32,
     /// How references travel
     #[arg(long, value_enum, default_value_t = lifl_daemon::plane::Request::Auto)]

@@ -211,7 +211,8 @@ impl Job {
                 Some("round") => {
                     ran.rounds.push(number("seconds"));
                     ran.levels.push(event["levels"].clone());
-                    if ran.rounds.len() + 1 == self.spec.rounds as usize {
+                    // The last round is reported when the workers are leaving.
+                    if ran.rounds.len() + 2 == self.spec.rounds as usize {
                         let now = machine::used_by_tree(child.pid());
                         let rounds = ran.rounds.len() as f64;
                         ran.cpu_seconds = (now.cpu_seconds - used.cpu_seconds) / rounds;

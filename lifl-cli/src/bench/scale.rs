@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::Context;
 use lifl_common::client::{Client, Registration};
-use lifl_common::control::{Event, paths};
+use lifl_common::control::paths;
 use lifl_common::update::DType;
 use lifl_daemon::plane::Request;
 use lifl_daemon::pool::HugePages;
@@ -188,13 +188,8 @@ fn start_workers(job: &Job, plane: Request, scene: &Scene, reporter: &mut Report
     }
     reporter.result(started(json!({ "start": "worker" }), seconds));
     idle(&children, reporter);
-    runtime.block_on(async {
-        node.client.end_job("the bench is done").await?;
-        // Until the workers have gone.
-        while let Event::PeerLost(_) | Event::PeerJoined { .. } = node.client.event().await? {}
-        anyhow::Ok(())
-    })?;
-    drop(children);
+    runtime.block_on(node.client.end_job("the bench is done"))?;
+    children.into_iter().try_for_each(Actor::wait)?;
     drop(me);
     runtime.block_on(node.stop())?;
     Ok(std::fs::remove_dir_all(out)?)

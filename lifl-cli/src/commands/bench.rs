@@ -1,6 +1,7 @@
 //! `lifl bench`.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use anyhow::{Context, anyhow};
 use tokio::runtime::Builder;
@@ -11,13 +12,16 @@ use crate::bench::{self, EchoArgs, Scene};
 use crate::cli::BenchArgs;
 use crate::exit::{Because, Cause, Failure, Outcome};
 
+/// How long a step may take after an interruption.
+const PATIENCE: Duration = Duration::from_secs(20);
+
 /// Measures until it is done or interrupted; nothing is left either way.
 pub(crate) fn bench(args: BenchArgs) -> Outcome {
     log("error");
     lifl_daemon::raise_open_files();
     let scene = Arc::new(Scene::new().because(Cause::Machine)?);
     let runtime = runtime(&mut Builder::new_current_thread())?;
-    runtime.block_on(async {
+    let outcome = runtime.block_on(async {
         let mut interrupt = signal(SignalKind::interrupt()).because(Cause::Machine)?;
         let mut terminate = signal(SignalKind::terminate()).because(Cause::Machine)?;
         // The bench has runtimes of its own: a thread where none is.
@@ -35,10 +39,12 @@ pub(crate) fn bench(args: BenchArgs) -> Outcome {
             return measured.because(Cause::Machine);
         }
         scene.cut();
-        // It notices at its next step.
-        let _ = measuring.await;
+        // It notices at its next step. One that takes longer is left alone: its children have been told.
+        let _ = tokio::time::timeout(PATIENCE, measuring).await;
         Err(Failure::new(Cause::Interrupted, anyhow!("interrupted")))
-    })
+    });
+    runtime.shutdown_background();
+    outcome
 }
 
 /// Is the other process.

@@ -677,7 +677,7 @@ impl<'r, 'j> Rounds<'r, 'j> {
     }
 
     async fn finish(&mut self) -> Outcome {
-        self.peak.sample(self.workers.pids());
+        self.peak.sample_now(self.workers.pids());
         let status = self.status_now().await?;
         let jobs = status.iter().flat_map(|status| &status.jobs);
         let mut own = jobs.filter(|job| job.job == self.run.job_id);
