@@ -53,11 +53,13 @@ def main() -> int:
     command = shlex.join(["benches/peers/run", *sys.argv[1:]])
     with tempfile.TemporaryDirectory(prefix="peers-", ignore_cleanup_errors=True) as folder:
         bench = Bench(chosen, Path(folder))
+        stopped = False
         try:
             bench.run()
         except KeyboardInterrupt:
-            say("interrupted: no report")
-            return 130
+            # What took minutes to measure is not thrown away.
+            say("interrupted: the report has what was measured until then")
+            machine["warning"], stopped = "interrupted before all cases were measured", True
         finally:
             end_descendants()
     if bench.memory_speed:
@@ -66,6 +68,8 @@ def main() -> int:
     if chosen.json:
         chosen.json.write_text(json.dumps(report.raw(machine, command, bench.results, bench.left), indent=1) + "\n")
         say(f"raw numbers in {chosen.json}")
+    if stopped:
+        return 130
     failed = sum(one.failed for one in bench.left)
     if failed:
         say(f"error: {failed} case(s) failed, named in the report")

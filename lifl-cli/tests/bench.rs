@@ -97,6 +97,7 @@ fn updates_are_handed_over_in_every_way() {
     for (via, needs_kernel, bytes) in [
         ("bare", true, 64),
         ("sockmap", true, 64),
+        ("sockmap-spinning", true, 64),
         ("relay", false, 64),
         ("unix", false, 100_000),
         ("tcp", false, 100_000),

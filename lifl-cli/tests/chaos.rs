@@ -119,6 +119,7 @@ fn one_job(node: &mut Node, chance: &mut ChaCha8Rng, daemons: bool, tally: &mut 
     let timing = ["lazy", "eager"][chance.random_range(0..2)];
     let mut job = Job::synthetic(&[1, 2, 4, 8], chance.random_range(10_000..300_000), dtype)
         .with("timing", timing)
+        .with("spinMicros", [0, 50][chance.random_range(0..2)])
         .with("roundTimeout", 1.0)
         .with("graceTime", 1.0);
     job.rounds = 200;

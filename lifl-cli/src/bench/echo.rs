@@ -7,6 +7,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
 use anyhow::{Context, bail};
 use clap::{Args, Subcommand};
@@ -38,6 +39,8 @@ enum How {
         socket: PathBuf,
         #[arg(long)]
         job: u32,
+        #[arg(long)]
+        spin: u32,
     },
     /// As a worker that sends so many frames, as fast as they are taken.
     Stream {
@@ -71,7 +74,7 @@ enum How {
 /// Plays the part until the other side is done.
 pub(crate) fn echo(args: &EchoArgs) -> anyhow::Result<()> {
     match &args.how {
-        How::Worker { socket, job } => asynchronously(worker(socket, JobId(*job))),
+        How::Worker { socket, job, spin } => asynchronously(worker(socket, JobId(*job), *spin)),
         How::Stream {
             socket,
             job,
@@ -116,8 +119,9 @@ fn frame(registration: &Registration, kind: FrameKind) -> Frame {
     }
 }
 
-async fn worker(socket: &Path, job: JobId) -> anyhow::Result<()> {
+async fn worker(socket: &Path, job: JobId, spin: u32) -> anyhow::Result<()> {
     let (mut client, mut me) = register(socket, job, "receiver").await?;
+    me.frames.set_spin(Duration::from_micros(spin.into()));
     let mut lender: Option<Arc<PeerArena>> = None;
     loop {
         let came = tokio::select! {

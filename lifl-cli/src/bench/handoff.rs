@@ -5,6 +5,9 @@
 //! sender's call to when the receiver has it; `round_trip_seconds` is until the sender knows. All ways to hand an update of one size
 //! over are measured in turn, a few at a time, so that whatever else the machine does meets all of them.
 //!
+//! `sockmap-spinning` is the sockmap with both ends looking for frames for a moment before they sleep (`lifl.spinMicros`), on a
+//! core each.
+//!
 //! `bare` is the least that a redirect in the kernel costs: a program that does nothing else, and blocking reads and writes of
 //! as many bytes as a frame has.
 
@@ -57,7 +60,7 @@ pub(super) fn run(args: &HandoffArgs, scene: &Scene, reporter: &mut Reporter) ->
             reporter.skipped("handoff", &json!({ "bytes": bytes }), &why);
             continue;
         }
-        one_size(bytes, args.count, scene, reporter, read)?;
+        one_size(bytes, args, scene, reporter, read)?;
     }
     if args.frames == 0 {
         return Ok(());
@@ -82,7 +85,13 @@ trait Way {
     fn moved(&self) -> u64;
 }
 
-fn one_size(bytes: u64, count: u32, scene: &Scene, reporter: &mut Reporter, read: f64) -> anyhow::Result<()> {
+fn one_size(
+    bytes: u64,
+    args: &HandoffArgs,
+    scene: &Scene,
+    reporter: &mut Reporter,
+    read: f64,
+) -> anyhow::Result<()> {
     let update = vec![0x3D_u8; usize::try_from(bytes)?];
     let mut ways: Vec<(&str, Box<dyn Way + '_>)> = Vec::new();
     let case = |via| json!({ "via": via, "bytes": bytes });
@@ -90,8 +99,16 @@ fn one_size(bytes: u64, count: u32, scene: &Scene, reporter: &mut Reporter, read
         Ok(way) => ways.push(("bare", Box::new(way))),
         Err(error) => reporter.skipped("handoff", &case("bare"), &format!("{error:#}")),
     }
-    for (via, request) in [("sockmap", Request::Sockmap), ("relay", Request::Relay)] {
-        match WorkerWay::new(scene, request, bytes) {
+    let workers = [
+        ("sockmap", Request::Sockmap, 0),
+        ("sockmap-spinning", Request::Sockmap, args.spin),
+        ("relay", Request::Relay, 0),
+    ];
+    for (via, request, spin) in workers {
+        if via == "sockmap-spinning" && spin == 0 {
+            continue;
+        }
+        match WorkerWay::new(scene, request, bytes, spin, via) {
             Ok(way) => ways.push((via, Box::new(way))),
             Err(error) => reporter.skipped("handoff", &case(via), &format!("{error:#}")),
         }
@@ -107,7 +124,7 @@ fn one_size(bytes: u64, count: u32, scene: &Scene, reporter: &mut Reporter, read
     for turn in 0..TURNS {
         for ((_, way), taken) in ways.iter_mut().zip(&mut taken) {
             scene.check()?;
-            taken.turn(&mut **way, count / TURNS, turn)?;
+            taken.turn(&mut **way, args.count / TURNS, turn)?;
         }
     }
     let peak = machine::used_by(std::process::id()).private_bytes;
@@ -240,10 +257,10 @@ struct Stage {
 }
 
 impl Stage {
-    fn new(request: Request, pool_bytes: u64) -> anyhow::Result<Self> {
+    fn new(request: Request, pool_bytes: u64, via: &str) -> anyhow::Result<Self> {
         let socket = paths::own_daemon(std::process::id());
-        // Two planes are measured at a time.
-        let socket = socket.with_extension(format!("{request:?}.sock").to_lowercase());
+        // Several are measured in turn.
+        let socket = socket.with_extension(format!("{via}.sock"));
         let daemons = Builder::new_multi_thread()
             .worker_threads(2)
             .enable_all()
@@ -337,14 +354,24 @@ struct WorkerWay<'a> {
 }
 
 impl<'a> WorkerWay<'a> {
-    fn new(scene: &'a Scene, request: Request, bytes: u64) -> anyhow::Result<Self> {
+    fn new(scene: &'a Scene, request: Request, bytes: u64, spin: u32, via: &str) -> anyhow::Result<Self> {
         let layout = Layout::for_objects(1, bytes).context("larger than this machine's address space")?;
         let pool = layout
             .memfd_bytes(true)
             .context("larger than this machine's address space")?;
-        let mut stage = Stage::new(request, pool)?;
+        let mut stage = Stage::new(request, pool, via)?;
+        stage.me.frames.set_spin(Duration::from_micros(spin.into()));
         let (job, socket) = (stage.job.0.to_string(), stage.socket.display().to_string());
-        let child = scene.spawn(&mut scene.lifl(&["echo", "worker", "--socket", &socket, "--job", &job])?)?;
+        let child = scene.spawn(&mut scene.lifl(&[
+            "echo",
+            "worker",
+            "--socket",
+            &socket,
+            "--job",
+            &job,
+            "--spin",
+            &spin.to_string(),
+        ])?)?;
         let mut arena = stage.create_arena(layout)?;
         let mut slot = arena.begin().context("a new arena has no free slot")?;
         slot.bytes_mut()[..usize::try_from(bytes)?].fill(0x3D);
@@ -458,7 +485,7 @@ fn stream(
 ) -> anyhow::Result<()> {
     let each = frames / senders;
     let case = json!({ "via": request_name(request), "stream": senders });
-    let mut stage = match Stage::new(request, 1 << 21) {
+    let mut stage = match Stage::new(request, 1 << 21, "stream") {
         Ok(stage) => stage,
         Err(error) => {
             reporter.skipped("handoff", &case, &format!("{error:#}"));

@@ -116,29 +116,6 @@ pub(super) struct Used {
     pub(super) private_bytes: u64,
 }
 
-/// What a process and all below it have used; those that have ended meanwhile count no more.
-pub(super) fn used_by_tree(root: u32) -> Used {
-    let mut tree = vec![root];
-    let mut at = 0;
-    let parents = parents();
-    while let Some(&pid) = tree.get(at) {
-        tree.extend(
-            parents
-                .iter()
-                .filter(|(_, parent)| *parent == pid)
-                .map(|(pid, _)| *pid),
-        );
-        at += 1;
-    }
-    tree.into_iter()
-        .map(used_by)
-        .fold(Used::default(), |sum, used| Used {
-            cpu_seconds: sum.cpu_seconds + used.cpu_seconds,
-            switches: sum.switches + used.switches,
-            private_bytes: sum.private_bytes + used.private_bytes,
-        })
-}
-
 /// What one process has used, all of its threads.
 pub(super) fn used_by(pid: u32) -> Used {
     let folder = format!("/proc/{pid}/task");
@@ -159,17 +136,6 @@ pub(super) fn used_by(pid: u32) -> Used {
 fn field(text: &str, name: &str) -> Option<u64> {
     let line = text.lines().find_map(|line| line.strip_prefix(name))?;
     line.trim().trim_end_matches(" kB").parse().ok()
-}
-
-/// Every process and its parent.
-fn parents() -> Vec<(u32, u32)> {
-    let processes = fs::read_dir("/proc").into_iter().flatten().flatten();
-    let parent = |entry: fs::DirEntry| {
-        let pid = entry.file_name().to_str()?.parse().ok()?;
-        let status = fs::read_to_string(entry.path().join("status")).ok()?;
-        Some((pid, u32::try_from(field(&status, "PPid:")?).ok()?))
-    };
-    processes.filter_map(parent).collect()
 }
 
 /// Memory that can be had without swapping, in bytes.

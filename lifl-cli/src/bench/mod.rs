@@ -60,6 +60,9 @@ pub(crate) struct HandoffArgs {
     /// References handed over for each size and way; what takes long is measured less often
     #[arg(long, value_name = "N", default_value_t = 4000, value_parser = clap::value_parser!(u32).range(10..))]
     count: u32,
+    /// Measure the sockmap a second time with both ends looking for frames for so long before they sleep; 0 for not
+    #[arg(long, value_name = "MICROS", default_value_t = 50)]
+    spin: u32,
     /// Frames of the streams; 0 for no streams
     #[arg(long, value_name = "N", default_value_t = 200_000)]
     frames: u32,

@@ -14,6 +14,7 @@ use std::time::Instant;
 use anyhow::{Context, ensure};
 use lifl_common::config::{self, JobSpec, Overrides};
 use lifl_common::update::DType;
+use nix::sys::resource::UsageWho;
 use serde_json::{Map, Value, json};
 
 use super::report::{Measured, Reporter, Seconds};
@@ -171,8 +172,25 @@ impl Job {
         Ok(Self { path, spec, plan })
     }
 
-    /// Runs it with a daemon of its own, to its end.
+    /// Runs it with a daemon of its own, to its end; and before that with as few rounds as there can be, to know what its start
+    /// and its end take of the CPU.
     pub(super) fn run(&self, scene: &Scene, plane: lifl_daemon::plane::Request) -> anyhow::Result<Ran> {
+        let few = self.run_rounds(scene, plane, 1)?;
+        let mut ran = self.run_rounds(scene, plane, self.spec.rounds)?;
+        ran.cpu_seconds = (ran.cpu_seconds - few.cpu_seconds) / ran.rounds.len() as f64;
+        // Noise, where a round takes next to nothing.
+        ran.cpu_seconds = ran.cpu_seconds.max(0.0);
+        Ok(ran)
+    }
+
+    /// Runs so many rounds; `cpu_seconds` is what all of it took.
+    pub(super) fn run_rounds(
+        &self,
+        scene: &Scene,
+        plane: lifl_daemon::plane::Request,
+        rounds: u32,
+    ) -> anyhow::Result<Ran> {
+        let before = machine::cpu_seconds(UsageWho::RUSAGE_CHILDREN);
         let out = scene.folder().join("run");
         let plane = clap::ValueEnum::to_possible_value(&plane).context("a plane without a name")?;
         let mut command = scene.lifl(&["run"])?;
@@ -187,6 +205,7 @@ impl Job {
                 "--plane",
                 plane.get_name(),
             ])
+            .args(["--rounds", &rounds.to_string()])
             .arg("--out")
             .arg(&out)
             .stdin(Stdio::null())
@@ -195,7 +214,6 @@ impl Job {
         let mut child = scene.spawn(&mut command)?;
         let lines = child.child.stdout.take().context("no standard output")?;
         let mut ran = Ran::default();
-        let mut used = machine::Used::default();
         for line in BufReader::new(lines).lines() {
             let event: Value = serde_json::from_str(&line?).context("an event is not JSON")?;
             let number = |name: &str| event[name].as_f64().unwrap_or(0.0);
@@ -204,19 +222,10 @@ impl Job {
                     ran.start = begun.elapsed().as_secs_f64();
                     ran.plane = event["plane"].as_str().unwrap_or_default().to_owned();
                 }
-                Some("round") if event["round"] == 1 => {
-                    ran.first_round = number("seconds");
-                    used = machine::used_by_tree(child.pid());
-                }
+                Some("round") if event["round"] == 1 => ran.first_round = number("seconds"),
                 Some("round") => {
                     ran.rounds.push(number("seconds"));
                     ran.levels.push(event["levels"].clone());
-                    // The last round is reported when the workers are leaving.
-                    if ran.rounds.len() + 2 == self.spec.rounds as usize {
-                        let now = machine::used_by_tree(child.pid());
-                        let rounds = ran.rounds.len() as f64;
-                        ran.cpu_seconds = (now.cpu_seconds - used.cpu_seconds) / rounds;
-                    }
                 }
                 Some("job_finished") => ran.peak_memory_bytes = number("peak_memory_bytes") as u64,
                 _ => {}
@@ -224,11 +233,12 @@ impl Job {
         }
         child.wait()?;
         remove(&out)?;
+        ran.cpu_seconds = machine::cpu_seconds(UsageWho::RUSAGE_CHILDREN) - before;
         ensure!(
-            ran.rounds.len() + 1 == self.spec.rounds as usize,
+            ran.rounds.len() + 1 == rounds as usize,
             "the job had {} rounds more than its first, not {}",
             ran.rounds.len(),
-            self.spec.rounds - 1
+            rounds - 1
         );
         ran.critical_path = critical_path(&ran.levels);
         Ok(ran)
@@ -249,7 +259,7 @@ pub(super) struct Ran {
     /// The others.
     pub(super) rounds: Vec<f64>,
     levels: Vec<Value>,
-    /// User and system time of such a round, of all processes.
+    /// User and system time, of all processes.
     pub(super) cpu_seconds: f64,
     pub(super) peak_memory_bytes: u64,
     /// By role: the median of when the last was done.

@@ -85,7 +85,7 @@ fn starts(args: &ScaleArgs, scene: &Scene, reporter: &mut Reporter) -> anyhow::R
     let job = Job::write(scene, &tree, args.parameters, DType::F32, "lazy", 2)?;
     let mut seconds = Vec::new();
     for _ in 0..STARTS {
-        seconds.push(job.run(scene, args.plane)?.start);
+        seconds.push(job.run_rounds(scene, args.plane, 1)?.start);
     }
     let workers = tree.iter().sum::<u32>();
     reporter.result(started(json!({ "start": "job", "workers": workers }), seconds));

@@ -122,6 +122,11 @@ impl Link {
         self.arena_note.as_deref()
     }
 
+    /// How long to look for frames before sleeping.
+    pub(super) fn set_spin(&mut self, spin: Duration) {
+        self.frames.set_spin(spin);
+    }
+
     /// Waits for whatever comes next. Cancel-safe.
     pub(super) async fn next(&mut self) -> anyhow::Result<Incoming> {
         loop {

@@ -8,6 +8,7 @@ mod trainer;
 mod uplink;
 
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use anyhow::Context;
 use lifl_common::arena::Layout;
@@ -83,7 +84,8 @@ async fn join(place: &Place, job: &JobSpec, spec: &WorkerSpec, schema: &Schema) 
     let layout = Layout::for_objects(memory::slots(job, spec), memory::object_bytes(schema));
     let layout = layout.context("the model is larger than this machine's address space")?;
     let state = memory::state_layout(job, spec, schema);
-    let link = Link::join(&place.socket, place.job, spec, layout, state).await?;
+    let mut link = Link::join(&place.socket, place.job, spec, layout, state).await?;
+    link.set_spin(Duration::from_micros(job.spin_us.into()));
     if let Some(note) = link.arena_note() {
         tracing::info!("the arena has ordinary pages: {note}");
     }

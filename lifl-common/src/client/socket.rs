@@ -4,6 +4,7 @@ use std::io;
 use std::net::{Ipv4Addr, TcpListener, TcpStream};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
+use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::sys::socket::{MsgFlags, recv, send};
@@ -38,6 +39,8 @@ pub struct FrameSocket {
     /// Where the unread bytes in `buffer` begin and end.
     start: usize,
     end: usize,
+    /// How long to look for a frame before sleeping.
+    spin: Duration,
 }
 
 impl FrameSocket {
@@ -71,7 +74,14 @@ impl FrameSocket {
             buffer,
             start: 0,
             end: 0,
+            spin: Duration::ZERO,
         })
+    }
+
+    /// Has [`recv`](Self::recv) look for so long before it sleeps. Whoever waits for something else beside it waits for
+    /// that as much longer, once.
+    pub fn set_spin(&mut self, spin: Duration) {
+        self.spin = spin;
     }
 
     /// The next frame; `None` when the plane has closed the socket.
@@ -81,6 +91,15 @@ impl FrameSocket {
     /// # Errors
     /// If the socket fails, or ends within a frame.
     pub async fn recv(&mut self) -> io::Result<Option<Frame>> {
+        if !self.spin.is_zero() {
+            let begun = Instant::now();
+            while begun.elapsed() < self.spin {
+                if let Some(frame) = self.try_recv()? {
+                    return Ok(Some(frame));
+                }
+                std::hint::spin_loop();
+            }
+        }
         loop {
             if let Some(frame) = self.buffered() {
                 return Ok(Some(frame));

@@ -202,6 +202,7 @@ fn understand(paths: &[PathBuf], overrides: &Overrides, findings: &mut Findings)
         quorum: settings.quorum,
         round_timeout_s: settings.round_timeout_s,
         grace_time_s: settings.grace_time_s,
+        spin_us: settings.spin_us,
         max_run_time_s: settings.max_run_time_s,
     })
 }

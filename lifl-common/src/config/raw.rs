@@ -276,9 +276,12 @@ pub(super) struct Lifl {
     /// Seconds after which a round goes on without those who have not answered, once there is a quorum; never when not given.
     #[schemars(extend("exclusiveMinimum" = 0))]
     pub(super) round_timeout: Option<f64>,
-    /// Seconds after which a worker is ended that owes an answer and does not stir; 30 when not given.
+    /// Seconds after which a worker is ended that does not stir; 30 when not given.
     #[schemars(extend("exclusiveMinimum" = 0))]
     pub(super) grace_time: Option<f64>,
+    /// Microseconds for which a worker that has nothing to do looks for frames before it sleeps; 0 when not given.
+    #[schemars(range(max = 1000))]
+    pub(super) spin_micros: Option<u32>,
     /// What the dataset's file must hash to.
     #[schemars(extend("pattern" = "^[0-9a-fA-F]{64}$"))]
     pub(super) sha256: Option<String>,

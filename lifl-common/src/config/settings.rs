@@ -38,6 +38,7 @@ pub(super) struct Settings {
     pub(super) quorum: u32,
     pub(super) round_timeout_s: Option<f64>,
     pub(super) grace_time_s: f64,
+    pub(super) spin_us: u32,
     pub(super) max_run_time_s: u64,
 }
 
@@ -71,6 +72,7 @@ impl Settings {
         let quorum = quorum(&lifl, trainers, findings);
         let round_timeout = lifl.agreed("roundTimeout", |lifl| lifl.round_timeout.as_ref(), findings);
         let grace_time = lifl.agreed("graceTime", |lifl| lifl.grace_time.as_ref(), findings);
+        let spin = lifl.agreed("spinMicros", |lifl| lifl.spin_micros.as_ref(), findings);
         let model = match model.map(|(model, _)| model) {
             None | Some(Model::Named(ModelName::Cnn)) => ModelSpec::Cnn,
             Some(Model::Named(ModelName::Softmax)) => ModelSpec::Softmax,
@@ -106,6 +108,7 @@ impl Settings {
             quorum,
             round_timeout_s: round_timeout.map(|(&seconds, _)| seconds),
             grace_time_s: grace_time.map_or(30.0, |(&seconds, _)| seconds),
+            spin_us: spin.map_or(0, |(&micros, _)| micros),
             max_run_time_s: leads(sources, "maxRunTime", |raw| raw.max_run_time, findings).unwrap_or(300),
         }
     }

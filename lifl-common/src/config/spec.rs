@@ -47,6 +47,9 @@ pub struct JobSpec {
     pub round_timeout_s: Option<f64>,
     /// Seconds after which a worker is ended that does not stir, or a trainer that owes an update in spite of the round's end.
     pub grace_time_s: f64,
+    /// Microseconds for which a worker that has nothing to do looks for frames before it sleeps.
+    #[serde(default)]
+    pub spin_us: u32,
     /// Flame's `maxRunTime` in seconds.
     pub max_run_time_s: u64,
 }

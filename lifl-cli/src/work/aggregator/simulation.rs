@@ -620,6 +620,7 @@ fn job(levels: &[u32], timing: Timing, updates: UpdateKind) -> JobSpec {
         quorum: 1,
         round_timeout_s: None,
         grace_time_s: 30.0,
+        spin_us: 0,
         max_run_time_s: 300,
     }
 }

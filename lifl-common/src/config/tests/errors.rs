@@ -128,6 +128,10 @@ fn each_form_of_a_model_and_a_partition_is_checked_as_what_was_meant() {
         ],
     );
     assert_problems(
+        lifl(json!({ "spinMicros": 1001 })),
+        &["lifl.spinMicros: 1001; expected a whole number from 0 to 1000"],
+    );
+    assert_problems(
         lifl(json!({ "model": 5, "partition": { "sort": "dirichlet", "alpha": 0 } })),
         &[
             "lifl.model: 5; expected softmax, mlp or cnn, or an object with mlp, or an object with synthetic",
