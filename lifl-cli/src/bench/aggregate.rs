@@ -138,7 +138,7 @@ fn one(
             "bytes": bytes, "updates": updates.len(), "dtype": dtype.to_string(), "timing": arrival, "threads": threads,
         }),
         share_of_read: Some(bytes_moved as f64 / seconds.median / read),
-        cpu_seconds: cpu / seconds.runs as f64,
+        cpu_seconds: Some(cpu / seconds.runs as f64),
         peak_memory_bytes: machine::peak_bytes(),
         seconds,
         bytes_moved,

@@ -152,7 +152,7 @@ fn one_size(
             share_of_read: (moved == bytes).then(|| moved as f64 / there.median / read),
             seconds: there,
             bytes_moved: moved,
-            cpu_seconds: taken.cpu / runs,
+            cpu_seconds: Some(taken.cpu / runs),
             peak_memory_bytes: peak + machine::used_by(way.receiver()).private_bytes,
             more,
         });
@@ -551,7 +551,7 @@ fn stream(
         seconds: Seconds::of(vec![wall / total]),
         bytes_moved: Frame::BYTES as u64,
         share_of_read: None,
-        cpu_seconds: cpu / total,
+        cpu_seconds: Some(cpu / total),
         peak_memory_bytes: machine::used_by(std::process::id()).private_bytes,
         more,
     });

@@ -51,8 +51,8 @@ pub(super) struct Measured {
     pub(super) bytes_moved: u64,
     /// `bytes_moved` in the median, as a share of what the memory can be read at.
     pub(super) share_of_read: Option<f64>,
-    /// User and system time of a run, of all processes that take part.
-    pub(super) cpu_seconds: f64,
+    /// User and system time of a run, of all processes that take part; `None` where that was not measured.
+    pub(super) cpu_seconds: Option<f64>,
     /// The most that those processes had, private and shared.
     pub(super) peak_memory_bytes: u64,
     /// What only this bench has.
@@ -207,7 +207,7 @@ fn cell(result: &Measured, name: &str, column: Column) -> String {
         (_, "of read") => result
             .share_of_read
             .map_or(String::new(), |share| format!("{share:.2}")),
-        (_, "CPU") => human_time(result.cpu_seconds),
+        (_, "CPU") => result.cpu_seconds.map_or(String::new(), human_time),
         _ => human_bytes(result.peak_memory_bytes),
     }
 }
@@ -215,6 +215,7 @@ fn cell(result: &Measured, name: &str, column: Column) -> String {
 /// A value as people read it; the name tells its unit.
 fn plain(name: &str, value: &Value) -> String {
     match value {
+        Value::Null => String::new(),
         Value::String(text) => text.clone(),
         Value::Number(number) => match number.as_f64() {
             Some(seconds) if name.ends_with("seconds") => human_time(seconds),

@@ -9,18 +9,25 @@
 use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
-use std::time::Instant;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, ensure};
 use lifl_common::config::{self, JobSpec, Overrides};
 use lifl_common::update::DType;
-use nix::sys::resource::UsageWho;
 use serde_json::{Map, Value, json};
 
+use super::machine::Used;
 use super::report::{Measured, Reporter, Seconds};
 use super::{RoundArgs, RoundTiming, Scene, machine};
 use crate::learn;
 use crate::memory::Plan;
+
+/// How often a job's processes are looked at, and how long at the least for what that says to mean something.
+const LOOK_EVERY: Duration = Duration::from_millis(20);
+const SHORTEST_WATCH: Duration = Duration::from_millis(100);
 
 /// Roles from the top down.
 const ROLES: [&str; 3] = ["top-aggregator", "middle-aggregator", "leaf-aggregator"];
@@ -54,7 +61,7 @@ pub(super) fn run(args: &RoundArgs, scene: &Scene, reporter: &mut Reporter) -> a
                         );
                         continue;
                     }
-                    let ran = job.run(scene, args.plane)?;
+                    let ran = job.run(scene, args.plane, args.rounds)?;
                     reporter.result(measured(case, &job, &tree, bytes, read, &ran));
                 }
             }
@@ -172,25 +179,13 @@ impl Job {
         Ok(Self { path, spec, plan })
     }
 
-    /// Runs it with a daemon of its own, to its end; and before that with as few rounds as there can be, to know what its start
-    /// and its end take of the CPU.
-    pub(super) fn run(&self, scene: &Scene, plane: lifl_daemon::plane::Request) -> anyhow::Result<Ran> {
-        let few = self.run_rounds(scene, plane, 1)?;
-        let mut ran = self.run_rounds(scene, plane, self.spec.rounds)?;
-        ran.cpu_seconds = (ran.cpu_seconds - few.cpu_seconds) / ran.rounds.len() as f64;
-        // Noise, where a round takes next to nothing.
-        ran.cpu_seconds = ran.cpu_seconds.max(0.0);
-        Ok(ran)
-    }
-
-    /// Runs so many rounds; `cpu_seconds` is what all of it took.
-    pub(super) fn run_rounds(
+    /// Runs so many rounds of it with a daemon of its own, to its end.
+    pub(super) fn run(
         &self,
         scene: &Scene,
         plane: lifl_daemon::plane::Request,
         rounds: u32,
     ) -> anyhow::Result<Ran> {
-        let before = machine::cpu_seconds(UsageWho::RUSAGE_CHILDREN);
         let out = scene.folder().join("run");
         let plane = clap::ValueEnum::to_possible_value(&plane).context("a plane without a name")?;
         let mut command = scene.lifl(&["run"])?;
@@ -214,6 +209,8 @@ impl Job {
         let mut child = scene.spawn(&mut command)?;
         let lines = child.child.stdout.take().context("no standard output")?;
         let mut ran = Ran::default();
+        let mut watch = Watch::default();
+        let mut last = None;
         for line in BufReader::new(lines).lines() {
             let event: Value = serde_json::from_str(&line?).context("an event is not JSON")?;
             let number = |name: &str| event[name].as_f64().unwrap_or(0.0);
@@ -222,10 +219,14 @@ impl Job {
                     ran.start = begun.elapsed().as_secs_f64();
                     ran.plane = event["plane"].as_str().unwrap_or_default().to_owned();
                 }
-                Some("round") if event["round"] == 1 => ran.first_round = number("seconds"),
+                Some("round") if event["round"] == 1 => {
+                    ran.first_round = number("seconds");
+                    watch.begin(child.pid());
+                }
                 Some("round") => {
                     ran.rounds.push(number("seconds"));
                     ran.levels.push(event["levels"].clone());
+                    last = Some(Instant::now());
                 }
                 Some("job_finished") => ran.peak_memory_bytes = number("peak_memory_bytes") as u64,
                 _ => {}
@@ -233,7 +234,7 @@ impl Job {
         }
         child.wait()?;
         remove(&out)?;
-        ran.cpu_seconds = machine::cpu_seconds(UsageWho::RUSAGE_CHILDREN) - before;
+        ran.cpu_seconds = watch.end(last, ran.rounds.len());
         ensure!(
             ran.rounds.len() + 1 == rounds as usize,
             "the job had {} rounds more than its first, not {}",
@@ -259,11 +260,58 @@ pub(super) struct Ran {
     /// The others.
     pub(super) rounds: Vec<f64>,
     levels: Vec<Value>,
-    /// User and system time, of all processes.
-    pub(super) cpu_seconds: f64,
+    /// User and system time of such a round, of all processes; `None` if they were over too soon to tell.
+    pub(super) cpu_seconds: Option<f64>,
     pub(super) peak_memory_bytes: u64,
     /// By role: the median of when the last was done.
     critical_path: Value,
+}
+
+/// Watches from the side what a job's processes use: how fast their CPU time grows while rounds run, since a look at all of them may
+/// take longer than a round.
+#[derive(Default)]
+struct Watch {
+    begun: Option<Instant>,
+    looking: Option<JoinHandle<Vec<(Instant, Used)>>>,
+    stop: Arc<AtomicBool>,
+}
+
+impl Watch {
+    fn begin(&mut self, root: u32) {
+        self.begun = Some(Instant::now());
+        self.looking = Some(std::thread::spawn({
+            let stop = Arc::clone(&self.stop);
+            move || {
+                let mut seen: Vec<(Instant, Used)> = Vec::new();
+                while !stop.load(Ordering::Relaxed) {
+                    let used = machine::used_by_tree(root);
+                    // Those who have left take with them what they have used.
+                    if seen
+                        .first()
+                        .is_some_and(|(_, first)| used.processes < first.processes)
+                    {
+                        break;
+                    }
+                    seen.push((Instant::now(), used));
+                    std::thread::sleep(LOOK_EVERY);
+                }
+                seen
+            }
+        }));
+    }
+
+    /// What a round took, of so many until `last`.
+    fn end(self, last: Option<Instant>, rounds: usize) -> Option<f64> {
+        self.stop.store(true, Ordering::Relaxed);
+        let seen = self.looking?.join().ok()?;
+        let ((from, first), (to, then)) = (seen.first()?, seen.last()?);
+        let watched = to.duration_since(*from);
+        if watched < SHORTEST_WATCH {
+            return None;
+        }
+        let round = last?.duration_since(self.begun?).as_secs_f64() / rounds as f64;
+        Some((then.cpu_seconds - first.cpu_seconds) / watched.as_secs_f64() * round)
+    }
 }
 
 fn critical_path(rounds: &[Value]) -> Value {

@@ -42,14 +42,14 @@ pub(super) fn run(args: &ScaleArgs, scene: &Scene, reporter: &mut Reporter) -> a
         let tree = [1, leaves, trainers];
         let job = Job::write(scene, &tree, args.parameters, DType::F32, "lazy", args.rounds)?;
         let workers = f64::from(tree.iter().sum::<u32>());
-        let ran = job.run(scene, args.plane)?;
+        let ran = job.run(scene, args.plane, args.rounds)?;
         let seconds = Seconds::of(ran.rounds.clone());
         let mut more = Map::new();
-        let mut add = |name: &str, value: f64| more.insert(name.to_owned(), value.into());
-        add("per_worker_seconds", seconds.median / workers);
-        add("cpu_per_worker_seconds", ran.cpu_seconds / workers);
-        add("first_seconds", ran.first_round);
-        add("start_seconds", ran.start);
+        let mut add = |name: &str, value: Option<f64>| more.insert(name.to_owned(), value.into());
+        add("per_worker_seconds", Some(seconds.median / workers));
+        add("cpu_per_worker_seconds", ran.cpu_seconds.map(|cpu| cpu / workers));
+        add("first_seconds", Some(ran.first_round));
+        add("start_seconds", Some(ran.start));
         reporter.result(Measured {
             bench: "scale",
             case: json!({ "workers": workers as u64, "trainers": trainers, "plane": ran.plane }),
@@ -85,7 +85,7 @@ fn starts(args: &ScaleArgs, scene: &Scene, reporter: &mut Reporter) -> anyhow::R
     let job = Job::write(scene, &tree, args.parameters, DType::F32, "lazy", 2)?;
     let mut seconds = Vec::new();
     for _ in 0..STARTS {
-        seconds.push(job.run_rounds(scene, args.plane, 1)?.start);
+        seconds.push(job.run(scene, args.plane, 1)?.start);
     }
     let workers = tree.iter().sum::<u32>();
     reporter.result(started(json!({ "start": "job", "workers": workers }), seconds));
@@ -99,7 +99,7 @@ fn started(case: Value, seconds: Vec<f64>) -> Measured {
         seconds: Seconds::of(seconds),
         bytes_moved: 0,
         share_of_read: None,
-        cpu_seconds: 0.0,
+        cpu_seconds: None,
         peak_memory_bytes: 0,
         more: Map::new(),
     }
@@ -234,7 +234,7 @@ fn idle(workers: &[Actor<'_>], reporter: &mut Reporter) {
             seconds: Seconds::of(vec![watched]),
             bytes_moved: 0,
             share_of_read: None,
-            cpu_seconds: (after.0 - before.0) / watched,
+            cpu_seconds: Some((after.0 - before.0) / watched),
             peak_memory_bytes: 0,
             more,
         });
