@@ -89,7 +89,7 @@ fn chaos(pinned: bool) {
             .ok()
             .map(|text| text.parse::<u64>().expect(name))
     };
-    let seed = number(SEED).unwrap_or_else(|| rand_seed());
+    let seed = number(SEED).unwrap_or_else(rand_seed);
     let time = number(SECONDS).map_or(SHORT, Duration::from_secs);
     let plane = if pinned { "sockmap" } else { "relay" };
     println!("{plane}: chaos of seed {seed} for {time:.0?}");
