@@ -314,7 +314,7 @@ async fn a_daemon_that_root_starts_keeps_no_capability_in_any_thread_and_does_al
         assert_eq!(threads(daemon.pid(), set), BTreeSet::from([0]), "{set}, later");
     }
     // A daemon that ends before it has seen its last worker go leaves the pins to the next one.
-    let client = connect(&daemon.socket()).await;
+    let mut client = connect(&daemon.socket()).await;
     within(async { while !client.status(None).await.expect("a status").workers.is_empty() {} }).await;
     daemon.terminate();
     assert!(!Path::new(&pins).exists(), "pins are left");
