@@ -15,7 +15,7 @@ static OBJECT: &[u8] = aya::include_bytes_aligned!("../../../lifl-ebpf/bare.bpf.
 const PROGRAM: &str = "bare_verdict";
 const MAP_SOCKETS: &str = "SOCKETS";
 
-/// See the [module](self). Dropping it takes the program off the sockets.
+/// Two sockets and the least program between them. Dropping it takes the program off the sockets.
 pub struct Bare {
     _program: Program,
     _sockets: SockHash<MapData, u32>,
