@@ -293,6 +293,9 @@ impl<'w> Walk<'w> {
                     "a number"
                 };
                 let narrow = schema.get("format").and_then(Value::as_str) == Some("uint32");
+                if let (Some(minimum), Some(maximum)) = (schema.get("minimum"), schema.get("maximum")) {
+                    return format!("{what} from {minimum} to {maximum}");
+                }
                 match (
                     bound("minimum"),
                     schema.get("minimum"),
