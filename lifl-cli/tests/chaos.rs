@@ -36,7 +36,7 @@ const SHORT: Duration = Duration::from_secs(12);
 const TOLERANCE: f64 = 1e-6;
 
 /// A worker that dies oftener in one round is given up, which would end the job if it were the top.
-const MOST_DEATHS_IN_A_ROUND: usize = 3;
+const MOST_DEATHS_IN_A_ROUND: usize = 2;
 
 /// How long a daemon lives at the least. Whoever hangs when it comes has to be given up by it first ([`node::GRACE`]): daemons that
 /// die sooner than that, one after the other, keep such a worker's place for ever.
