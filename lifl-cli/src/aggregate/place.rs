@@ -21,6 +21,31 @@
 use super::element::{BLOCK, Element, Group, Weighted, all_finite, exponent, finite};
 use super::wide::{self, Wide};
 
+/// Returns what the call gives for inputs that are one group; goes on for any other number of them.
+macro_rules! if_one_group {
+    ($inputs:expr, |$group:ident| $call:expr) => {
+        match &$inputs[..] {
+            [a] => {
+                let $group = &[*a];
+                return $call;
+            }
+            [a, b] => {
+                let $group = &[*a, *b];
+                return $call;
+            }
+            [a, b, c, d] => {
+                let $group = &[*a, *b, *c, *d];
+                return $call;
+            }
+            [a, b, c, d, e, f, g, h] => {
+                let $group = &[*a, *b, *c, *d, *e, *f, *g, *h];
+                return $call;
+            }
+            _ => {}
+        }
+    };
+}
+
 /// One region's share in one call.
 pub(super) struct Fold<'a, E> {
     /// Samples folded before; with none, what is kept is never read.
@@ -55,22 +80,7 @@ pub(super) fn slot<E: Element>(out: &mut [E], start: usize, fold: &Fold<'_, E>) 
 #[inline(always)]
 pub(super) fn private<E: Element, C: Element>(kept: &mut [C], start: usize, fold: &Fold<'_, E>) -> bool {
     if C::ROUNDS_ALONE {
-        let kept = &mut *kept;
-        let done = match &fold.inputs[..] {
-            [a] => Some(private_at_once(kept, start, fold, &[*a])),
-            [a, b] => Some(private_at_once(kept, start, fold, &[*a, *b])),
-            [a, b, c, d] => Some(private_at_once(kept, start, fold, &[*a, *b, *c, *d])),
-            [a, b, c, d, e, f, g, h] => Some(private_at_once(
-                kept,
-                start,
-                fold,
-                &[*a, *b, *c, *d, *e, *f, *g, *h],
-            )),
-            _ => None,
-        };
-        if let Some(good) = done {
-            return good;
-        }
+        if_one_group!(fold.inputs, |group| private_at_once(kept, start, fold, group));
     }
     let mut block = [0.0; BLOCK];
     let mut good = true;
@@ -197,22 +207,9 @@ fn clamp_group<const N: usize>(
 /// times 2²¹. (The bits of floats of one sign are ordered as the floats are, so that holds across powers of two.)
 #[inline(always)]
 pub(super) fn guarded(out: &mut [f32], guards: &mut [i8], start: usize, fold: &Fold<'_, f32>) -> bool {
-    {
-        let (out, guards) = (&mut *out, &mut *guards);
-        let done = match &fold.inputs[..] {
-            [a] => Some(guarded_at_once(out, guards, start, fold, &[*a])),
-            [a, b] => Some(guarded_at_once(out, guards, start, fold, &[*a, *b])),
-            [a, b, c, d] => Some(guarded_at_once(out, guards, start, fold, &[*a, *b, *c, *d])),
-            [a, b, c, d, e, f, g, h] => {
-                let group = [*a, *b, *c, *d, *e, *f, *g, *h];
-                Some(guarded_at_once(out, guards, start, fold, &group))
-            }
-            _ => None,
-        };
-        if let Some(good) = done {
-            return good;
-        }
-    }
+    if_one_group!(fold.inputs, |group| guarded_at_once(
+        out, guards, start, fold, group
+    ));
     let mut block = [0.0; BLOCK];
     let mut good = true;
     for (i, (out, guards)) in out.chunks_mut(BLOCK).zip(guards.chunks_mut(BLOCK)).enumerate() {

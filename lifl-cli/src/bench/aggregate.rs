@@ -39,7 +39,7 @@ pub(super) fn run(args: &AggregateArgs, scene: &Scene, reporter: &mut Reporter) 
         for &count in &args.updates {
             let case = json!({ "bytes": bytes, "updates": count });
             let room = machine::available_bytes() + (updates.len() * bytes) as u64;
-            // The widest private memory of an eager aggregate is three times its slot.
+            // The slot, and what an eager aggregate keeps beside it: twice that, of 16-bit floats.
             let needed = (count as u64 + 4) * bytes as u64;
             if needed as f64 > room as f64 * MOST_MEMORY {
                 let why = format!("{needed} bytes needed, {room} can be had");

@@ -47,7 +47,7 @@ pub(super) struct Measured {
     /// What was measured.
     pub(super) case: Value,
     pub(super) seconds: Seconds,
-    /// Bytes that such a run has to move, as the bench's `--help` counts them.
+    /// Bytes that such a run has to move, as the bench's module counts them.
     pub(super) bytes_moved: u64,
     /// `bytes_moved` in the median, as a share of what the memory can be read at.
     pub(super) share_of_read: Option<f64>,
