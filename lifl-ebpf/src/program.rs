@@ -74,16 +74,18 @@ pub(crate) fn lifl_verdict(ctx: SkMsgContext) -> u32 {
             return sk_action::SK_DROP;
         }
     }
-    // SAFETY: as above. The verdict is for the first frame alone; the kernel asks again for the next. `pull` makes
-    // that frame one writable piece, even where it lay across two pages.
-    let pulled = unsafe {
-        bpf_msg_apply_bytes(msg, FRAME);
-        bpf_msg_pull_data(msg, 0, FRAME, 0)
-    };
-    let data = ctx.data();
-    if pulled != 0 || data + Frame::BYTES > ctx.data_end() {
-        // No memory for the copy: the only way to tell the sender is to fail its send.
-        return sk_action::SK_DROP;
+    // SAFETY: as above. The verdict is for the first frame alone; the kernel asks again for the next.
+    unsafe { bpf_msg_apply_bytes(msg, FRAME) };
+    let mut data = ctx.data();
+    if data + Frame::BYTES > ctx.data_end() {
+        // It lies across two pages, or in memory that is not the message's own: this makes it one writable piece.
+        // SAFETY: as above.
+        let pulled = unsafe { bpf_msg_pull_data(msg, 0, FRAME, 0) };
+        data = ctx.data();
+        if pulled != 0 || data + Frame::BYTES > ctx.data_end() {
+            // No memory for the copy: the only way to tell the sender is to fail its send.
+            return sk_action::SK_DROP;
+        }
     }
     // SAFETY: the 64 bytes from `data` were just compared with `data_end`.
     let frame = unsafe { head(data) };

@@ -2,14 +2,15 @@
 
 use std::io;
 use std::net::{Ipv4Addr, TcpListener, TcpStream};
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{MsgFlags, recv, send};
-use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
+use tokio::io::{Interest, Ready};
 use zerocopy::{FromBytes, IntoBytes};
 
 use crate::frame::Frame;
@@ -92,12 +93,14 @@ impl FrameSocket {
     /// If the socket fails, or ends within a frame.
     pub async fn recv(&mut self) -> io::Result<Option<Frame>> {
         if !self.spin.is_zero() {
-            let begun = Instant::now();
-            while begun.elapsed() < self.spin {
-                if let Some(frame) = self.try_recv()? {
-                    return Ok(Some(frame));
-                }
-                std::hint::spin_loop();
+            if let Some(frame) = self.try_recv()? {
+                return Ok(Some(frame));
+            }
+            // What it finds may be the end, or a piece of a frame: then it is waited for below.
+            if self.look()
+                && let Some(frame) = self.try_recv()?
+            {
+                return Ok(Some(frame));
             }
         }
         loop {
@@ -106,18 +109,41 @@ impl FrameSocket {
             }
             self.make_room();
             let room = &mut self.buffer[self.end..];
-            let read = self
-                .near
-                .async_io(Interest::READABLE, |fd| {
-                    recv(fd.as_raw_fd(), room, MsgFlags::MSG_DONTWAIT).map_err(io::Error::from)
-                })
-                .await?;
+            let mut ready = self.near.readable().await?;
+            let received = ready.try_io(|near| {
+                recv(near.as_raw_fd(), room, MsgFlags::MSG_DONTWAIT).map_err(io::Error::from)
+            });
+            let Ok(received) = received else {
+                continue;
+            };
+            let read = received?;
+            if read < room.len() {
+                // That was all: whatever comes from now on makes it ready again, and nobody need ask before.
+                ready.clear_ready_matching(Ready::READABLE);
+            }
             match read {
                 0 if self.end == 0 => return Ok(None),
                 0 => return Err(io::ErrorKind::UnexpectedEof.into()),
                 read => self.end += read,
             }
         }
+    }
+
+    /// Looks for something to read, for as long as is to be spun.
+    ///
+    /// By `poll`, which takes no lock: a reader that tries again and again holds the socket's lock most of the time, and
+    /// whoever redirects to it must have that lock (`bpf_tcp_ingress` in `net/ipv4/tcp_bpf.c`), so that the sender would
+    /// be put to sleep instead.
+    fn look(&self) -> bool {
+        let begun = Instant::now();
+        let mut near = [PollFd::new(self.near.get_ref().as_fd(), PollFlags::POLLIN)];
+        while begun.elapsed() < self.spin {
+            if poll(&mut near, PollTimeout::ZERO) != Ok(0) {
+                return true;
+            }
+            std::hint::spin_loop();
+        }
+        false
     }
 
     /// The next frame that is there already, whole.
