@@ -17,14 +17,26 @@ use super::{FoldError, Input, Operand, check};
 /// is kept beside it ([`scratch_bytes`]), so that no rounding adds up over the calls. Either way the result is the
 /// flat average within the type's own rounding.
 ///
-/// A call reads each input once, writes what it keeps once, and reads that once if it is not the first.
+/// A call reads each input once, writes what it keeps once, and reads that once if it is not the first. A single first
+/// input is better not folded before the second is there: what would be kept is as long as the input itself.
 #[derive(Debug)]
 pub struct Accumulator {
     schema: Arc<Schema>,
     regions: Vec<RegionMean>,
     threads: Threads,
     samples: u64,
-    spoilt: bool,
+    state: State,
+}
+
+/// How an aggregate stands.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum State {
+    /// More may be folded.
+    Open,
+    /// Its slot is the aggregate.
+    Finished,
+    /// Its slot holds rubbish.
+    Spoilt,
 }
 
 /// Private memory that an [`Accumulator`] of this schema takes beside the slot, in bytes.
@@ -60,7 +72,7 @@ impl Accumulator {
             regions,
             threads,
             samples: 0,
-            spoilt: false,
+            state: State::Open,
         }
     }
 
@@ -77,7 +89,7 @@ impl Accumulator {
     /// Empties it: the next fold does not read its slot.
     pub fn reset(&mut self) {
         self.samples = 0;
-        self.spoilt = false;
+        self.state = State::Open;
     }
 
     /// Folds the inputs into `out`, the same slot in every call until the next reset:
@@ -85,15 +97,55 @@ impl Accumulator {
     /// `out ← N/N′ · out + Σ nᵢ/N′ · xᵢ`, where N is the samples so far and N′ = N + Σ nᵢ,
     ///
     /// in `f64` (64-bit integers exactly), and rounded once: floats to the nearest, integers to the nearest with
-    /// halves to the even one. No inputs change nothing. `out` is not to be sent before [`finish`](Self::finish).
+    /// halves to the even one. No inputs change nothing. `out` is not to be sent before
+    /// [`finish`](Self::finish).
     ///
     /// # Errors
     /// After [`FoldError::NotFinite`] the accumulator is spoilt: reset it, and fold all that it held again without the
     /// culprits. After any other error it is as it was.
     pub fn fold(&mut self, out: &mut [u8], inputs: &[Input<'_>]) -> Result<(), FoldError> {
-        if self.spoilt {
-            return Err(FoldError::Spoilt);
+        match self.state {
+            State::Open => {}
+            State::Finished => return Err(FoldError::Finished),
+            State::Spoilt => return Err(FoldError::Spoilt),
         }
+        self.take(out, inputs, RegionMean::fold)
+    }
+
+    /// Folds the last inputs, if there are any left, makes `out` the aggregate, and gives its samples.
+    ///
+    /// Of all that is folded last nothing is kept beside the slot, so that this is one pass over the memory where a
+    /// [`fold`](Self::fold) before it would be two.
+    ///
+    /// # Errors
+    /// As [`fold`](Self::fold); and if nothing was ever folded. What is finished can be finished again, without inputs.
+    pub fn finish(&mut self, out: &mut [u8], inputs: &[Input<'_>]) -> Result<u64, FoldError> {
+        match self.state {
+            State::Open => {}
+            State::Finished if inputs.is_empty() => return Ok(self.samples),
+            State::Finished => return Err(FoldError::Finished),
+            State::Spoilt => return Err(FoldError::Spoilt),
+        }
+        self.take(out, inputs, RegionMean::fold_last)?;
+        if self.samples == 0 {
+            return Err(FoldError::Empty);
+        }
+        if inputs.is_empty() {
+            for region in &self.regions {
+                region.finish(&self.threads, out, self.samples);
+            }
+        }
+        self.state = State::Finished;
+        Ok(self.samples)
+    }
+
+    /// Checks the operands, and has each region fold its share of them.
+    fn take(
+        &mut self,
+        out: &mut [u8],
+        inputs: &[Input<'_>],
+        fold: impl Fn(&mut RegionMean, &Threads, &mut [u8], &Weights<'_>) -> bool,
+    ) -> Result<(), FoldError> {
         check(&self.schema, Operand::Out, out)?;
         for (index, input) in inputs.iter().enumerate() {
             check(&self.schema, Operand::Input(index), input.data)?;
@@ -110,33 +162,15 @@ impl Accumulator {
         let good = self
             .regions
             .iter_mut()
-            .all(|region| region.fold(threads, out, &weights));
+            .all(|region| fold(region, threads, out, &weights));
         if !good {
-            self.spoilt = true;
+            self.state = State::Spoilt;
             return Err(FoldError::NotFinite {
                 inputs: self.culprits(inputs),
             });
         }
         self.samples = weights.samples;
         Ok(())
-    }
-
-    /// Makes `out` the aggregate, and gives its samples. More may be folded afterwards.
-    ///
-    /// # Errors
-    /// If nothing was folded, the accumulator is spoilt, or `out` is not the schema's.
-    pub fn finish(&mut self, out: &mut [u8]) -> Result<u64, FoldError> {
-        if self.spoilt {
-            return Err(FoldError::Spoilt);
-        }
-        check(&self.schema, Operand::Out, out)?;
-        if self.samples == 0 {
-            return Err(FoldError::Empty);
-        }
-        for region in &self.regions {
-            region.finish(&self.threads, out, self.samples);
-        }
-        Ok(self.samples)
     }
 
     /// Which inputs hold NaN or infinity: a second look, taken only when there is one.

@@ -192,7 +192,7 @@ mod tests {
                 )
                 .expect("finite");
         }
-        aggregate.finish(out).expect("an aggregate");
+        aggregate.finish(out, &[]).expect("an aggregate");
         add(&threads, schema, model, out).expect("same schema");
         slot
     }

@@ -14,10 +14,11 @@
 //! of equal values is that value. `f64`, for which this argument is too weak, has bounds instead
 //! ([`clamped`](super::place::clamped)), and 64-bit integers are summed exactly ([`wide`](super::wide)).
 
-use std::ops::{Add, Mul};
+use std::ops::{Add, BitOr, Mul};
 
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
+use zerocopy::{FromBytes, Immutable, IntoBytes};
 
 /// Elements in a block: 16 KiB of sums.
 pub(super) const BLOCK: usize = 2048;
@@ -34,9 +35,9 @@ pub(super) struct Weighted<'a, E> {
 }
 
 /// An element type whose means are sums of `f64`.
-pub(super) trait Element: Copy + Send + Sync + 'static {
+pub(super) trait Element: FromBytes + IntoBytes + Immutable + Copy + Send + Sync + 'static {
     /// What a group's weighted values are added up in before they go to the `f64` sums.
-    type Product: Element + Mul<Output = Self::Product> + Add<Output = Self::Product>;
+    type Product: Product;
 
     /// Whether [`nearest`](Self::nearest) is vectorised within any loop; where not, [`write`](Self::write) is faster.
     const ROUNDS_ALONE: bool = true;
@@ -75,9 +76,9 @@ pub(super) trait Element: Copy + Send + Sync + 'static {
 
     /// Rounds the sums.
     #[inline(always)]
-    fn write(sums: &[f64], out: &mut [Self]) {
+    fn write<P: Product>(sums: &[P], out: &mut [Self]) {
         for (out, &sum) in out.iter_mut().zip(sums) {
-            *out = Self::nearest(sum);
+            *out = Self::nearest(sum.to_f64());
         }
     }
 
@@ -89,6 +90,42 @@ pub(super) trait Element: Copy + Send + Sync + 'static {
         }
     }
 }
+
+/// A float that weighted values are added up in.
+pub(super) trait Product: Element + Mul<Output = Self> + Add<Output = Self> {
+    const ZERO: Self;
+
+    /// As wide as the float, so that one loop has vectors of one length.
+    type Bits: Copy + Default + BitOr<Output = Self::Bits>;
+
+    /// What tells of one sum whether it is finite; that of several is put together by `|`.
+    fn exponent(self) -> Self::Bits;
+
+    /// Whether all are finite of whose [`exponent`](Self::exponent)s that is put together.
+    fn all_finite(exponents: Self::Bits) -> bool;
+}
+
+macro_rules! products {
+    ($($float:ty: $bits:ty)*) => {$(
+        impl Product for $float {
+            const ZERO: Self = 0.0;
+            type Bits = $bits;
+
+            #[inline(always)]
+            fn exponent(self) -> $bits {
+                // Zero times a finite value has no exponent bit; times any other, all of them.
+                (self * 0.0).to_bits()
+            }
+
+            #[inline(always)]
+            fn all_finite(exponents: $bits) -> bool {
+                exponents & <$float>::INFINITY.to_bits() == 0
+            }
+        }
+    )*};
+}
+
+products!(f32: u32 f64: u64);
 
 /// Several inputs that are read in one pass, in their order. Eight streams at once is what keeps the memory busy: one alone
 /// reaches half of its speed.
@@ -109,12 +146,20 @@ impl<'a, E: Element, const N: usize> Group<'a, E, N> {
 
     /// What the `i`-th elements add up to, each times its weight.
     #[inline(always)]
-    pub(super) fn sum(&self, i: usize) -> f64 {
+    pub(super) fn sum(&self, i: usize) -> E::Product {
         let mut total = self.weights[0] * self.values[0][i].widen();
         for n in 1..N {
             total = total + self.weights[n] * self.values[n][i].widen();
         }
-        total.to_f64()
+        total
+    }
+
+    /// The same as the first sum of all, which is added to nothing, with its exponent in `bits`.
+    #[inline(always)]
+    pub(super) fn first(&self, i: usize, bits: &mut <E::Product as Product>::Bits) -> E::Product {
+        let sum = E::Product::ZERO + self.sum(i);
+        *bits = *bits | sum.exponent();
+        sum
     }
 }
 
@@ -123,7 +168,7 @@ impl<'a, E: Element, const N: usize> Group<'a, E, N> {
 fn add_group<E: Element, const N: usize>(sums: &mut [f64], group: &[Weighted<'_, E>; N], start: usize) {
     let group = Group::new(group, start, sums.len());
     for (i, sum) in sums.iter_mut().enumerate() {
-        *sum += group.sum(i);
+        *sum += group.sum(i).to_f64();
     }
 }
 
@@ -132,23 +177,9 @@ fn add_group<E: Element, const N: usize>(sums: &mut [f64], group: &[Weighted<'_,
 pub(super) fn finite(sums: &[f64]) -> bool {
     let mut bits = 0;
     for &sum in sums {
-        bits |= exponent(sum);
+        bits |= sum.exponent();
     }
-    all_finite(bits)
-}
-
-/// What tells of one sum whether it is finite; that of several is put together by `|`.
-#[inline(always)]
-pub(super) fn exponent(sum: f64) -> u64 {
-    // Zero times a finite value has no exponent bit; times any other, all of them.
-    (sum * 0.0).to_bits()
-}
-
-/// Whether all are finite of whose [`exponent`]s that is put together.
-#[inline(always)]
-pub(super) fn all_finite(exponents: u64) -> bool {
-    const EXPONENT: u64 = 0x7FF << 52;
-    exponents & EXPONENT == 0
+    f64::all_finite(bits)
 }
 
 impl Element for f64 {
@@ -231,7 +262,7 @@ impl Element for f16 {
     }
 
     #[inline(always)]
-    fn write(sums: &[f64], out: &mut [Self]) {
+    fn write<P: Product>(sums: &[P], out: &mut [Self]) {
         let mut wide = [0_f32; BLOCK];
         let wide = &mut wide[..sums.len()];
         f32::write(sums, wide);

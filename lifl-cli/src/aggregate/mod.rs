@@ -3,16 +3,18 @@
 //! `w ← Σ n_k/n · w_k`), folded where it lies at the speed of the memory.
 //!
 //! An [`Accumulator`] is one aggregate in the making. It belongs to one aggregator, which calls
-//! [`fold`](Accumulator::fold) with what has arrived and its own slot, and [`finish`](Accumulator::finish) before it
-//! sends the slot up. [`subtract`] and [`add`] turn weights into deltas and back. Nothing here knows of slots, frames
+//! [`fold`](Accumulator::fold) with what has arrived and its own slot, and [`finish`](Accumulator::finish) with what
+//! arrived last. [`subtract`] and [`add`] turn weights into deltas and back. Nothing here knows of slots, frames
 //! or sockets: bytes come in, laid out as the job's [`Schema`] says, and bytes go out.
 //!
 //! ```text
-//!                  fold                  finish
-//! empty ─────────────────────▶ folding ─────────▶ folding (its slot may be sent)
-//!   ▲ ▲                         │    │ fold: an input is not finite
-//!   │ └─────────── reset ───────┘    ▼
-//!   └───────────── reset ───────── spoilt: the slot holds rubbish; every fold is refused
+//!            ┌──── fold ────┐
+//!            ▼              │   finish
+//! empty ── fold ─────────▶ folding ─────▶ finished: the slot may be sent; nothing more can be folded
+//!   │ ▲                     │
+//!   │ │                     └──── fold or finish: an input is not finite ────▶ spoilt: the slot holds rubbish;
+//!   │ └─ reset, from all                                                          nothing more can be folded
+//!   └── finish, with all inputs at once ─▶ finished, or spoilt
 //! ```
 //!
 //! Which module does what: `accumulator` the states and the weights, `region` which arithmetic a run of elements
@@ -99,6 +101,9 @@ pub enum FoldError {
         /// somebody else must have written.
         inputs: Vec<usize>,
     },
+    /// The aggregate was finished, and not reset since.
+    #[error("the aggregate is finished, and was not reset")]
+    Finished,
     /// The accumulator was spoilt by an earlier [`NotFinite`](Self::NotFinite) and not reset since.
     #[error("the aggregate was spoilt by an input that is not finite, and was not reset")]
     Spoilt,

@@ -4,9 +4,9 @@
 //! | --- | --- | --- | --- |
 //! | [`slot`] | all but `f64` and 64-bit integers, when lazy | 0 | at each fold |
 //! | [`clamped`] | `f64` | 0 | at each fold |
-//! | [`guarded`] | `f32`, when eager | 1 | at each fold to 31 bits, 8 of them beside the slot |
-//! | [`private`] | 16-bit floats and 8-bit integers, when eager | 4 | at each fold to `f32`, to the type at the end |
-//! | [`private`] | 16-bit and 32-bit integers, when eager | 8 | at each fold to `f64`, to the type at the end |
+//! | [`guarded`] | `f32`, when eager | 1 | at each fold to 31 bits, 8 of them beside the slot; at the last to the type |
+//! | [`private`] | 16-bit floats and 8-bit integers, when eager | 4 | at each fold to `f32`, at the last to the type |
+//! | [`private`] | 16-bit and 32-bit integers, when eager | 8 | at each fold to `f64`, at the last to the type |
 //! | [`exact_slot`] | 64-bit integers, when lazy | 0 | at each fold |
 //! | [`exact`] | 64-bit integers, when eager | 16 | at the end |
 //!
@@ -18,7 +18,7 @@
 //! all that a job may be off. With eight more bits nothing adds up, for one byte read and one written beside the
 //! twelve that the fold moves anyway.
 
-use super::element::{BLOCK, Element, Group, Weighted, all_finite, exponent, finite};
+use super::element::{BLOCK, Element, Group, Product, Weighted, finite};
 use super::wide::{self, Wide};
 
 /// Returns what the call gives for inputs that are one group; goes on for any other number of them.
@@ -79,8 +79,10 @@ pub(super) fn slot<E: Element>(out: &mut [E], start: usize, fold: &Fold<'_, E>) 
 /// Memory of a type `C`, rounded to that.
 #[inline(always)]
 pub(super) fn private<E: Element, C: Element>(kept: &mut [C], start: usize, fold: &Fold<'_, E>) -> bool {
-    if C::ROUNDS_ALONE {
-        if_one_group!(fold.inputs, |group| private_at_once(kept, start, fold, group));
+    if fold.before == 0 {
+        if_one_group!(fold.inputs, |group| first_at_once(kept, start, group));
+    } else if C::ROUNDS_ALONE {
+        if_one_group!(fold.inputs, |group| next_at_once(kept, start, fold, group));
     }
     let mut block = [0.0; BLOCK];
     let mut good = true;
@@ -98,32 +100,73 @@ pub(super) fn private<E: Element, C: Element>(kept: &mut [C], start: usize, fold
     good
 }
 
-/// As [`private`], bit for bit, for inputs that are one group: their sums need not lie in memory.
+/// As [`private`], bit for bit, for the first inputs, if they are one group: neither have their sums to lie in memory nor
+/// to be `f64`.
 #[inline(always)]
-fn private_at_once<E: Element, C: Element, const N: usize>(
+fn first_at_once<E: Element, C: Element, const N: usize>(
+    kept: &mut [C],
+    start: usize,
+    group: &[Weighted<'_, E>; N],
+) -> bool {
+    let mut block = [E::Product::ZERO; BLOCK];
+    let mut bits = Default::default();
+    for (i, kept) in kept.chunks_mut(BLOCK).enumerate() {
+        let group = Group::new(group, start + i * BLOCK, kept.len());
+        if C::ROUNDS_ALONE {
+            for (i, kept) in kept.iter_mut().enumerate() {
+                *kept = C::nearest(group.first(i, &mut bits).to_f64());
+            }
+        } else {
+            let sums = &mut block[..kept.len()];
+            for (i, sum) in sums.iter_mut().enumerate() {
+                *sum = group.first(i, &mut bits);
+            }
+            C::write(sums, kept);
+        }
+    }
+    E::Product::all_finite(bits)
+}
+
+/// As [`private`], bit for bit, for further inputs, if they are one group.
+#[inline(always)]
+fn next_at_once<E: Element, C: Element, const N: usize>(
     kept: &mut [C],
     start: usize,
     fold: &Fold<'_, E>,
     group: &[Weighted<'_, E>; N],
 ) -> bool {
-    let mut good = true;
+    let mut bits = 0;
     for (i, kept) in kept.chunks_mut(BLOCK).enumerate() {
         let group = Group::new(group, start + i * BLOCK, kept.len());
-        let mut bits = 0;
-        if fold.before == 0 {
-            for (i, kept) in kept.iter_mut().enumerate() {
-                let sum = 0.0 + group.sum(i);
-                bits |= exponent(sum);
-                *kept = C::nearest(sum);
-            }
-        } else {
-            for (i, kept) in kept.iter_mut().enumerate() {
-                let sum = fold.weight * kept.to_f64() + group.sum(i);
-                bits |= exponent(sum);
-                *kept = C::nearest(sum);
-            }
+        for (i, kept) in kept.iter_mut().enumerate() {
+            let sum = fold.weight * kept.to_f64() + group.sum(i).to_f64();
+            bits |= sum.exponent();
+            *kept = C::nearest(sum);
         }
-        good &= all_finite(bits);
+    }
+    f64::all_finite(bits)
+}
+
+/// The last fold of what [`private`] has kept: the slot is written, and nothing is kept.
+#[inline(always)]
+pub(super) fn rounded<E: Element, C: Element>(
+    out: &mut [E],
+    kept: &[C],
+    start: usize,
+    fold: &Fold<'_, E>,
+) -> bool {
+    let mut block = [0.0; BLOCK];
+    let mut good = true;
+    for (i, (out, kept)) in out.chunks_mut(BLOCK).zip(kept.chunks(BLOCK)).enumerate() {
+        let sums = &mut block[..out.len()];
+        fold.sum(
+            sums,
+            start + i * BLOCK,
+            #[inline(always)]
+            |sums| C::scale(sums, kept, fold.weight),
+        );
+        good &= finite(sums);
+        E::write(sums, out);
     }
     good
 }
@@ -205,9 +248,16 @@ fn clamp_group<const N: usize>(
 ///
 /// A mean is kept as 31 significant bits of an `f64`; as integers, those are the slot's value widened, plus the guard
 /// times 2²¹. (The bits of floats of one sign are ordered as the floats are, so that holds across powers of two.)
+///
+/// The `LAST` fold rounds to the slot alone: its guards are stale afterwards.
 #[inline(always)]
-pub(super) fn guarded(out: &mut [f32], guards: &mut [i8], start: usize, fold: &Fold<'_, f32>) -> bool {
-    if_one_group!(fold.inputs, |group| guarded_at_once(
+pub(super) fn guarded<const LAST: bool>(
+    out: &mut [f32],
+    guards: &mut [i8],
+    start: usize,
+    fold: &Fold<'_, f32>,
+) -> bool {
+    if_one_group!(fold.inputs, |group| guarded_at_once::<LAST, _>(
         out, guards, start, fold, group
     ));
     let mut block = [0.0; BLOCK];
@@ -226,7 +276,7 @@ pub(super) fn guarded(out: &mut [f32], guards: &mut [i8], start: usize, fold: &F
         );
         good &= finite(sums);
         for ((out, guard), &sum) in out.iter_mut().zip(guards).zip(sums.iter()) {
-            (*out, *guard) = split(sum);
+            keep::<LAST>(sum, out, guard);
         }
     }
     good
@@ -234,7 +284,7 @@ pub(super) fn guarded(out: &mut [f32], guards: &mut [i8], start: usize, fold: &F
 
 /// As [`guarded`], bit for bit, for inputs that are one group.
 #[inline(always)]
-fn guarded_at_once<const N: usize>(
+fn guarded_at_once<const LAST: bool, const N: usize>(
     out: &mut [f32],
     guards: &mut [i8],
     start: usize,
@@ -247,20 +297,29 @@ fn guarded_at_once<const N: usize>(
         let mut bits = 0;
         if fold.before == 0 {
             for (i, (out, guard)) in out.iter_mut().zip(guards).enumerate() {
-                let sum = 0.0 + group.sum(i);
-                bits |= exponent(sum);
-                (*out, *guard) = split(sum);
+                let sum = group.first(i, &mut bits);
+                keep::<LAST>(sum, out, guard);
             }
         } else {
             for (i, (out, guard)) in out.iter_mut().zip(guards).enumerate() {
                 let sum = fold.weight * join(*out, *guard) + group.sum(i);
-                bits |= exponent(sum);
-                (*out, *guard) = split(sum);
+                bits |= sum.exponent();
+                keep::<LAST>(sum, out, guard);
             }
         }
-        good &= all_finite(bits);
+        good &= f64::all_finite(bits);
     }
     good
+}
+
+/// Keeps a mean, if more is to be folded with its guard.
+#[inline(always)]
+fn keep<const LAST: bool>(mean: f64, out: &mut f32, guard: &mut i8) {
+    if LAST {
+        *out = f32::nearest(mean);
+    } else {
+        (*out, *guard) = split(mean);
+    }
 }
 
 /// Where the guard's lowest bit stands in an `f64`.

@@ -110,7 +110,7 @@ impl RegionMean {
         };
         match (self.region.dtype, &mut self.kept) {
             (DType::F64, _) => call.clamped(),
-            (DType::F32, Kept::Guards(guards)) => call.guarded(guards),
+            (DType::F32, Kept::Guards(guards)) => call.guarded::<false>(guards),
             (DType::F32, _) => call.slot::<f32>(),
             (DType::F16, Kept::Single(means)) => call.private::<f16, _>(means),
             (DType::F16, _) => call.slot::<f16>(),
@@ -132,6 +132,40 @@ impl RegionMean {
             (DType::I64, _) => call.exact_slot::<i64>(),
             (DType::U64, Kept::Unsigned(sums)) => call.exact::<u64>(sums),
             (DType::U64, _) => call.exact_slot::<u64>(),
+        }
+    }
+
+    /// Folds the last inputs' regions to the slot alone: what was kept beside it is stale afterwards. `false` as in
+    /// [`fold`](Self::fold).
+    pub(super) fn fold_last(&mut self, threads: &Threads, out: &mut [u8], weights: &Weights<'_>) -> bool {
+        if weights.before == 0 {
+            // Nothing is kept yet.
+            let kept = std::mem::replace(&mut self.kept, Kept::Nothing);
+            let good = self.fold(threads, out, weights);
+            self.kept = kept;
+            return good;
+        }
+        let call = Call {
+            threads,
+            region: &self.region,
+            out: &mut *out,
+            weights,
+        };
+        match (self.region.dtype, &mut self.kept) {
+            (DType::F32, Kept::Guards(guards)) => call.guarded::<true>(guards),
+            (DType::F16, Kept::Single(means)) => call.rounded::<f16, _>(means),
+            (DType::BF16, Kept::Single(means)) => call.rounded::<bf16, _>(means),
+            (DType::I8, Kept::Single(means)) => call.rounded::<i8, _>(means),
+            (DType::U8, Kept::Single(means)) => call.rounded::<u8, _>(means),
+            (DType::I16, Kept::Double(means)) => call.rounded::<i16, _>(means),
+            (DType::U16, Kept::Double(means)) => call.rounded::<u16, _>(means),
+            (DType::I32, Kept::Double(means)) => call.rounded::<i32, _>(means),
+            (DType::U32, Kept::Double(means)) => call.rounded::<u32, _>(means),
+            _ => {
+                let good = self.fold(threads, out, weights);
+                self.finish(threads, out, weights.samples);
+                good
+            }
         }
     }
 
@@ -184,16 +218,16 @@ impl Call<'_> {
         )
     }
 
-    fn guarded(self, guards: &mut [i8]) -> bool {
+    fn guarded<const LAST: bool>(self, guards: &mut [i8]) -> bool {
         let fold = self.weights.fold(self.region);
         self.threads.all(
             (elements_mut(self.out, &self.region.range), guards),
             #[inline(always)]
-            |start, (out, guards)| place::guarded(out, guards, start, &fold),
+            |start, (out, guards)| place::guarded::<LAST>(out, guards, start, &fold),
         )
     }
 
-    fn slot<E: Element + FromBytes + IntoBytes + Immutable>(self) -> bool {
+    fn slot<E: Element>(self) -> bool {
         let fold = self.weights.fold(self.region);
         self.threads.all(
             elements_mut::<E>(self.out, &self.region.range),
@@ -202,12 +236,21 @@ impl Call<'_> {
         )
     }
 
-    fn private<E: Element + FromBytes + Immutable, C: Element>(self, means: &mut [C]) -> bool {
+    fn private<E: Element, C: Element>(self, means: &mut [C]) -> bool {
         let fold = self.weights.fold::<E>(self.region);
         self.threads.all(
             means,
             #[inline(always)]
             |start, means| place::private(means, start, &fold),
+        )
+    }
+
+    fn rounded<E: Element, C: Element>(self, means: &[C]) -> bool {
+        let fold = self.weights.fold::<E>(self.region);
+        self.threads.all(
+            (elements_mut(self.out, &self.region.range), means),
+            #[inline(always)]
+            |start, (out, means)| place::rounded(out, means, start, &fold),
         )
     }
 

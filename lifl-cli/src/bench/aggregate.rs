@@ -6,6 +6,7 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use anyhow::Context;
 use lifl_common::config::{Timing, UpdateKind};
 use lifl_common::update::{DType, Schema, TensorSpec};
 use memmap2::MmapMut;
@@ -101,17 +102,22 @@ fn one(
         .zip(600..)
         .map(|(data, samples)| Input { data, samples })
         .collect();
-    let at_a_time = match arrival {
-        Arrival::Eager => 1,
-        Arrival::Lazy | Arrival::EagerTogether => inputs.len(),
+    let together: Vec<&[Input<'_>]> = match arrival {
+        // As an aggregator does: the first is not folded alone.
+        Arrival::Eager => {
+            let (first, others) = inputs.split_at(inputs.len().min(2));
+            std::iter::once(first).chain(others.chunks(1)).collect()
+        }
+        Arrival::Lazy | Arrival::EagerTogether => vec![&inputs[..]],
     };
+    let (last, before) = together.split_last().context("no updates")?;
     let mut once = || -> anyhow::Result<f64> {
         let begun = Instant::now();
         aggregate.reset();
-        for inputs in inputs.chunks(at_a_time) {
+        for inputs in before {
             aggregate.fold(out, inputs)?;
         }
-        aggregate.finish(out)?;
+        aggregate.finish(out, last)?;
         Ok(begun.elapsed().as_secs_f64())
     };
     // What is touched for the first time is touched here.

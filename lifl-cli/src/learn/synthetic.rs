@@ -144,12 +144,11 @@ impl PieceNoise {
     /// A number in ±bound for the `i`-th element of the piece.
     #[inline(always)]
     fn at(self, i: u32) -> f32 {
-        // MurmurHash3's finalizer.
-        let mut h = i.wrapping_mul(0x9e37_79b1) ^ self.key;
-        h = (h ^ (h >> 16)).wrapping_mul(0x85eb_ca6b);
-        h = (h ^ (h >> 13)).wrapping_mul(0xc2b2_ae35);
-        // The upper bits as the fraction of a float in 1 to 2.
-        (f32::from_bits(0x3f80_0000 | (h >> 9)) - 1.5) * (2.0 * self.bound)
+        // A Weyl sequence, and half of MurmurHash3's finalizer: the upper bits are as good as any, and those are what a
+        // float keeps.
+        let h = i.wrapping_mul(0x9e37_79b1).wrapping_add(self.key);
+        let h = (h ^ (h >> 16)).wrapping_mul(0x85eb_ca6b);
+        h as i32 as f32 * (self.bound / (1_u32 << 31) as f32)
     }
 }
 

@@ -91,6 +91,10 @@ impl Link {
             }
             None => None,
         };
+        // Here, where all workers do it at a time, and not in the first round, where each waits for those below.
+        for arena in [Some(&created.arena), state.as_ref()].into_iter().flatten() {
+            arena.touch().context("cannot have the arena's memory")?;
+        }
         Ok(Self {
             client,
             frames: registration.frames,

@@ -4,7 +4,8 @@ use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
 
-use memmap2::{MmapOptions, MmapRaw};
+use memmap2::{Advice, MmapOptions, MmapRaw};
+use nix::errno::Errno;
 use serde::{Deserialize, Serialize};
 
 use super::{ArenaError, memfd};
@@ -67,6 +68,18 @@ impl OwnerMapping {
 
     pub(super) fn layout(&self) -> Layout {
         self.layout
+    }
+
+    /// Has the kernel give all pages now.
+    pub(super) fn touch(&self, arena: ArenaId) -> Result<(), ArenaError> {
+        match self.map.advise(Advice::PopulateWrite) {
+            // Before Linux 5.14: each page is given when it is first written.
+            Err(error) if error.raw_os_error() == Some(Errno::EINVAL as i32) => Ok(()),
+            populated => {
+                let bytes = self.map.len() as u64;
+                populated.map_err(system("madvise(MADV_POPULATE_WRITE)", arena, bytes))
+            }
+        }
     }
 
     /// The slot's first byte and its length.

@@ -64,6 +64,15 @@ impl OwnedArena {
         Ok(Self { id, mapping, slots })
     }
 
+    /// Has the kernel give all of its pages now, zeroed, and not one by one when they are first written. It takes as long
+    /// as zeroing them does; several workers do it side by side. What has been written stays as it is.
+    ///
+    /// # Errors
+    /// If the machine has not so much memory. Kernels before 5.14 cannot do it and give the pages later.
+    pub fn touch(&self) -> Result<(), ArenaError> {
+        self.mapping.touch(self.id)
+    }
+
     /// Which arena it is.
     pub fn id(&self) -> ArenaId {
         self.id

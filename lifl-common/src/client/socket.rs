@@ -110,9 +110,8 @@ impl FrameSocket {
             self.make_room();
             let room = &mut self.buffer[self.end..];
             let mut ready = self.near.readable().await?;
-            let received = ready.try_io(|near| {
-                recv(near.as_raw_fd(), room, MsgFlags::MSG_DONTWAIT).map_err(io::Error::from)
-            });
+            let received = ready
+                .try_io(|near| recv(near.as_raw_fd(), room, MsgFlags::MSG_DONTWAIT).map_err(io::Error::from));
             let Ok(received) = received else {
                 continue;
             };

@@ -27,6 +27,17 @@ pub(super) struct Collecting {
     pub(super) model: Lent,
 }
 
+/// What is to be done with what has come.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Now {
+    /// Nothing yet.
+    Wait,
+    /// It is folded; more will come.
+    Fold,
+    /// It is folded, and nothing more will come.
+    Finish,
+}
+
 /// An aggregate, made.
 pub(super) struct Done {
     pub(super) slot: WritableSlot,
@@ -102,8 +113,8 @@ impl Collecting {
         self.children.answered() || self.children.folded().count() >= self.goal
     }
 
-    /// Folds what is there, but no more than the goal: under eager timing at once, under lazy timing when nobody is
-    /// waited for any more. Gives the updates that turned out not to be finite, which are out.
+    /// Folds what is there, but no more than the goal, [when it is time](Self::now). Gives the updates that turned out not
+    /// to be finite, which are out.
     pub(super) fn fold(
         &mut self,
         shared: &Shared,
@@ -114,8 +125,8 @@ impl Collecting {
         loop {
             let wanted = self.goal.saturating_sub(self.children.folded().count());
             let given = self.children.first_unfolded(wanted);
-            let lazy = shared.job.timing == Timing::Lazy;
-            if given.is_empty() || (lazy && given.len() < wanted && !self.children.answered()) {
+            let now = self.now(shared.job.timing, given.len(), wanted);
+            if now == Now::Wait {
                 return Ok(refused);
             }
             let inputs = given
@@ -123,7 +134,11 @@ impl Collecting {
                 .map(|given| input(given, &shared.schema))
                 .collect::<Result<Vec<_>, _>>()?;
             let out = &mut self.slot.bytes_mut()[offset..][..shared.schema.data_bytes()];
-            match accumulator.fold(out, &inputs) {
+            let folded = match now {
+                Now::Finish => accumulator.finish(out, &inputs).map(|_| ()),
+                _ => accumulator.fold(out, &inputs),
+            };
+            match folded {
                 Ok(()) => {
                     self.children.mark_folded(&given);
                     return Ok(refused);
@@ -147,6 +162,20 @@ impl Collecting {
         }
     }
 
+    /// What is to be done with the updates that have come, when so many are wanted.
+    ///
+    /// Eager timing does not fold a single first one: the accumulator would be as long as the update, which stays where it
+    /// is until the verdict anyway, and to fold the second with either is the same work.
+    fn now(&self, timing: Timing, given: usize, wanted: usize) -> Now {
+        match timing {
+            _ if given == 0 => Now::Wait,
+            _ if given >= wanted || self.children.answered() => Now::Finish,
+            Timing::Lazy => Now::Wait,
+            Timing::Eager if given == 1 && self.children.folded().next().is_none() => Now::Wait,
+            Timing::Eager => Now::Fold,
+        }
+    }
+
     /// Makes the aggregate, at the top the model, and writes the header. `None` when no child gave anything.
     pub(super) fn finish<'a>(
         mut self,
@@ -166,7 +195,7 @@ impl Collecting {
         } = shared;
         let offset = image::data_offset(schema);
         let data = offset..offset + schema.data_bytes();
-        let samples = accumulator.finish(&mut self.slot.bytes_mut()[data.clone()])?;
+        let samples = accumulator.finish(&mut self.slot.bytes_mut()[data.clone()], &[])?;
         // Only the top has an optimizer, and the model in its own arena.
         if let Some(step) = step {
             let model = own_object(self.model.key).context("the top has not the round's model any more")?;
