@@ -121,6 +121,7 @@ fn control_packet() {
             job: Some(JobId(1)),
             after: None,
         },
+        Request::Traffic {},
         Request::Flame {
             after: Some((1000, 7)),
         },

@@ -182,10 +182,7 @@ impl Listener {
         let credentials = getsockopt(&fd.as_fd(), sockopt::PeerCredentials)?;
         Ok((
             PacketSocket::new(fd)?,
-            Peer {
-                pid: credentials.pid(),
-                uid: credentials.uid(),
-            },
+            Peer::new(credentials.pid(), credentials.uid()),
         ))
     }
 }

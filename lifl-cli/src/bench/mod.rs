@@ -150,7 +150,7 @@ pub(crate) struct ScaleArgs {
     #[arg(long, value_name = "N", default_value_t = 1000, value_parser = clap::value_parser!(u64).range(1..))]
     parameters: u64,
     /// Rounds of each job; the first stands by itself
-    #[arg(long, value_name = "N", default_value_t = 60, value_parser = clap::value_parser!(u32).range(3..))]
+    #[arg(long, value_name = "N", default_value_t = 200, value_parser = clap::value_parser!(u32).range(3..))]
     rounds: u32,
     /// How references travel
     #[arg(long, value_enum, default_value_t = lifl_daemon::plane::Request::Auto)]

@@ -25,8 +25,10 @@ use super::{RoundArgs, RoundTiming, Scene, machine};
 use crate::learn;
 use crate::memory::Plan;
 
-/// How often a job's processes are looked at, and how long at the least for what that says to mean something.
+/// How often a job's processes are looked at, at the most; what share of the time that may take, since a look at a thousand
+/// takes a while; and how long they are watched at the least for what that says to mean something.
 const LOOK_EVERY: Duration = Duration::from_millis(20);
+const LOOK_SHARE: u32 = 20;
 const SHORTEST_WATCH: Duration = Duration::from_millis(100);
 
 /// Roles from the top down.
@@ -284,6 +286,7 @@ impl Watch {
             move || {
                 let mut seen: Vec<(Instant, Used)> = Vec::new();
                 while !stop.load(Ordering::Relaxed) {
+                    let begun = Instant::now();
                     let used = machine::used_by_tree(root);
                     // Those who have left take with them what they have used.
                     if seen
@@ -293,7 +296,7 @@ impl Watch {
                         break;
                     }
                     seen.push((Instant::now(), used));
-                    std::thread::sleep(LOOK_EVERY);
+                    std::thread::park_timeout(LOOK_EVERY.max(begun.elapsed() * LOOK_SHARE));
                 }
                 seen
             }
@@ -302,8 +305,10 @@ impl Watch {
 
     /// What a round took, of so many until `last`.
     fn end(self, last: Option<Instant>, rounds: usize) -> Option<f64> {
+        let looking = self.looking?;
         self.stop.store(true, Ordering::Relaxed);
-        let seen = self.looking?.join().ok()?;
+        looking.thread().unpark();
+        let seen = looking.join().ok()?;
         let ((from, first), (to, then)) = (seen.first()?, seen.last()?);
         let watched = to.duration_since(*from);
         if watched < SHORTEST_WATCH {

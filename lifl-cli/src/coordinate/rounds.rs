@@ -11,7 +11,7 @@ use std::time::Duration;
 use anyhow::{Context, anyhow};
 use lifl_common::arena::PeerArena;
 use lifl_common::config::Kind;
-use lifl_common::control::{DeadLetter, Event as DaemonEvent, GatewayStatus, Status};
+use lifl_common::control::{DeadLetter, Event as DaemonEvent, GatewayStatus, Status, Traffic};
 use lifl_common::frame::{Frame, FrameKind};
 use lifl_common::id::{ArenaId, WorkerId};
 use lifl_common::update::{Cover, Metadata, Tensors, image};
@@ -38,7 +38,7 @@ struct NewModel {
     /// When the round began, by the node's clock.
     begun_ns: u64,
     seconds: f64,
-    moved: Moved,
+    moved: Traffic,
     /// The trainers that were to be in it.
     asked: Vec<usize>,
 }
@@ -48,13 +48,6 @@ struct NewModel {
 struct Decided {
     model: (Frame, Arc<PeerArena>),
     state: Option<(Frame, Arc<PeerArena>)>,
-}
-
-/// What the daemon has counted of the job.
-#[derive(Clone, Copy, Default)]
-struct Moved {
-    bytes_referenced: u64,
-    gateway: GatewayStatus,
 }
 
 /// What became of it.
@@ -93,7 +86,7 @@ pub(super) struct Rounds<'r, 'j> {
     /// The last round that is decided: its model, and what the optimizer remembers with it. They lie in the top's arena as
     /// they are until the next round is decided, whether the top lives or not.
     decided: Option<Decided>,
-    moved_before: Moved,
+    moved_before: Traffic,
     /// Remote workers that are dead, and whose proxies are to leave.
     pub(super) to_drop: Vec<usize>,
     last: Option<Evaluation>,
@@ -129,7 +122,7 @@ impl<'r, 'j> Rounds<'r, 'j> {
             examining: None,
             arenas: HashMap::new(),
             decided: None,
-            moved_before: Moved::default(),
+            moved_before: Traffic::default(),
             to_drop: Vec::new(),
             last: None,
             peak: Peak::default(),
@@ -188,17 +181,9 @@ impl<'r, 'j> Rounds<'r, 'j> {
         self.run.client.status_now(Some(job)).await.because(Cause::Job)
     }
 
-    /// What has moved so far.
-    fn moved(&self, status: &Status) -> Moved {
-        let referenced = status
-            .workers
-            .iter()
-            .map(|worker| worker.counters.referenced_bytes);
-        let job = status.jobs.iter().find(|job| job.job == self.run.job_id);
-        Moved {
-            bytes_referenced: referenced.sum(),
-            gateway: job.and_then(|job| job.gateway).unwrap_or_default(),
-        }
+    /// What has moved so far; `None` as for the status.
+    async fn traffic(&mut self) -> Outcome<Option<Traffic>> {
+        self.run.client.traffic_now().await.because(Cause::Job)
     }
 
     async fn announce_job(&mut self, node: &Node) -> Outcome {
@@ -206,7 +191,7 @@ impl<'r, 'j> Rounds<'r, 'j> {
         let arenas = || status.workers.iter().flat_map(|worker| &worker.arenas);
         let pages = arenas().map(|arena| arena.page_bytes).min();
         let note = arenas().find_map(|arena| arena.note.clone());
-        self.moved_before = self.moved(&status);
+        self.moved_before = self.traffic().await?.unwrap_or_default();
         let event = Event::JobStarted {
             job: self.run.job.name.clone(),
             run: self.run.folder.path().display().to_string(),
@@ -253,9 +238,8 @@ impl<'r, 'j> Rounds<'r, 'j> {
         let asked = self.asked();
         self.round_finished();
         // What moved while no daemon was there to tell counts for the round after.
-        let status = self.status_now().await?;
-        let now = status.map_or(self.moved_before, |status| self.moved(&status));
-        let moved = now.since(&self.moved_before);
+        let now = self.traffic().await?.unwrap_or(self.moved_before);
+        let moved = since(&now, &self.moved_before);
         self.moved_before = now;
         let arena = self.arena(frame.key.arena).await?;
         let state = match state.filter(|state| state.from == frame.from) {
@@ -695,18 +679,20 @@ impl<'r, 'j> Rounds<'r, 'j> {
     }
 }
 
-impl Moved {
-    /// What came to it since.
-    fn since(&self, before: &Self) -> Self {
-        let gateway = GatewayStatus {
-            bytes_received: self.gateway.bytes_received - before.gateway.bytes_received,
-            bytes_sent: self.gateway.bytes_sent - before.gateway.bytes_sent,
-        };
-        Self {
-            // What a worker had sent goes when it does.
-            bytes_referenced: self.bytes_referenced.saturating_sub(before.bytes_referenced),
-            gateway,
-        }
+/// What came to it since.
+fn since(now: &Traffic, before: &Traffic) -> Traffic {
+    let gateway = GatewayStatus {
+        bytes_received: now
+            .gateway
+            .bytes_received
+            .saturating_sub(before.gateway.bytes_received),
+        bytes_sent: now.gateway.bytes_sent.saturating_sub(before.gateway.bytes_sent),
+    };
+    Traffic {
+        // What a worker had sent goes when it does.
+        bytes_referenced: now.bytes_referenced.saturating_sub(before.bytes_referenced),
+        gateway,
+        awaited: 0,
     }
 }
 

@@ -8,9 +8,11 @@
 //!    └───────────── the parent is gone and the next round is announced ───────┘
 //! ```
 //!
-//! Training runs beside the event loop, so that the end of the job is never waited for.
+//! Training runs beside the event loop, so that the end of the job is never waited for; but for training that last time was
+//! over before another thread would have begun.
 
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use anyhow::Context;
 use lifl_common::arena::{PeerArena, WritableSlot};
@@ -49,7 +51,11 @@ pub(super) struct Learned {
     learner: Box<dyn Learner>,
     slot: WritableSlot,
     trained: Trained,
+    took: Duration,
 }
+
+/// What lasts no longer is not worth waking a thread for.
+const BRIEF: Duration = Duration::from_millis(1);
 
 pub(super) struct Trainer<G> {
     pub(super) ground: G,
@@ -66,6 +72,8 @@ pub(super) struct Trainer<G> {
     pub(super) update: Option<Frame>,
     /// The last round that was trained for.
     trained: u32,
+    /// Whether that was [brief](BRIEF).
+    brief: bool,
 }
 
 /// Plays the role until the job ends.
@@ -99,7 +107,11 @@ pub(super) async fn play(place: Place, job: JobSpec, spec: WorkerSpec, schema: S
         }
         if let Some(lesson) = trainer.start().await? {
             let shared = Arc::clone(&trainer.shared);
-            training = Some(tokio::task::spawn_blocking(move || learn_one(&shared, lesson)));
+            if trainer.brief {
+                trainer.deliver(learn_one(&shared, lesson)?)?;
+            } else {
+                training = Some(tokio::task::spawn_blocking(move || learn_one(&shared, lesson)));
+            }
         }
         trainer.ground.flush().await?;
     }
@@ -124,6 +136,7 @@ impl<G: Ground> Trainer<G> {
             model: None,
             update: None,
             trained: 0,
+            brief: false,
         }
     }
 
@@ -302,8 +315,10 @@ impl<G: Ground> Trainer<G> {
             learner,
             slot,
             trained,
+            took,
         } = learned;
         self.learner = Some(learner);
+        self.brief = took <= BRIEF;
         let model = self.training.take().context("nothing was to be learnt")?;
         self.trained = model.round;
         self.release(&model);
@@ -358,6 +373,7 @@ pub(super) fn learn_one(shared: &Shared, lesson: Lesson) -> anyhow::Result<Learn
         arena,
         model,
     } = lesson;
+    let begun = Instant::now();
     let schema = &shared.schema;
     let bytes = arena.object(model.key, model.length)?;
     let (_, from) = image::check(bytes, schema).context("the model that came is not the job's")?;
@@ -381,5 +397,6 @@ pub(super) fn learn_one(shared: &Shared, lesson: Lesson) -> anyhow::Result<Learn
         learner,
         slot,
         trained,
+        took: begun.elapsed(),
     })
 }

@@ -16,7 +16,8 @@ use super::comeback::{Back, ComingBack, Identity, PATIENCE, greet};
 use crate::arena::{ArenaError, Layout, OwnedArena, PeerArena};
 use crate::control::packet::{PacketError, PacketSocket};
 use crate::control::{
-    ErrorCode, Event, FlamePage, HeldArena, Message, PROTOCOL, RemoteWorker, Reply, Request, Status, Welcome,
+    ErrorCode, Event, FlamePage, HeldArena, Message, PROTOCOL, RemoteWorker, Reply, Request, Status, Traffic,
+    Welcome,
 };
 use crate::id::{ArenaId, JobId, WorkerId};
 use crate::plane::PlaneKind;
@@ -404,14 +405,34 @@ impl Client {
     /// # Errors
     /// If the connection fails for good.
     pub async fn status_now(&mut self, job: Option<JobId>) -> Result<Option<Status>, ClientError> {
+        let status = self.now(async |client| client.status(job).await).await?;
+        Ok(status.filter(|status| status.daemon.awaited == 0))
+    }
+
+    /// What has moved in this connection's job; `None` as in [`status_now`](Self::status_now).
+    ///
+    /// # Errors
+    /// If the connection fails for good, or has no job.
+    pub async fn traffic_now(&mut self) -> Result<Option<Traffic>, ClientError> {
+        let traffic = self.now(async |client| {
+            Ok(expect_reply!(client, Request::Traffic {}, &[], (Reply::Traffic(traffic), _) => traffic))
+        });
+        Ok(traffic.await?.filter(|traffic| traffic.awaited == 0))
+    }
+
+    /// What is asked for, but `None` instead of waiting for a daemon.
+    async fn now<T>(
+        &mut self,
+        ask: impl AsyncFnOnce(&mut Self) -> Result<T, ClientError>,
+    ) -> Result<Option<T>, ClientError> {
         if matches!(self.line, Line::ComingBack(_)) {
             return Ok(None);
         }
         self.waits = false;
-        let status = self.status(job).await;
+        let answer = ask(self).await;
         self.waits = true;
-        match status {
-            Ok(status) => Ok((status.daemon.awaited == 0).then_some(status)),
+        match answer {
+            Ok(answer) => Ok(Some(answer)),
             Err(ClientError::Closed) if self.may_come_back() => Ok(None),
             Err(error) => Err(error),
         }
@@ -489,7 +510,7 @@ impl Client {
     ) -> Result<(Reply, Vec<OwnedFd>), ClientError> {
         let repeatable = matches!(
             request,
-            Request::OpenArena { .. } | Request::Status { .. } | Request::Flame { .. }
+            Request::OpenArena { .. } | Request::Status { .. } | Request::Traffic {} | Request::Flame { .. }
         );
         let given_up = Instant::now() + self.patience;
         loop {

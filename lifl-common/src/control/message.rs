@@ -93,6 +93,8 @@ pub enum Request {
         /// Workers after that one, in order of their ids.
         after: Option<WorkerId>,
     },
+    /// What has moved in this connection's job so far. Answered by [`Reply::Traffic`].
+    Traffic {},
     /// Which of Flame's workers are registered, a page at a time. Answered by [`Reply::Flame`].
     Flame {
         /// Workers after the one with that user and id, in that order.
@@ -156,6 +158,8 @@ pub enum Reply {
     },
     /// To [`Request::Status`].
     Status(Status),
+    /// To [`Request::Traffic`].
+    Traffic(Traffic),
     /// To [`Request::Flame`].
     Flame {
         /// `None` if the daemon does not serve Flame's workers.
@@ -324,13 +328,13 @@ impl DeadLetter {
 pub struct Status {
     /// As in the daemon's first word.
     pub daemon: Welcome,
-    /// The jobs.
+    /// The jobs, on the first page.
     pub jobs: Vec<JobStatus>,
     /// The workers, in order of their ids.
     pub workers: Vec<WorkerStatus>,
     /// Whether there are workers after the last of these.
     pub more: bool,
-    /// What users have and may have: of the caller, and of all to root.
+    /// What users have and may have: of the caller, and of all to root. On the first page.
     #[serde(default)]
     pub users: Vec<UserStatus>,
 }
@@ -376,6 +380,18 @@ pub struct JobStatus {
     pub arena_peak_bytes: u64,
     /// What went through the gateway, if that is open for it.
     pub gateway: Option<GatewayStatus>,
+}
+
+/// What has moved in a job.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Traffic {
+    /// Bytes that the frames of its workers referred to, of those that are there.
+    pub bytes_referenced: u64,
+    /// What went through the gateway.
+    pub gateway: GatewayStatus,
+    /// Workers of the daemon before that are still to come back, as in [`Welcome`]: as long as there are some, not all that
+    /// has moved is known.
+    pub awaited: u32,
 }
 
 /// What went through the gateway.

@@ -11,9 +11,9 @@ pub mod paths;
 
 pub use message::{
     Amounts, ArenaStatus, DeadLetter, ErrorCode, Event, FlamePage, FlameWorkerStatus, GatewayStatus,
-    HeldArena, JobStatus, Message, PeerLost, RemoteWorker, Reply, Request, Status, UserStatus, Welcome,
-    WorkerStatus,
+    HeldArena, JobStatus, Message, PeerLost, RemoteWorker, Reply, Request, Status, Traffic, UserStatus,
+    Welcome, WorkerStatus,
 };
 
 /// The protocol's version; a client and a daemon of different versions do not talk.
-pub const PROTOCOL: u32 = 3;
+pub const PROTOCOL: u32 = 4;

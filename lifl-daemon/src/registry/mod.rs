@@ -53,12 +53,19 @@ const NOBODY: ConnId = ConnId(0);
 pub(crate) struct Peer {
     pub(crate) pid: i32,
     pub(crate) uid: u32,
+    own: bool,
 }
 
 impl Peer {
+    pub(crate) fn new(pid: i32, uid: u32) -> Self {
+        // Asked here once: all connections are gone through again and again.
+        let own = pid.unsigned_abs() == std::process::id();
+        Self { pid, uid, own }
+    }
+
     /// Whether it is this process: a proxy, which the gateway lets in.
     pub(crate) fn is_own(&self) -> bool {
-        self.pid.unsigned_abs() == std::process::id()
+        self.own
     }
 }
 
@@ -352,6 +359,7 @@ impl Registry {
             Request::ExpectWorkers { workers } => self.expect_workers(id, workers),
             Request::DropWorker { name } => self.drop_worker(id, name),
             Request::Status { job, after } => self.status(id, job, after),
+            Request::Traffic {} => self.traffic(id),
             Request::EndJob { reason } => {
                 let Some(job) = conn.job else {
                     return deny(ErrorCode::Denied, "only the connection that made a job ends it");

@@ -3,12 +3,13 @@
 use std::collections::BTreeSet;
 
 use lifl_common::control::{
-    Amounts, ArenaStatus, ErrorCode, GatewayStatus, JobStatus, PROTOCOL, Reply, Status, UserStatus, Welcome,
-    WorkerStatus,
+    Amounts, ArenaStatus, ErrorCode, GatewayStatus, JobStatus, PROTOCOL, Reply, Status, Traffic, UserStatus,
+    Welcome, WorkerStatus,
 };
-use lifl_common::id::{JobId, WorkerId};
+use lifl_common::id::{ArenaId, JobId, WorkerId};
+use lifl_common::kernel::Counters;
 
-use super::{Answer, ConnId, Denial, Registry, Worker};
+use super::{Answer, ConnId, Denial, Job, Registry, Worker, deny};
 use crate::Vitals;
 use crate::plane::support;
 
@@ -22,13 +23,36 @@ const STATUS_JOBS: usize = 64;
 const STATUS_USERS: usize = 64;
 
 impl Registry {
+    /// What has moved in the job of a connection.
+    pub(super) fn traffic(&self, id: ConnId) -> Answer {
+        let job_id = self.known(id)?.job;
+        let job = job_id.and_then(|id| Some((id, self.jobs.get(&id)?)));
+        let Some((job_id, job)) = job else {
+            return deny(
+                ErrorCode::BadRequest,
+                "this connection has no job: make one or register first",
+            );
+        };
+        let mut bytes_referenced = 0_u64;
+        for (&worker, _) in self.workers.iter().filter(|(_, worker)| worker.job == job_id) {
+            bytes_referenced = bytes_referenced.saturating_add(self.counters(worker)?.referenced_bytes);
+        }
+        let traffic = Traffic {
+            bytes_referenced,
+            gateway: gateway_status(job).unwrap_or_default(),
+            awaited: self.welcome().awaited,
+        };
+        Ok((Reply::Traffic(traffic), None))
+    }
+
     pub(super) fn status(&self, id: ConnId, job: Option<JobId>, after: Option<WorkerId>) -> Answer {
         let uid = self.known(id)?.peer.uid;
         let visible = |owner: u32| uid == 0 || uid == owner;
+        let first_page = after.is_none();
         let jobs = self
             .jobs
             .iter()
-            .filter(|(id, _)| job.is_none_or(|job| job == **id))
+            .filter(|(id, _)| first_page && job.is_none_or(|job| job == **id))
             .map(|(&id, job)| {
                 let workers = self.workers.values().filter(|worker| worker.job == id).count();
                 JobStatus {
@@ -38,10 +62,7 @@ impl Registry {
                     workers: workers as u32,
                     arena_bytes: job.arena_bytes,
                     arena_peak_bytes: job.arena_peak_bytes,
-                    gateway: job.traffic.as_ref().map(|traffic| GatewayStatus {
-                        bytes_received: traffic.received(),
-                        bytes_sent: traffic.sent(),
-                    }),
+                    gateway: gateway_status(job),
                 }
             });
         let start = WorkerId(after.map_or(0, |after| after.0.saturating_add(1)));
@@ -63,7 +84,7 @@ impl Registry {
             jobs: jobs.take(STATUS_JOBS).collect(),
             workers: page,
             more,
-            users: self.users(uid),
+            users: if first_page { self.users(uid) } else { Vec::new() },
         };
         Ok((Reply::Status(status), None))
     }
@@ -111,17 +132,10 @@ impl Registry {
     }
 
     fn worker_status(&self, worker_id: WorkerId, worker: &Worker) -> Result<WorkerStatus, Denial> {
-        let counters = self.plane.counters(worker_id).map_err(|error| {
-            Denial(
-                ErrorCode::Failed,
-                format!("the counters of {worker_id} cannot be read: {error}"),
-            )
-        })?;
-        let arenas = self
-            .arenas
-            .iter()
-            .filter(|(_, arena)| arena.owner == worker_id)
-            .map(|(&arena, entry)| ArenaStatus {
+        let own = (0..ArenaId::PER_WORKER).filter_map(|index| ArenaId::of(worker_id, index));
+        let arenas = own
+            .filter_map(|arena| Some((arena, self.arenas.get(&arena)?)))
+            .map(|(arena, entry)| ArenaStatus {
                 arena,
                 layout: entry.layout,
                 page_bytes: entry.page_bytes,
@@ -134,9 +148,19 @@ impl Registry {
             name: worker.name.clone(),
             role: worker.role.clone(),
             pid: worker.pid.unsigned_abs(),
-            counters: counters.unwrap_or_default(),
+            counters: self.counters(worker_id)?,
             arenas: arenas.collect(),
         })
+    }
+
+    fn counters(&self, worker: WorkerId) -> Result<Counters, Denial> {
+        let counters = self.plane.counters(worker).map_err(|error| {
+            Denial(
+                ErrorCode::Failed,
+                format!("the counters of {worker} cannot be read: {error}"),
+            )
+        })?;
+        Ok(counters.unwrap_or_default())
     }
 
     pub(super) fn welcome(&self) -> Welcome {
@@ -157,4 +181,11 @@ impl Registry {
             capabilities: support::names_of(support::effective_capabilities()),
         }
     }
+}
+
+fn gateway_status(job: &Job) -> Option<GatewayStatus> {
+    job.traffic.as_ref().map(|traffic| GatewayStatus {
+        bytes_received: traffic.received(),
+        bytes_sent: traffic.sent(),
+    })
 }

@@ -43,7 +43,7 @@ impl Bench {
 
     /// A connection that has said hello.
     fn user(&mut self, conn: u64, uid: u32) {
-        self.registry.connected(ConnId(conn), Peer { pid: 1, uid });
+        self.registry.connected(ConnId(conn), Peer::new(1, uid));
         self.ask(conn, Request::Hello { protocol: PROTOCOL })
             .expect("welcome");
     }
