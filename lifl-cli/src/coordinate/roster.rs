@@ -9,6 +9,9 @@
 //! A round's pairing stays as it was made; only who sits in a place changes. An aggregator's successor takes its place in the
 //! round that runs, and its parent and its children are told so by having the round announced again. A trainer's place stays
 //! empty until the next round: nobody else has its update.
+//!
+//! A trainer whose parent is the one that it was told last is not told of a new round: that parent's model is word enough, and
+//! saves it being woken twice.
 
 use std::collections::{HashMap, HashSet};
 
@@ -49,6 +52,8 @@ pub(crate) struct Roster<'j> {
     workers: &'j [WorkerSpec],
     seats: Vec<Seat>,
     round: Current,
+    /// The parent that each was told last when a round began.
+    parents: HashMap<WorkerId, WorkerId>,
 }
 
 impl<'j> Roster<'j> {
@@ -58,6 +63,7 @@ impl<'j> Roster<'j> {
             workers,
             seats: vec![Seat::default(); workers.len()],
             round: Current::default(),
+            parents: HashMap::new(),
         }
     }
 
@@ -95,6 +101,7 @@ impl<'j> Roster<'j> {
         for place in [&mut seat.own, &mut seat.proxy] {
             place.take_if(|(known, _)| *known == id);
         }
+        self.parents.remove(&id);
         Some(index)
     }
 
@@ -192,11 +199,44 @@ impl<'j> Roster<'j> {
         self.round.pairs.contains_key(&index)
     }
 
-    /// The round as it stands, to all who take part.
-    pub(crate) fn announce(&self) -> Vec<Frame> {
+    /// The round that was [planned](Self::plan), to all who do not hear of it from their parent.
+    pub(crate) fn announce(&mut self) -> Vec<Frame> {
         let mut order: Vec<usize> = self.round.pairs.keys().copied().collect();
         order.sort_unstable();
-        order.into_iter().flat_map(|index| self.stands(index)).collect()
+        let hear = order.into_iter().filter(|&index| !self.is_told_by_parent(index));
+        let frames: Vec<Frame> = hear.flat_map(|index| self.stands(index)).collect();
+        let begins = frames
+            .iter()
+            .filter(|frame| frame.kind == FrameKind::Begin as u16);
+        // A parent is another worker, whose number is one.
+        let parents = begins.map(|frame| (frame.to, WorkerId(frame.value as u32)));
+        self.parents.extend(parents);
+        frames
+    }
+
+    /// The round as it stands, to all who take part.
+    #[cfg(test)]
+    pub(crate) fn announce_again(&self) -> Vec<Frame> {
+        self.round
+            .pairs
+            .keys()
+            .flat_map(|&index| self.stands(index))
+            .collect()
+    }
+
+    /// Whether that is a trainer on this node whose parent is the one that it was told last.
+    fn is_told_by_parent(&self, index: usize) -> bool {
+        let current = &self.round;
+        let parent = current.pairs.get(&index).and_then(|pair| pair.parent);
+        let parent = parent.and_then(|parent| current.own.get(&parent));
+        let own = current
+            .own
+            .get(&index)
+            .filter(|_| !current.proxies.contains_key(&index));
+        let (Some(own), Some(parent)) = (own, parent) else {
+            return false;
+        };
+        self.workers[index].kind == Kind::Trainer && self.parents.get(own) == Some(parent)
     }
 
     /// A successor can begin: if its place in the round waits for it, it, its parent and its children hear of it.
@@ -212,8 +252,8 @@ impl<'j> Roster<'j> {
         self.round.proxies.extend(seat.proxy.map(|(id, _)| (index, id)));
         // In this order, so that everybody knows of a successor before it hears from it: what has been sent first is there
         // first, whatever follows from it.
-        let told = pair.children.into_iter().chain([index]).chain(pair.parent);
-        told.flat_map(|index| self.stands(index)).collect()
+        let hear = pair.children.into_iter().chain([index]).chain(pair.parent);
+        hear.flat_map(|index| self.stands(index)).collect()
     }
 
     /// Nobody is waited for in that place in this round: its parent hears of it.

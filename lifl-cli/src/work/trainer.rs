@@ -1,7 +1,7 @@
 //! The trainer: once a round it is lent the model, trains on its own share of the data, and lends what came out.
 //!
 //! ```text
-//!          Begin (coordinator), Model (parent), a free slot                              Release or Refuse
+//!     Begin (coordinator), if the parent is new, Model (parent), a free slot            Release or Refuse
 //!   idle ───────────────────────────────────────────────────▶ training ──▶ update lent ──────────────────▶ idle
 //!    ▲                                                           │ ▲          │  ▲ │
 //!    │                     the parent's successor lends the same └─┘          │  └─┘ Begin again: lent to the successor
@@ -235,8 +235,12 @@ impl<G: Ground> Trainer<G> {
         }
     }
 
-    /// A model has come.
+    /// A model has come; from the parent that the coordinator named last, it says that its round begins.
     fn model(&mut self, frame: &Frame) {
+        let (round, parent) = self.begun;
+        if frame.round > round && frame.from == parent {
+            self.begin(frame.round, parent);
+        }
         match &mut self.training {
             Some(training) if training.round == frame.round => {
                 if training.key != frame.key {

@@ -123,18 +123,19 @@ impl PacketSocket {
     /// # Errors
     /// If the socket fails or the packet is not a `T`; the descriptors beside such a packet are closed.
     pub async fn recv<T: DeserializeOwned>(&self) -> Result<Option<(T, Vec<OwnedFd>)>, PacketError> {
-        let mut bytes = vec![0_u8; MAX_BYTES];
-        let (length, fds) = loop {
+        loop {
             let mut ready = self.fd.readable().await?;
-            match ready.try_io(|fd| recv_packet(fd.as_raw_fd(), &mut bytes)) {
-                Ok(received) => break received??,
-                Err(_would_block) => continue,
+            // Not before: a worker waits here beside whatever else it waits for, and begins anew each time.
+            let mut bytes = vec![0_u8; MAX_BYTES];
+            let Ok(received) = ready.try_io(|fd| recv_packet(fd.as_raw_fd(), &mut bytes)) else {
+                continue;
+            };
+            let (length, fds) = received??;
+            if length == 0 {
+                return Ok(None);
             }
-        };
-        if length == 0 {
-            return Ok(None);
+            return Ok(Some((serde_json::from_slice(&bytes[..length])?, fds)));
         }
-        Ok(Some((serde_json::from_slice(&bytes[..length])?, fds)))
     }
 
     /// The socket itself, for its credentials.

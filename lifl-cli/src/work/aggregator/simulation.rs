@@ -490,7 +490,7 @@ async fn live(job: JobSpec, seed: u64, deaths: u32, rounds: u32) {
         }
         if running && world.random.random_bool(0.01) {
             // The round is announced again to all, as it stands.
-            let frames = roster.announce();
+            let frames = roster.announce_again();
             world.send(frames);
         }
         let possible = world.steps(!running);
