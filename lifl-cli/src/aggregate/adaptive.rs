@@ -23,13 +23,13 @@
 use std::ops::{Add, Div, Mul, Sub};
 use std::sync::Arc;
 
-use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 use lifl_common::config::{Adaptive, Optimizer, UpdateKind};
 use lifl_common::update::{DType, Schema};
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 
 use super::element::{BLOCK, bf16_nearest, bf16_wide, f16_wide};
+use super::halves;
 use super::state::{Run, State, runs, state_schema};
 use super::threads::Threads;
 use super::{FoldError, Operand, add, check, elements, elements_mut};
@@ -339,7 +339,7 @@ impl Short for f16 {
 
     #[inline(always)]
     fn narrow(wide: &[f32], to: &mut [Self]) {
-        to.convert_from_f32_slice(wide);
+        halves::narrow(wide, to);
     }
 
     #[inline(always)]

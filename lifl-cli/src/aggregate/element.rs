@@ -16,9 +16,10 @@
 
 use std::ops::{Add, BitOr, Mul};
 
-use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 use zerocopy::{FromBytes, Immutable, IntoBytes};
+
+use super::halves;
 
 /// Elements in a block: 16 KiB of sums.
 pub(super) const BLOCK: usize = 2048;
@@ -42,8 +43,23 @@ pub(super) trait Element: FromBytes + IntoBytes + Immutable + Copy + Send + Sync
     /// Whether [`nearest`](Self::nearest) is vectorised within any loop; where not, [`write`](Self::write) is faster.
     const ROUNDS_ALONE: bool = true;
 
+    /// Whether [`widen`](Self::widen) is fast within any loop; where not, [`weighted_sums`](Self::weighted_sums) is faster.
+    const WIDENS_ALONE: bool = true;
+
     /// The same value.
     fn widen(self) -> Self::Product;
+
+    /// Makes `sums` the weighted sums of values, added up in the order given.
+    #[inline(always)]
+    fn weighted_sums<const N: usize>(
+        weights: &[Self::Product; N],
+        values: &[&[Self]; N],
+        sums: &mut [Self::Product],
+    ) {
+        for (i, sum) in sums.iter_mut().enumerate() {
+            *sum = weighted_sum(weights, |n| values[n][i].widen());
+        }
+    }
 
     /// The same value.
     #[inline(always)]
@@ -147,11 +163,7 @@ impl<'a, E: Element, const N: usize> Group<'a, E, N> {
     /// What the `i`-th elements add up to, each times its weight.
     #[inline(always)]
     pub(super) fn sum(&self, i: usize) -> E::Product {
-        let mut total = self.weights[0] * self.values[0][i].widen();
-        for n in 1..N {
-            total = total + self.weights[n] * self.values[n][i].widen();
-        }
-        total
+        weighted_sum(&self.weights, |n| self.values[n][i].widen())
     }
 
     /// The same as the first sum of all, which is added to nothing, with its exponent in `bits`.
@@ -161,14 +173,38 @@ impl<'a, E: Element, const N: usize> Group<'a, E, N> {
         *bits = *bits | sum.exponent();
         sum
     }
+
+    /// All [sums](Self::sum).
+    #[inline(always)]
+    pub(super) fn sums(&self, sums: &mut [E::Product]) {
+        E::weighted_sums(&self.weights, &self.values, sums);
+    }
+}
+
+/// The products' sum, in their order.
+#[inline(always)]
+pub(super) fn weighted_sum<P: Product, const N: usize>(weights: &[P; N], value: impl Fn(usize) -> P) -> P {
+    let mut sum = weights[0] * value(0);
+    for (n, &weight) in weights.iter().enumerate().skip(1) {
+        sum = sum + weight * value(n);
+    }
+    sum
 }
 
 /// Adds several inputs to sums in memory.
 #[inline(always)]
 fn add_group<E: Element, const N: usize>(sums: &mut [f64], group: &[Weighted<'_, E>; N], start: usize) {
     let group = Group::new(group, start, sums.len());
-    for (i, sum) in sums.iter_mut().enumerate() {
-        *sum += group.sum(i).to_f64();
+    if E::WIDENS_ALONE {
+        for (i, sum) in sums.iter_mut().enumerate() {
+            *sum += group.sum(i).to_f64();
+        }
+    } else {
+        let mut block = [E::Product::ZERO; BLOCK];
+        group.sums(&mut block[..sums.len()]);
+        for (sum, more) in sums.iter_mut().zip(block) {
+            *sum += more.to_f64();
+        }
     }
 }
 
@@ -246,10 +282,11 @@ pub(super) fn bf16_nearest(value: f32) -> bf16 {
     bf16::from_bits((bits >> 16) as u16)
 }
 
-/// Rounded by way of `f32` too, and that by `half`, with the machine's own instruction.
+/// Rounded by way of `f32` too, with the machine's own instruction.
 impl Element for f16 {
     type Product = f32;
     const ROUNDS_ALONE: bool = false;
+    const WIDENS_ALONE: bool = false;
 
     #[inline(always)]
     fn widen(self) -> f32 {
@@ -266,12 +303,17 @@ impl Element for f16 {
         let mut wide = [0_f32; BLOCK];
         let wide = &mut wide[..sums.len()];
         f32::write(sums, wide);
-        out.convert_from_f32_slice(wide);
+        halves::narrow(wide, out);
+    }
+
+    #[inline(always)]
+    fn weighted_sums<const N: usize>(weights: &[f32; N], values: &[&[Self]; N], sums: &mut [f32]) {
+        halves::weighted_sums(weights, values, sums);
     }
 }
 
-/// The same value. `half` has the machine's instruction for it, but behind a call for every eight values; this is
-/// inlined and vectorised with the loop around it, and makes no subnormal `f32`, which some machines are slow at.
+/// The same value, where there is no [instruction](super::halves) for it: inlined and vectorised with the loop around it,
+/// and without a subnormal `f32`, which some machines are slow at.
 #[inline(always)]
 pub(super) fn f16_wide(value: f16) -> f32 {
     const EXPONENT: u32 = 0x1F << 23;

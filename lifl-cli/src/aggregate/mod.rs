@@ -19,7 +19,7 @@
 //!
 //! Which module does what: `accumulator` the states and the weights, `region` which arithmetic a run of elements
 //! needs, `place` where a mean is kept between folds,
-//! `element` the arithmetic of one element type, `wide` that of 64-bit integers, `threads` cuts the work, `delta`
+//! `element` the arithmetic of one element type, `halves` conversions of `f16`, `wide` that of 64-bit integers, `threads` cuts the work, `delta`
 //! subtracts and adds, `adaptive` the server optimizers that the top applies to the mean, `state` what they remember.
 //!
 //! Each element is computed from its own inputs in the order given, by multiplications and additions that are not
@@ -29,6 +29,7 @@ mod accumulator;
 mod adaptive;
 mod delta;
 mod element;
+mod halves;
 mod place;
 mod region;
 mod state;

@@ -112,14 +112,16 @@ fn first_at_once<E: Element, C: Element, const N: usize>(
     let mut bits = Default::default();
     for (i, kept) in kept.chunks_mut(BLOCK).enumerate() {
         let group = Group::new(group, start + i * BLOCK, kept.len());
-        if C::ROUNDS_ALONE {
+        if C::ROUNDS_ALONE && E::WIDENS_ALONE {
             for (i, kept) in kept.iter_mut().enumerate() {
                 *kept = C::nearest(group.first(i, &mut bits).to_f64());
             }
         } else {
             let sums = &mut block[..kept.len()];
-            for (i, sum) in sums.iter_mut().enumerate() {
-                *sum = group.first(i, &mut bits);
+            group.sums(sums);
+            for sum in &mut *sums {
+                *sum = E::Product::ZERO + *sum;
+                bits = bits | sum.exponent();
             }
             C::write(sums, kept);
         }
@@ -135,13 +137,25 @@ fn next_at_once<E: Element, C: Element, const N: usize>(
     fold: &Fold<'_, E>,
     group: &[Weighted<'_, E>; N],
 ) -> bool {
+    let mut block = [E::Product::ZERO; BLOCK];
     let mut bits = 0;
+    let mut next = |kept: &mut C, more: E::Product| {
+        let sum = fold.weight * kept.to_f64() + more.to_f64();
+        bits |= sum.exponent();
+        *kept = C::nearest(sum);
+    };
     for (i, kept) in kept.chunks_mut(BLOCK).enumerate() {
         let group = Group::new(group, start + i * BLOCK, kept.len());
-        for (i, kept) in kept.iter_mut().enumerate() {
-            let sum = fold.weight * kept.to_f64() + group.sum(i).to_f64();
-            bits |= sum.exponent();
-            *kept = C::nearest(sum);
+        if E::WIDENS_ALONE {
+            for (i, kept) in kept.iter_mut().enumerate() {
+                next(kept, group.sum(i));
+            }
+        } else {
+            let sums = &mut block[..kept.len()];
+            group.sums(sums);
+            for (kept, &more) in kept.iter_mut().zip(&*sums) {
+                next(kept, more);
+            }
         }
     }
     f64::all_finite(bits)

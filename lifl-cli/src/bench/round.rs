@@ -28,7 +28,7 @@ use crate::memory::Plan;
 /// How often a job's processes are looked at, at the most; what share of the time that may take, since a look at a thousand
 /// takes a while; and how long they are watched at the least for what that says to mean something.
 const LOOK_EVERY: Duration = Duration::from_millis(20);
-const LOOK_SHARE: u32 = 20;
+const LOOK_SHARE: u32 = 10;
 const SHORTEST_WATCH: Duration = Duration::from_millis(100);
 
 /// Roles from the top down.
@@ -290,7 +290,10 @@ impl Watch {
                     let used = machine::used_by_tree(root);
                     // Those who have left take with them what they have used; of a thousand, a few may.
                     let gone = |first: &Used| first.processes.saturating_sub(used.processes);
-                    if seen.first().is_some_and(|(_, first)| gone(first) > first.processes / 100) {
+                    if seen
+                        .first()
+                        .is_some_and(|(_, first)| gone(first) > first.processes / 100)
+                    {
                         break;
                     }
                     seen.push((Instant::now(), used));
