@@ -11,7 +11,7 @@ use std::time::Duration;
 use anyhow::{Context, anyhow};
 use lifl_common::arena::PeerArena;
 use lifl_common::config::Kind;
-use lifl_common::control::{DeadLetter, Event as DaemonEvent, GatewayStatus, Status, Traffic};
+use lifl_common::control::{DeadLetter, Event as DaemonEvent, GatewayStatus, JobTraffic, Status};
 use lifl_common::frame::{Frame, FrameKind};
 use lifl_common::id::{ArenaId, WorkerId};
 use lifl_common::update::{Cover, Metadata, Tensors, image};
@@ -38,7 +38,7 @@ struct NewModel {
     /// When the round began, by the node's clock.
     begun_ns: u64,
     seconds: f64,
-    moved: Traffic,
+    moved: JobTraffic,
     /// The trainers that were to be in it.
     asked: Vec<usize>,
 }
@@ -86,7 +86,7 @@ pub(super) struct Rounds<'r, 'j> {
     /// The last round that is decided: its model, and what the optimizer remembers with it. They lie in the top's arena as
     /// they are until the next round is decided, whether the top lives or not.
     decided: Option<Decided>,
-    moved_before: Traffic,
+    moved_before: JobTraffic,
     /// Remote workers that are dead, and whose proxies are to leave.
     pub(super) to_drop: Vec<usize>,
     last: Option<Evaluation>,
@@ -122,7 +122,7 @@ impl<'r, 'j> Rounds<'r, 'j> {
             examining: None,
             arenas: HashMap::new(),
             decided: None,
-            moved_before: Traffic::default(),
+            moved_before: JobTraffic::default(),
             to_drop: Vec::new(),
             last: None,
             peak: Peak::default(),
@@ -182,7 +182,7 @@ impl<'r, 'j> Rounds<'r, 'j> {
     }
 
     /// What has moved so far; `None` as for the status.
-    async fn traffic(&mut self) -> Outcome<Option<Traffic>> {
+    async fn traffic(&mut self) -> Outcome<Option<JobTraffic>> {
         self.run.client.traffic_now().await.because(Cause::Job)
     }
 
@@ -680,7 +680,7 @@ impl<'r, 'j> Rounds<'r, 'j> {
 }
 
 /// What came to it since.
-fn since(now: &Traffic, before: &Traffic) -> Traffic {
+fn since(now: &JobTraffic, before: &JobTraffic) -> JobTraffic {
     let gateway = GatewayStatus {
         bytes_received: now
             .gateway
@@ -688,7 +688,7 @@ fn since(now: &Traffic, before: &Traffic) -> Traffic {
             .saturating_sub(before.gateway.bytes_received),
         bytes_sent: now.gateway.bytes_sent.saturating_sub(before.gateway.bytes_sent),
     };
-    Traffic {
+    JobTraffic {
         // What a worker had sent goes when it does.
         bytes_referenced: now.bytes_referenced.saturating_sub(before.bytes_referenced),
         gateway,

@@ -235,6 +235,21 @@ mod tests {
     use super::super::{PeerArena, memfd};
     use super::*;
 
+    #[test]
+    fn a_touched_arena_has_all_of_its_memory_and_keeps_what_was_written() {
+        use std::os::unix::fs::MetadataExt;
+
+        let (file, mut owned) = arena(3);
+        let had = || file.metadata().expect("fstat").blocks() * 512;
+        let mut slot = owned.begin().expect("a free slot");
+        slot.bytes_mut()[0] = 7;
+        let bytes = owned.layout().bytes().expect("a layout");
+        assert!(had() < bytes, "pages are given when they are written");
+        owned.touch().expect("there is memory");
+        assert_eq!(had(), bytes);
+        assert_eq!(slot.bytes_mut()[..2], [7, 0]);
+    }
+
     fn arena(slots: u32) -> (File, OwnedArena) {
         let layout = Layout::for_objects(slots, 5000).expect("a layout");
         let file = memfd::create("test", layout.memfd_bytes(false).expect("small"), false).expect("memfd");

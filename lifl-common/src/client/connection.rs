@@ -16,8 +16,8 @@ use super::comeback::{Back, ComingBack, Identity, PATIENCE, greet};
 use crate::arena::{ArenaError, Layout, OwnedArena, PeerArena};
 use crate::control::packet::{PacketError, PacketSocket};
 use crate::control::{
-    ErrorCode, Event, FlamePage, HeldArena, Message, PROTOCOL, RemoteWorker, Reply, Request, Status, Traffic,
-    Welcome,
+    ErrorCode, Event, FlamePage, HeldArena, JobTraffic, Message, PROTOCOL, RemoteWorker, Reply, Request,
+    Status, Welcome,
 };
 use crate::id::{ArenaId, JobId, WorkerId};
 use crate::plane::PlaneKind;
@@ -413,7 +413,7 @@ impl Client {
     ///
     /// # Errors
     /// If the connection fails for good, or has no job.
-    pub async fn traffic_now(&mut self) -> Result<Option<Traffic>, ClientError> {
+    pub async fn traffic_now(&mut self) -> Result<Option<JobTraffic>, ClientError> {
         let traffic = self.now(async |client| {
             Ok(expect_reply!(client, Request::Traffic {}, &[], (Reply::Traffic(traffic), _) => traffic))
         });

@@ -279,6 +279,32 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn looking_before_sleeping_loses_nothing() {
+        for plane in [PlaneKind::Relay, PlaneKind::Sockmap] {
+            let (mut socket, far) = FrameSocket::pair_for(plane).expect("a pair");
+            socket.set_spin(Duration::from_micros(200));
+            // What is registered is the near end on the one plane and the far end on the other.
+            let far = socket.far.take().unwrap_or(far);
+            let writer = std::thread::spawn(move || {
+                let mut far = std::fs::File::from(far);
+                for n in 1..=50 {
+                    // Some come while it looks, some while it sleeps, some in two pieces.
+                    std::thread::sleep(Duration::from_micros(20 * u64::from(n)));
+                    let frame = frame(n);
+                    let (first, second) = frame.as_bytes().split_at(n as usize);
+                    far.write_all(first).expect("written");
+                    far.write_all(second).expect("written");
+                }
+            });
+            for n in 1..=50 {
+                assert_eq!(socket.recv().await.expect("read"), Some(frame(n)));
+            }
+            writer.join().expect("written");
+            assert_eq!(socket.recv().await.expect("the end"), None);
+        }
+    }
+
+    #[tokio::test]
     async fn an_end_within_a_frame_is_an_error() {
         let (mut socket, far) = FrameSocket::pair_for(PlaneKind::Relay).expect("a pair");
         UnixStream::from(far)

@@ -159,7 +159,7 @@ pub enum Reply {
     /// To [`Request::Status`].
     Status(Status),
     /// To [`Request::Traffic`].
-    Traffic(Traffic),
+    Traffic(JobTraffic),
     /// To [`Request::Flame`].
     Flame {
         /// `None` if the daemon does not serve Flame's workers.
@@ -384,7 +384,7 @@ pub struct JobStatus {
 
 /// What has moved in a job.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Traffic {
+pub struct JobTraffic {
     /// Bytes that the frames of its workers referred to, of those that are there.
     pub bytes_referenced: u64,
     /// What went through the gateway.

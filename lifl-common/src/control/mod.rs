@@ -11,7 +11,7 @@ pub mod paths;
 
 pub use message::{
     Amounts, ArenaStatus, DeadLetter, ErrorCode, Event, FlamePage, FlameWorkerStatus, GatewayStatus,
-    HeldArena, JobStatus, Message, PeerLost, RemoteWorker, Reply, Request, Status, Traffic, UserStatus,
+    HeldArena, JobStatus, JobTraffic, Message, PeerLost, RemoteWorker, Reply, Request, Status, UserStatus,
     Welcome, WorkerStatus,
 };
 

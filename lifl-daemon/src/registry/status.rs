@@ -3,8 +3,8 @@
 use std::collections::BTreeSet;
 
 use lifl_common::control::{
-    Amounts, ArenaStatus, ErrorCode, GatewayStatus, JobStatus, PROTOCOL, Reply, Status, Traffic, UserStatus,
-    Welcome, WorkerStatus,
+    Amounts, ArenaStatus, ErrorCode, GatewayStatus, JobStatus, JobTraffic, PROTOCOL, Reply, Status,
+    UserStatus, Welcome, WorkerStatus,
 };
 use lifl_common::id::{ArenaId, JobId, WorkerId};
 use lifl_common::kernel::Counters;
@@ -25,7 +25,11 @@ const STATUS_USERS: usize = 64;
 impl Registry {
     /// What has moved in the job of a connection.
     pub(super) fn traffic(&self, id: ConnId) -> Answer {
-        let job_id = self.known(id)?.job;
+        let conn = self.known(id)?;
+        let of_worker = conn
+            .worker
+            .and_then(|worker| Some(self.workers.get(&worker)?.job));
+        let job_id = conn.job.or(of_worker);
         let job = job_id.and_then(|id| Some((id, self.jobs.get(&id)?)));
         let Some((job_id, job)) = job else {
             return deny(
@@ -37,7 +41,7 @@ impl Registry {
         for (&worker, _) in self.workers.iter().filter(|(_, worker)| worker.job == job_id) {
             bytes_referenced = bytes_referenced.saturating_add(self.counters(worker)?.referenced_bytes);
         }
-        let traffic = Traffic {
+        let traffic = JobTraffic {
             bytes_referenced,
             gateway: gateway_status(job).unwrap_or_default(),
             awaited: self.welcome().awaited,

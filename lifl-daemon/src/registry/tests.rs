@@ -2,7 +2,7 @@
 
 use std::os::unix::net::UnixStream;
 
-use lifl_common::control::Status;
+use lifl_common::control::{JobTraffic, Status};
 use lifl_common::plane::PlaneKind;
 use tokio_util::sync::CancellationToken;
 
@@ -144,6 +144,54 @@ async fn status_hides_other_users_jobs_but_not_from_root() {
     );
     assert_eq!(bench.status(1).workers.len(), 1);
     assert_eq!(bench.status(3).jobs[0].name.as_deref(), Some("of 1"));
+}
+
+#[tokio::test]
+async fn what_has_moved_in_a_job_is_told_to_those_in_it() {
+    let mut bench = Bench::new();
+    bench.user(1, 1000);
+    bench.user(2, 1000);
+    bench.user(3, 0);
+    let job = bench.job(1);
+    bench.ask(2, register(job, "a")).expect("registered");
+    for inside in [1, 2] {
+        let told = bench.ask(inside, Request::Traffic {}).expect("told");
+        assert_eq!(
+            told,
+            Reply::Traffic(JobTraffic::default()),
+            "nothing has moved yet"
+        );
+    }
+    let (code, message) = bench.ask(3, Request::Traffic {}).expect_err("in no job");
+    assert_eq!(code, ErrorCode::BadRequest, "{message}");
+}
+
+#[tokio::test]
+async fn jobs_and_users_are_on_a_statuss_first_page() {
+    let mut bench = Bench::new();
+    bench.user(1, 1000);
+    let job = bench.job(1);
+    for n in 0..17 {
+        let conn = 10 + n;
+        bench.user(conn, 1000);
+        // More than a relay of sixteen takes are refused.
+        let registered = bench.ask(conn, register(job, &format!("w{n}")));
+        assert_eq!(registered.is_ok(), n < 16, "{registered:?}");
+    }
+    let first = bench.status(1);
+    assert_eq!(
+        (first.jobs.len(), first.jobs[0].workers, first.users.len()),
+        (1, 16, 1)
+    );
+    let after = Some(first.workers[7].worker);
+    let second = match bench.ask(1, Request::Status { job: None, after }) {
+        Ok(Reply::Status(status)) => status,
+        other => panic!("{other:?}"),
+    };
+    assert_eq!(
+        (second.jobs.len(), second.workers.len(), second.users.len()),
+        (0, 8, 0)
+    );
 }
 
 #[tokio::test]

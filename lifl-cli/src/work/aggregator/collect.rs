@@ -113,7 +113,7 @@ impl Collecting {
         self.children.answered() || self.children.folded().count() >= self.goal
     }
 
-    /// Folds what is there, but no more than the goal, [when it is time](Self::now). Gives the updates that turned out not
+    /// Folds what is there, but no more than the goal, [when it is time](now). Gives the updates that turned out not
     /// to be finite, which are out.
     pub(super) fn fold(
         &mut self,
@@ -125,7 +125,9 @@ impl Collecting {
         loop {
             let wanted = self.goal.saturating_sub(self.children.folded().count());
             let given = self.children.first_unfolded(wanted);
-            let now = self.now(shared.job.timing, given.len(), wanted);
+            let enough = given.len() >= wanted || self.children.answered();
+            let folded = self.children.folded().count();
+            let now = now(shared.job.timing, folded, given.len(), enough);
             if now == Now::Wait {
                 return Ok(refused);
             }
@@ -159,20 +161,6 @@ impl Collecting {
                 }
                 Err(error) => return Err(error.into()),
             }
-        }
-    }
-
-    /// What is to be done with the updates that have come, when so many are wanted.
-    ///
-    /// Eager timing does not fold a single first one: the accumulator would be as long as the update, which stays where it
-    /// is until the verdict anyway, and to fold the second with either is the same work.
-    fn now(&self, timing: Timing, given: usize, wanted: usize) -> Now {
-        match timing {
-            _ if given == 0 => Now::Wait,
-            _ if given >= wanted || self.children.answered() => Now::Finish,
-            Timing::Lazy => Now::Wait,
-            Timing::Eager if given == 1 && self.children.folded().next().is_none() => Now::Wait,
-            Timing::Eager => Now::Fold,
         }
     }
 
@@ -235,6 +223,21 @@ impl Collecting {
     }
 }
 
+/// What is to be done with the updates that were given and are not folded; whether they are enough, so that nobody else is
+/// waited for.
+///
+/// Eager timing does not fold a single first one: the accumulator would be as long as the update, which stays where it is
+/// until the verdict anyway, and to fold the second with either is the same work.
+fn now(timing: Timing, folded: usize, given: usize, enough: bool) -> Now {
+    match timing {
+        _ if given == 0 => Now::Wait,
+        _ if enough => Now::Finish,
+        Timing::Lazy => Now::Wait,
+        Timing::Eager if folded + given == 1 => Now::Wait,
+        Timing::Eager => Now::Fold,
+    }
+}
+
 /// When the last object of each level was made, of those that went into an object that is just being made.
 fn made<'a>(children: impl Iterator<Item = &'a [u64]>) -> Vec<u64> {
     let mut latest: Vec<u64> = Vec::new();
@@ -259,4 +262,28 @@ fn input<'a>(given: &'a Given, schema: &Schema) -> anyhow::Result<Input<'a>> {
         data: &bytes[given.offset..][..schema.data_bytes()],
         samples: given.frame.samples,
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn eager_folds_whatever_has_come_but_for_a_lone_first() {
+        let eager = |folded, given, enough| now(Timing::Eager, folded, given, enough);
+        assert_eq!(eager(0, 0, false), Now::Wait);
+        assert_eq!(eager(0, 1, false), Now::Wait);
+        assert_eq!(eager(0, 2, false), Now::Fold);
+        assert_eq!(eager(2, 1, false), Now::Fold);
+        assert_eq!(eager(0, 1, true), Now::Finish, "the others will not come");
+        assert_eq!(eager(2, 1, true), Now::Finish);
+        assert_eq!(eager(2, 0, true), Now::Wait, "it is folded");
+    }
+
+    #[test]
+    fn lazy_folds_once() {
+        let lazy = |given, enough| now(Timing::Lazy, 0, given, enough);
+        assert_eq!(lazy(7, false), Now::Wait);
+        assert_eq!(lazy(8, true), Now::Finish);
+    }
 }
