@@ -3,7 +3,7 @@
 //! A block's sums stay in the first cache level while the inputs stream past, each once.
 //!
 //! Values of at most 11 significant bits are multiplied and added up in `f32` within a group of up to eight inputs
-//! (measured on bf16: a quarter to a half faster), all others in `f64`; the sums are always `f64`.
+//! (measured on bf16: a quarter to a half faster), all others in `f64`; what groups add up to is always summed in `f64`.
 //!
 //! Why a rounded mean never leaves its type's range. Let M be the largest magnitude among k inputs. The weights are
 //! quotients that sum to 1 within (k + 1)·2⁻⁵³, and each product and each addition errs by 2⁻⁵³·M at most, so that a

@@ -35,8 +35,6 @@ const SHORTEST_WATCH: Duration = Duration::from_millis(100);
 const ROLES: [&str; 3] = ["top-aggregator", "middle-aggregator", "leaf-aggregator"];
 
 pub(super) fn run(args: &RoundArgs, scene: &Scene, reporter: &mut Reporter) -> anyhow::Result<()> {
-    let read = machine::probe()?;
-    reporter.memory(machine::cores(), read);
     for &bytes in &args.bytes {
         for &trainers in &args.trainers {
             for &levels in &args.levels {
@@ -63,6 +61,9 @@ pub(super) fn run(args: &RoundArgs, scene: &Scene, reporter: &mut Reporter) -> a
                         );
                         continue;
                     }
+                    // Anew for each: what a virtual machine is given changes.
+                    let read = machine::probe()?;
+                    reporter.memory(machine::cores(), read);
                     let ran = job.run(scene, args.plane, args.rounds)?;
                     reporter.result(measured(case, &job, &tree, bytes, read, &ran));
                 }
