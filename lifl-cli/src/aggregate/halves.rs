@@ -1,6 +1,6 @@
 //! Runs of `f16`, widened and rounded by the machine's own instructions where it has them.
 //!
-//! `half` has them too, but behind a call for every eight values; compiled into a loop they are several times as fast.
+//! `half` has them too, but behind a call for every eight values; here they are compiled into the loop.
 
 use half::f16;
 use half::slice::HalfFloatSliceExt;

@@ -110,16 +110,23 @@ pub(super) fn cpu_seconds(who: UsageWho) -> f64 {
 pub(super) struct Used {
     /// User and system time.
     pub(super) cpu_seconds: f64,
-    /// How many processes that is.
-    pub(super) processes: usize,
     /// How often it slept and was woken.
     pub(super) switches: u64,
     /// Memory that is its own.
     pub(super) private_bytes: u64,
 }
 
-/// What a process and its children have used, as far as they are there.
-pub(super) fn used_by_tree(root: u32) -> Used {
+/// CPU time of a process and its children, as far as they are there.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct TreeCpu {
+    /// User and system time.
+    pub(super) seconds: f64,
+    /// How many processes that is.
+    pub(super) processes: usize,
+}
+
+/// What a process and its children have used.
+pub(super) fn cpu_of_tree(root: u32) -> TreeCpu {
     let children = fs::read_dir(format!("/proc/{root}/task"))
         .into_iter()
         .flatten()
@@ -128,34 +135,25 @@ pub(super) fn used_by_tree(root: u32) -> Used {
     let children: String = children.collect();
     let children = children.split_whitespace().filter_map(|pid| pid.parse().ok());
     // Threads come and go in such a while: what has gone counts in the process, whose account is kept in ticks.
-    let whole = |pid| Used {
-        cpu_seconds: process_cpu_seconds(pid),
-        ..used_by(pid)
-    };
-    let all = children
-        .chain([root])
-        .map(whole)
-        .filter(|used| used.processes > 0);
-    all.fold(Used::default(), |sum, used| Used {
-        cpu_seconds: sum.cpu_seconds + used.cpu_seconds,
-        processes: sum.processes + used.processes,
-        switches: sum.switches + used.switches,
-        private_bytes: sum.private_bytes + used.private_bytes,
+    let all = children.chain([root]).filter_map(process_cpu_seconds);
+    all.fold(TreeCpu::default(), |sum, seconds| TreeCpu {
+        seconds: sum.seconds + seconds,
+        processes: sum.processes + 1,
     })
 }
 
-/// User and system time of a process, of its threads that have ended too.
-fn process_cpu_seconds(pid: u32) -> f64 {
-    let text = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+/// User and system time of a process, of its threads that have ended too; `None` if it is gone.
+fn process_cpu_seconds(pid: u32) -> Option<f64> {
+    let text = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
     // After the name, which may have anything in it, come the fields from the third on (man 5 proc): the 14th and the 15th.
-    let fields = text.rsplit_once(')').map_or("", |(_, fields)| fields);
+    let (_, fields) = text.rsplit_once(')')?;
     let ticks = fields
         .split_whitespace()
         .skip(11)
         .take(2)
         .filter_map(|ticks| ticks.parse::<f64>().ok());
     // USER_HZ, which is the same on every architecture that Rust's Linux runs on.
-    ticks.sum::<f64>() / 100.0
+    Some(ticks.sum::<f64>() / 100.0)
 }
 
 /// What one process has used, all of its threads.
@@ -167,7 +165,6 @@ pub(super) fn used_by(pid: u32) -> Used {
         let text = fs::read_to_string(task.path().join("schedstat")).unwrap_or_default();
         let nanos = text.split(' ').next().and_then(|nanos| nanos.parse::<f64>().ok());
         used.cpu_seconds += nanos.unwrap_or(0.0) / 1e9;
-        used.processes = 1;
         let status = fs::read_to_string(task.path().join("status")).unwrap_or_default();
         used.switches += field(&status, "voluntary_ctxt_switches:").unwrap_or(0);
     }

@@ -19,7 +19,7 @@ use lifl_common::config::{self, JobSpec, Overrides};
 use lifl_common::update::DType;
 use serde_json::{Map, Value, json};
 
-use super::machine::Used;
+use super::machine::TreeCpu;
 use super::report::{Measured, Reporter, Seconds};
 use super::{RoundArgs, RoundTiming, Scene, machine};
 use crate::learn;
@@ -275,7 +275,7 @@ pub(super) struct Ran {
 #[derive(Default)]
 struct Watch {
     begun: Option<Instant>,
-    looking: Option<JoinHandle<Vec<(Instant, Used)>>>,
+    looking: Option<JoinHandle<Vec<(Instant, TreeCpu)>>>,
     stop: Arc<AtomicBool>,
 }
 
@@ -285,12 +285,12 @@ impl Watch {
         self.looking = Some(std::thread::spawn({
             let stop = Arc::clone(&self.stop);
             move || {
-                let mut seen: Vec<(Instant, Used)> = Vec::new();
+                let mut seen: Vec<(Instant, TreeCpu)> = Vec::new();
                 while !stop.load(Ordering::Relaxed) {
                     let begun = Instant::now();
-                    let used = machine::used_by_tree(root);
+                    let used = machine::cpu_of_tree(root);
                     // Those who have left take with them what they have used; of a thousand, a few may.
-                    let gone = |first: &Used| first.processes.saturating_sub(used.processes);
+                    let gone = |first: &TreeCpu| first.processes.saturating_sub(used.processes);
                     if seen
                         .first()
                         .is_some_and(|(_, first)| gone(first) > first.processes / 100)
@@ -317,7 +317,7 @@ impl Watch {
             return None;
         }
         let round = last?.duration_since(self.begun?).as_secs_f64() / rounds as f64;
-        Some((then.cpu_seconds - first.cpu_seconds) / watched.as_secs_f64() * round)
+        Some((then.seconds - first.seconds) / watched.as_secs_f64() * round)
     }
 }
 

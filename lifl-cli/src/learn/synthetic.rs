@@ -144,8 +144,8 @@ impl PieceNoise {
     /// A number in ±bound for the `i`-th element of the piece.
     #[inline(always)]
     fn at(self, i: u32) -> f32 {
-        // A Weyl sequence, and half of MurmurHash3's finalizer: the upper bits are as good as any, and those are what a
-        // float keeps.
+        // A Weyl sequence, and half of MurmurHash3's finalizer: it ends with a multiplication, which mixes into the upper
+        // bits, and those are what a float keeps.
         let h = i.wrapping_mul(0x9e37_79b1).wrapping_add(self.key);
         let h = (h ^ (h >> 16)).wrapping_mul(0x85eb_ca6b);
         h as i32 as f32 * (self.bound / (1_u32 << 31) as f32)

@@ -93,7 +93,9 @@ impl Link {
         };
         // Here, where all workers do it at a time, and not in the first round, where each waits for those below.
         for arena in [Some(&created.arena), state.as_ref()].into_iter().flatten() {
-            arena.touch().context("cannot have the arena's memory")?;
+            arena.touch().context(
+                "this machine has not the memory for the arena: `lifl plan` says what the job takes",
+            )?;
         }
         Ok(Self {
             client,
