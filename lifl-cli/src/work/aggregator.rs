@@ -407,8 +407,9 @@ impl<G: Ground> Aggregator<G> {
         {
             // What came in the same moment as the last update that was needed; whatever comes from now on meets
             // no round that it belongs to.
-            for late in collecting.children.unfolded() {
-                self.refuse(&late.frame, Refusal::Late);
+            let late: Vec<Frame> = collecting.children.unfolded().map(|given| given.frame).collect();
+            for late in late {
+                self.refuse(&late, Refusal::Late);
             }
             let model = collecting.model.key;
             self.finish(collecting).await?;

@@ -9,7 +9,11 @@
 //! checkpoint as it stands. What the maker knows of the object travels in `__metadata__` ([`Metadata`]), whose room
 //! is the same for every image of a schema, so that it can be written after the data.
 
-use std::collections::BTreeMap;
+use std::borrow::Cow;
+use std::collections::HashMap;
+use std::str::FromStr;
+
+use serde::{Deserialize, Serialize};
 
 use super::cover::{Cover, MAX_TRAINERS};
 use super::schema::{DType, Schema, TensorSpec, TensorsMut};
@@ -105,9 +109,38 @@ pub enum ImageError {
     Metadata(&'static str),
 }
 
+/// `__metadata__` as it stands in a header; what is empty is not there.
+#[derive(Debug, Default, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+struct Fields<'a> {
+    #[serde(borrow)]
+    bytes_copied: Cow<'a, str>,
+    #[serde(borrow, skip_serializing_if = "str::is_empty")]
+    cover: Cow<'a, str>,
+    #[serde(borrow)]
+    folded: Cow<'a, str>,
+    #[serde(borrow)]
+    format: Cow<'a, str>,
+    #[serde(borrow)]
+    generation: Cow<'a, str>,
+    #[serde(borrow, skip_serializing_if = "str::is_empty")]
+    loss: Cow<'a, str>,
+    #[serde(borrow, skip_serializing_if = "str::is_empty")]
+    made: Cow<'a, str>,
+    #[serde(borrow)]
+    maker: Cow<'a, str>,
+    #[serde(borrow)]
+    round: Cow<'a, str>,
+    #[serde(borrow)]
+    samples: Cow<'a, str>,
+}
+
+/// What a header of ours has in front of its metadata. Behind it come the [tensors](Schema::header).
+const BEFORE_FIELDS: &str = r#"{"__metadata__":"#;
+
 /// Where the data begins in images that [`write_header`] makes for this schema.
 pub fn data_offset(schema: &Schema) -> usize {
-    (8 + tensors_json(schema).len() + METADATA_ROOM).next_multiple_of(DATA_ALIGN)
+    (8 + schema.header().len() + METADATA_ROOM).next_multiple_of(DATA_ALIGN)
 }
 
 /// Bytes of an image of this schema, and so of a slot for it.
@@ -120,51 +153,101 @@ pub fn image_bytes(schema: &Schema) -> usize {
 /// # Panics
 /// If `image` is shorter than [`image_bytes`].
 pub fn write_header(image: &mut [u8], schema: &Schema, metadata: &Metadata) {
-    let header = header(schema, metadata);
     assert!(
-        image.len() >= header.len() + schema.data_bytes(),
+        image.len() >= image_bytes(schema),
         "slot too small for the schema"
     );
-    image[..header.len()].copy_from_slice(&header);
+    write(&mut image[..data_offset(schema)], schema, metadata);
 }
 
 /// The header that stands in front of the data, [`data_offset`] bytes.
 pub fn header(schema: &Schema, metadata: &Metadata) -> Vec<u8> {
-    let tensors = tensors_json(schema);
-    let offset = (8 + tensors.len() + METADATA_ROOM).next_multiple_of(DATA_ALIGN);
-    let mut maker = metadata.maker.clone();
-    while maker.len() > 128 {
-        maker.pop();
-    }
-    let mut fields = BTreeMap::from([
-        ("format", "lifl".to_owned()),
-        ("maker", maker),
-        ("round", metadata.round.to_string()),
-        ("generation", metadata.generation.0.to_string()),
-        ("samples", metadata.samples.to_string()),
-        ("folded", metadata.folded.to_string()),
-        ("bytes_copied", metadata.bytes_copied.to_string()),
-    ]);
-    if !metadata.cover.is_empty() {
-        fields.insert("cover", metadata.cover.to_string());
-    }
-    if !metadata.made.is_empty() {
-        let times = metadata.made.iter().take(MOST_LEVELS);
-        fields.insert("made", times.map(u64::to_string).collect::<Vec<_>>().join(" "));
-    }
-    if let Some(loss) = metadata.loss {
-        // Written out, a tiny one has 300 digits: for such the exponent's form, which is as exact and has 24 at most.
-        let digits = loss.to_string();
-        let short = digits.len() <= 24;
-        fields.insert("loss", if short { digits } else { format!("{loss:e}") });
-    }
-    let fields = serde_json::to_string(&fields).expect("strings are JSON");
-    let mut header = vec![b' '; offset];
-    header[..8].copy_from_slice(&((offset - 8) as u64).to_le_bytes());
-    // `tensors` is a JSON object: its opening brace gives way to the metadata.
-    let json = [r#"{"__metadata__":"#, &fields, ",", &tensors[1..]].concat();
-    header[8..8 + json.len()].copy_from_slice(json.as_bytes());
+    let mut header = vec![0; data_offset(schema)];
+    write(&mut header, schema, metadata);
     header
+}
+
+fn write(header: &mut [u8], schema: &Schema, metadata: &Metadata) {
+    let fields = serde_json::to_string(&Fields::of(metadata)).expect("strings are JSON");
+    let (length, mut room) = header.split_at_mut(8);
+    length.copy_from_slice(&(room.len() as u64).to_le_bytes());
+    for part in [BEFORE_FIELDS, &fields, schema.header()] {
+        let place = room.split_off_mut(..part.len());
+        place
+            .expect("metadata has its room")
+            .copy_from_slice(part.as_bytes());
+    }
+    room.fill(b' ');
+}
+
+impl<'a> Fields<'a> {
+    fn of(metadata: &'a Metadata) -> Self {
+        let mut kept = metadata.maker.len().min(128);
+        while !metadata.maker.is_char_boundary(kept) {
+            kept -= 1;
+        }
+        // Written out, a tiny one has 300 digits: for such the exponent's form, which is as exact and has 24 at most.
+        let loss = |loss: f64| {
+            Some(loss.to_string())
+                .filter(|digits| digits.len() <= 24)
+                .unwrap_or_else(|| format!("{loss:e}"))
+        };
+        let made = metadata.made.iter().take(MOST_LEVELS);
+        Self {
+            bytes_copied: metadata.bytes_copied.to_string().into(),
+            cover: metadata.cover.to_string().into(),
+            folded: metadata.folded.to_string().into(),
+            format: "lifl".into(),
+            generation: metadata.generation.0.to_string().into(),
+            loss: metadata.loss.map_or(Cow::default(), |value| loss(value).into()),
+            made: made.map(u64::to_string).collect::<Vec<_>>().join(" ").into(),
+            maker: metadata.maker[..kept].into(),
+            round: metadata.round.to_string().into(),
+            samples: metadata.samples.to_string().into(),
+        }
+    }
+
+    /// Of a header that may have other keys beside these.
+    fn among(all: &'a HashMap<String, String>) -> Self {
+        let text = |name: &str| Cow::from(all.get(name).map_or("", String::as_str));
+        Self {
+            bytes_copied: text("bytes_copied"),
+            cover: text("cover"),
+            folded: text("folded"),
+            format: text("format"),
+            generation: text("generation"),
+            loss: text("loss"),
+            made: text("made"),
+            maker: text("maker"),
+            round: text("round"),
+            samples: text("samples"),
+        }
+    }
+
+    fn read(self) -> Result<Metadata, ImageError> {
+        fn number<N: FromStr>(text: &str, name: &'static str) -> Result<N, ImageError> {
+            text.parse().map_err(|_| ImageError::Metadata(name))
+        }
+        let loss: Option<f64> = self.loss.parse().ok();
+        let made = self.made.split_terminator(' ').take(MOST_LEVELS + 1);
+        let made = made
+            .map(|time| number(time, "made"))
+            .collect::<Result<Vec<_>, _>>()?;
+        if made.len() > MOST_LEVELS {
+            return Err(ImageError::Metadata("made"));
+        }
+        Ok(Metadata {
+            round: number(&self.round, "round")?,
+            generation: Generation(number(&self.generation, "generation")?),
+            samples: number(&self.samples, "samples")?,
+            cover: number(&self.cover, "cover")?,
+            loss: loss.filter(|loss| loss.is_finite()),
+            folded: number(&self.folded, "folded")?,
+            bytes_copied: number(&self.bytes_copied, "bytes_copied")?,
+            made,
+            maker: self.maker.into_owned(),
+        })
+    }
 }
 
 /// Checks that `image` holds exactly the schema's tensors, laid out as the schema lays them out, and gives its
@@ -176,48 +259,26 @@ pub fn header(schema: &Schema, metadata: &Metadata) -> Vec<u8> {
 /// # Errors
 /// If it is not a safetensors image of this schema.
 pub fn check(image: &[u8], schema: &Schema) -> Result<(Metadata, usize), ImageError> {
-    let (header, offset) = read_header(image)?;
-    check_tensors(&header, schema)?;
+    let (text, offset) = copy_header(image)?;
     let found = image.len() - offset;
-    if found != schema.data_bytes() {
-        return Err(ImageError::DataLength {
-            found,
-            expected: schema.data_bytes(),
-        });
+    let expected = schema.data_bytes();
+    // A header of ours is known by its bytes: only what it says of itself is read.
+    let ours = text
+        .strip_prefix(BEFORE_FIELDS.as_bytes())
+        .and_then(|text| text.strip_suffix(schema.header().as_bytes()))
+        .and_then(|fields| serde_json::from_slice::<Fields<'_>>(fields).ok());
+    if let Some(fields) = ours
+        && found == expected
+    {
+        return Ok((fields.read()?, offset));
     }
-    let fields = header.metadata().as_ref();
-    let text = |name: &'static str| fields.and_then(|fields| fields.get(name));
-    let number = |name: &'static str| -> Result<u64, ImageError> {
-        text(name)
-            .and_then(|n| n.parse().ok())
-            .ok_or(ImageError::Metadata(name))
-    };
-    let metadata = Metadata {
-        maker: text("maker").cloned().unwrap_or_default(),
-        round: u32::try_from(number("round")?).map_err(|_| ImageError::Metadata("round"))?,
-        generation: Generation(number("generation")?),
-        samples: number("samples")?,
-        cover: match text("cover") {
-            None => Cover::default(),
-            Some(cover) => cover.parse().map_err(|_| ImageError::Metadata("cover"))?,
-        },
-        loss: text("loss")
-            .and_then(|loss| loss.parse().ok())
-            .filter(|loss: &f64| loss.is_finite()),
-        folded: number("folded")?,
-        bytes_copied: number("bytes_copied")?,
-        made: text("made").map_or(Ok(Vec::new()), |times| made(times))?,
-    };
-    Ok((metadata, offset))
-}
-
-fn made(times: &str) -> Result<Vec<u64>, ImageError> {
-    let times: Result<Vec<u64>, _> = times.split(' ').take(MOST_LEVELS + 1).map(str::parse).collect();
-    let times = times.map_err(|_| ImageError::Metadata("made"))?;
-    if times.len() > MOST_LEVELS {
-        return Err(ImageError::Metadata("made"));
+    let header = parse(&text)?;
+    check_tensors(&header, schema)?;
+    if found != expected {
+        return Err(ImageError::DataLength { found, expected });
     }
-    Ok(times)
+    let fields = header.metadata().as_ref().map(Fields::among).unwrap_or_default();
+    Ok((fields.read()?, offset))
 }
 
 /// The schema of an image of ours, for who has not been told the job's. Whoever reads data by it has the image
@@ -226,7 +287,8 @@ fn made(times: &str) -> Result<Vec<u64>, ImageError> {
 /// # Errors
 /// If it is not a safetensors image, or none that a job could have.
 pub fn schema(image: &[u8]) -> Result<Schema, ImageError> {
-    let (header, _) = read_header(image)?;
+    let (text, _) = copy_header(image)?;
+    let header = parse(&text)?;
     let tensors = header.tensors().into_iter().map(|(name, info)| {
         let dtype = DType::from_safetensors(info.dtype);
         let dtype = dtype.ok_or_else(|| ImageError::ElementType(name.clone()))?;
@@ -235,8 +297,8 @@ pub fn schema(image: &[u8]) -> Result<Schema, ImageError> {
     Ok(Schema::new(tensors.collect::<Result<_, ImageError>>()?)?)
 }
 
-/// Copies the header out and reads it; gives it with where the data begins.
-fn read_header(image: &[u8]) -> Result<(safetensors::tensor::Metadata, usize), ImageError> {
+/// Copies the header's JSON out, without the spaces behind it; gives it with where the data begins.
+fn copy_header(image: &[u8]) -> Result<(Vec<u8>, usize), ImageError> {
     let have = image.len();
     let length = image
         .first_chunk::<8>()
@@ -246,7 +308,7 @@ fn read_header(image: &[u8]) -> Result<(safetensors::tensor::Metadata, usize), I
         return Err(ImageError::HeaderTooLarge(length));
     }
     let offset = 8 + length as usize;
-    let header = image
+    let mut header = image
         .get(8..offset)
         .ok_or(ImageError::HeaderCut {
             have,
@@ -256,9 +318,23 @@ fn read_header(image: &[u8]) -> Result<(safetensors::tensor::Metadata, usize), I
     if !offset.is_multiple_of(DATA_ALIGN) {
         return Err(ImageError::Misaligned(offset));
     }
-    let header: safetensors::tensor::Metadata =
-        serde_json::from_slice(&header).map_err(ImageError::HeaderSyntax)?;
+    // As a rule most of it is room: by lines, and the rest by bytes.
+    let mut text = &header[..];
+    while let Some((before, line)) = text.split_last_chunk()
+        && *line == [b' '; DATA_ALIGN]
+    {
+        text = before;
+    }
+    while let [before @ .., b' '] = text {
+        text = before;
+    }
+    let length = text.len();
+    header.truncate(length);
     Ok((header, offset))
+}
+
+fn parse(header: &[u8]) -> Result<safetensors::tensor::Metadata, ImageError> {
+    serde_json::from_slice(header).map_err(ImageError::HeaderSyntax)
 }
 
 /// Copies the tensors of any safetensors file into a model: in whatever order they lie there, with or without our
@@ -328,26 +404,6 @@ fn check_tensors(header: &safetensors::tensor::Metadata, schema: &Schema) -> Res
     Ok(())
 }
 
-/// The tensors' part of the header as a JSON object.
-fn tensors_json(schema: &Schema) -> String {
-    let mut json = String::from("{");
-    for (tensor, range) in schema.iter() {
-        if json.len() > 1 {
-            json.push(',');
-        }
-        let info = safetensors::tensor::TensorInfo {
-            dtype: tensor.dtype.to_safetensors(),
-            shape: tensor.shape.clone(),
-            data_offsets: (range.start, range.end),
-        };
-        json.push_str(&serde_json::to_string(&tensor.name).expect("a string is JSON"));
-        json.push(':');
-        json.push_str(&serde_json::to_string(&info).expect("a tensor's place is JSON"));
-    }
-    json.push('}');
-    json
-}
-
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
@@ -392,6 +448,32 @@ mod tests {
         assert_eq!(offset % DATA_ALIGN, 0);
         let theirs = safetensors::SafeTensors::deserialize(&image).expect("safetensors reads it");
         assert_eq!(theirs.tensor("dense.weight").expect("there").shape(), [3, 2]);
+    }
+
+    #[test]
+    fn a_header_in_another_order_and_with_more_in_it_says_the_same() {
+        let schema = schema();
+        let image = image(&schema);
+        let (json, offset) = copy_header(&image).expect("a header");
+        let mut header: serde_json::Map<String, serde_json::Value> =
+            serde_json::from_slice(&json).expect("JSON");
+        header["__metadata__"]["colour"] = "blue".into();
+        let header = header.into_iter().rev();
+        let header: Vec<String> = header.map(|(key, value)| format!("{key:?} : {value}")).collect();
+        let header = format!("{{ {} }}\t", header.join(" , "));
+        let mut other = image.clone();
+        other[8..offset].fill(b' ');
+        other[8..][..header.len()].copy_from_slice(header.as_bytes());
+        assert_eq!(check(&other, &schema).expect("an image"), (metadata(), offset));
+        // What is not JSON stays so, whatever stands around it.
+        for (at, byte) in [(8, b'['), (offset - 1, b'}'), (offset - 1, 0xc)] {
+            let mut spoilt = image.clone();
+            spoilt[at] = byte;
+            assert!(
+                matches!(check(&spoilt, &schema), Err(ImageError::HeaderSyntax(_))),
+                "{byte} at {at}"
+            );
+        }
     }
 
     #[test]

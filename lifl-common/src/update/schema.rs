@@ -158,6 +158,7 @@ pub enum SchemaError {
 pub struct Schema {
     tensors: Vec<TensorSpec>,
     ranges: Vec<Range<usize>>,
+    header: String,
 }
 
 impl Schema {
@@ -194,7 +195,17 @@ impl Schema {
             ranges.push(end..next);
             end = next;
         }
-        Ok(Self { tensors, ranges })
+        let header = header(&tensors, &ranges);
+        Ok(Self {
+            tensors,
+            ranges,
+            header,
+        })
+    }
+
+    /// What the header of an [image](super::image) has behind the metadata, to the end of its JSON.
+    pub(super) fn header(&self) -> &str {
+        &self.header
     }
 
     /// The tensors with their byte ranges in the data.
@@ -254,6 +265,23 @@ impl Schema {
         }
         regions
     }
+}
+
+fn header(tensors: &[TensorSpec], ranges: &[Range<usize>]) -> String {
+    let mut json = String::new();
+    for (tensor, range) in tensors.iter().zip(ranges) {
+        let info = safetensors::tensor::TensorInfo {
+            dtype: tensor.dtype.to_safetensors(),
+            shape: tensor.shape.clone(),
+            data_offsets: (range.start, range.end),
+        };
+        json.push(',');
+        json.push_str(&serde_json::to_string(&tensor.name).expect("a string is JSON"));
+        json.push(':');
+        json.push_str(&serde_json::to_string(&info).expect("a tensor's place is JSON"));
+    }
+    json.push('}');
+    json
 }
 
 impl TryFrom<Vec<TensorSpec>> for Schema {

@@ -43,9 +43,12 @@ enum Answer {
     /// Nothing has come.
     Waiting,
     /// An update has come.
-    Given(Given),
-    /// It is in the aggregate.
-    Folded(Given),
+    Taken {
+        /// The update.
+        given: Box<Given>,
+        /// Whether it is in the aggregate.
+        folded: bool,
+    },
     /// Nothing will come.
     Gone,
 }
@@ -108,12 +111,15 @@ impl Children {
     /// # Errors
     /// If somebody's work that is in it has been taken already.
     pub(super) fn give(&mut self, mut given: Given) -> Result<(), Refusal> {
-        if !self.cover().is_disjoint(&given.metadata.cover) {
+        let theirs = &given.metadata.cover;
+        if !self.taken().all(|taken| taken.metadata.cover.is_disjoint(theirs)) {
             return Err(Refusal::BadCover);
         }
         given.arrival = self.arrivals;
         self.arrivals += 1;
-        self.waiting(given.frame.from, Answer::Given(given));
+        let from = given.frame.from;
+        let given = Box::new(given);
+        self.waiting(from, Answer::Taken { given, folded: false });
         Ok(())
     }
 
@@ -152,7 +158,7 @@ impl Children {
         *child = new;
         match answer {
             Answer::Waiting => Found::Waiting,
-            Answer::Given(given) | Answer::Folded(given) => {
+            Answer::Taken { given, .. } => {
                 given.frame.from = new;
                 Found::Taken(given.frame, given.metadata.cover.clone())
             }
@@ -169,17 +175,13 @@ impl Children {
     }
 
     /// What has come and is not in the aggregate yet, in folding order.
-    pub(super) fn unfolded(&self) -> Vec<Given> {
-        let given = self.answers.iter().filter_map(|(_, answer)| match answer {
-            Answer::Given(given) => Some(given.clone()),
-            _ => None,
-        });
-        given.collect()
+    pub(super) fn unfolded(&self) -> impl Iterator<Item = &Given> {
+        self.given(false)
     }
 
     /// Of what has come and is not in the aggregate yet, so many that came first, in folding order.
-    pub(super) fn first_unfolded(&self, most: usize) -> Vec<Given> {
-        let mut given = self.unfolded();
+    pub(super) fn first_unfolded(&self, most: usize) -> Vec<&Given> {
+        let mut given: Vec<&Given> = self.unfolded().collect();
         if given.len() > most {
             let mut arrivals: Vec<u64> = given.iter().map(|given| given.arrival).collect();
             arrivals.sort_unstable();
@@ -189,16 +191,11 @@ impl Children {
         given
     }
 
-    /// These, which [came first](Self::first_unfolded), are in the aggregate now.
-    pub(super) fn mark_folded(&mut self, these: &[Given]) {
-        let Some(last) = these.iter().map(|given| given.arrival).max() else {
-            return;
-        };
+    /// What came until this arrival is in the aggregate now.
+    pub(super) fn mark_folded(&mut self, last: u64) {
         for (_, answer) in &mut self.answers {
-            if let Answer::Given(given) = answer
-                && given.arrival <= last
-            {
-                *answer = Answer::Folded(given.clone());
+            if let Answer::Taken { given, folded } = answer {
+                *folded |= given.arrival <= last;
             }
         }
     }
@@ -206,16 +203,20 @@ impl Children {
     /// The aggregate has to be made again.
     pub(super) fn mark_unfolded(&mut self) {
         for (_, answer) in &mut self.answers {
-            if let Answer::Folded(given) = answer {
-                *answer = Answer::Given(given.clone());
+            if let Answer::Taken { folded, .. } = answer {
+                *folded = false;
             }
         }
     }
 
     /// What the aggregate contains.
     pub(super) fn folded(&self) -> impl Iterator<Item = &Given> {
-        self.answers.iter().filter_map(|(_, answer)| match answer {
-            Answer::Folded(given) => Some(given),
+        self.given(true)
+    }
+
+    fn given(&self, in_aggregate: bool) -> impl Iterator<Item = &Given> {
+        self.answers.iter().filter_map(move |(_, answer)| match answer {
+            Answer::Taken { given, folded } if *folded == in_aggregate => Some(&**given),
             _ => None,
         })
     }
@@ -223,17 +224,8 @@ impl Children {
     /// Every update that is still lent to this aggregator.
     pub(super) fn taken(&self) -> impl Iterator<Item = &Given> {
         self.answers.iter().filter_map(|(_, answer)| match answer {
-            Answer::Given(given) | Answer::Folded(given) => Some(given),
+            Answer::Taken { given, .. } => Some(&**given),
             Answer::Waiting | Answer::Gone => None,
         })
-    }
-
-    /// Whose work has been taken.
-    fn cover(&self) -> Cover {
-        let mut cover = Cover::default();
-        for given in self.taken() {
-            cover.add(&given.metadata.cover);
-        }
-        cover
     }
 }

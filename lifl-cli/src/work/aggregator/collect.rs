@@ -123,41 +123,43 @@ impl Collecting {
         let mut refused = Vec::new();
         let offset = image::data_offset(&shared.schema);
         loop {
-            let wanted = self.goal.saturating_sub(self.children.folded().count());
-            let given = self.children.first_unfolded(wanted);
-            let enough = given.len() >= wanted || self.children.answered();
             let folded = self.children.folded().count();
-            let now = now(shared.job.timing, folded, given.len(), enough);
+            let wanted = self.goal.saturating_sub(folded);
+            let there = self.children.unfolded().count();
+            let enough = there >= wanted || self.children.answered();
+            let now = now(shared.job.timing, folded, there.min(wanted), enough);
             if now == Now::Wait {
                 return Ok(refused);
             }
-            let inputs = given
-                .iter()
-                .map(|given| input(given, &shared.schema))
-                .collect::<Result<Vec<_>, _>>()?;
+            let given = self.children.first_unfolded(wanted);
+            let last = given.iter().map(|given| given.arrival).max().unwrap_or(0);
+            let inputs = given.iter().map(|given| input(given, &shared.schema));
+            let inputs = inputs.collect::<Result<Vec<_>, _>>()?;
             let out = &mut self.slot.bytes_mut()[offset..][..shared.schema.data_bytes()];
-            let folded = match now {
+            let done = match now {
                 Now::Finish => accumulator.finish(out, &inputs).map(|_| ()),
                 _ => accumulator.fold(out, &inputs),
             };
-            match folded {
+            match done {
                 Ok(()) => {
-                    self.children.mark_folded(&given);
+                    self.children.mark_folded(last);
                     return Ok(refused);
                 }
                 Err(FoldError::NotFinite { inputs }) if !inputs.is_empty() => {
-                    for culprit in inputs.into_iter().filter_map(|index| given.get(index)) {
-                        self.children.refuse(culprit.frame.from);
-                        refused.push((culprit.frame, Refusal::NotFinite));
+                    let culprits = inputs.into_iter().filter_map(|index| given.get(index));
+                    let culprits: Vec<Frame> = culprits.map(|given| given.frame).collect();
+                    for culprit in culprits {
+                        self.children.refuse(culprit.from);
+                        refused.push((culprit, Refusal::NotFinite));
                     }
                     accumulator.reset();
                     // All others are still lent: the aggregate is made again without the culprits.
                     self.children.mark_unfolded();
                 }
                 Err(FoldError::TooManySamples { input, .. }) if input < given.len() => {
-                    let culprit = &given[input];
-                    self.children.refuse(culprit.frame.from);
-                    refused.push((culprit.frame, Refusal::BadSamples));
+                    let culprit = given[input].frame;
+                    self.children.refuse(culprit.from);
+                    refused.push((culprit, Refusal::BadSamples));
                 }
                 Err(error) => return Err(error.into()),
             }
