@@ -338,6 +338,7 @@ impl<G: Ground> Aggregator<G> {
         let listed = std::mem::take(&mut self.round.listed);
         self.round.parent = parent;
         if matches!(self.round.stage, Stage::Silent) {
+            self.tell_held();
             self.round.places = listed;
             self.round.stage = Stage::Announced;
             return Ok(());
@@ -518,7 +519,7 @@ impl<G: Ground> Aggregator<G> {
     /// A child's update of a round whose aggregate is above.
     async fn answer_to_sent(&mut self, at: usize, frame: Frame) {
         let sent = &self.sent[at];
-        let verdict = sent.verdict;
+        let verdict = sent.told();
         if sent
             .children
             .iter()
@@ -590,20 +591,22 @@ impl<G: Ground> Aggregator<G> {
             own: Some((up, metadata)),
             children,
             verdict: None,
+            held: false,
         };
         if self.at_top() {
             // What the top has made is accepted: nobody is above it. The coordinator hears of the new model before
             // anybody's update is given back, so that a top which dies in between has either decided or not.
-            let verdict = (FrameKind::Release, 0);
-            sent.verdict = Some(verdict);
-            let updates: Vec<Frame> = sent.children.iter().map(|(update, _)| *update).collect();
+            sent.verdict = Some((FrameKind::Release, 0));
+            sent.held = true;
             if let (Some(server), Some((_, metadata))) = (&mut self.server, &sent.own) {
                 server.publish(&mut self.ground, metadata);
             }
             self.sent.push(sent);
             self.current = Some(self.own(key));
             self.lend_model(up)?;
-            self.give_back(&updates, verdict);
+            if number == self.shared.job.rounds {
+                self.tell_held();
+            }
             return Ok(());
         }
         self.sent.push(sent);

@@ -51,11 +51,15 @@ pub(super) struct Learned {
     learner: Box<dyn Learner>,
     slot: WritableSlot,
     trained: Trained,
+    begun: Instant,
     took: Duration,
 }
 
 /// What lasts no longer is not worth waking a thread for.
 const BRIEF: Duration = Duration::from_millis(1);
+
+/// The log tells of training no oftener; of every round with `RUST_LOG=debug`.
+const TELL_EVERY: Duration = Duration::from_secs(1);
 
 pub(super) struct Trainer<G> {
     pub(super) ground: G,
@@ -74,6 +78,8 @@ pub(super) struct Trainer<G> {
     trained: u32,
     /// Whether that was [brief](BRIEF).
     brief: bool,
+    /// When the training began that the log told of last.
+    told: Option<Instant>,
 }
 
 /// Plays the role until the job ends.
@@ -137,6 +143,7 @@ impl<G: Ground> Trainer<G> {
             update: None,
             trained: 0,
             brief: false,
+            told: None,
         }
     }
 
@@ -319,6 +326,7 @@ impl<G: Ground> Trainer<G> {
             learner,
             slot,
             trained,
+            begun,
             took,
         } = learned;
         self.learner = Some(learner);
@@ -326,12 +334,16 @@ impl<G: Ground> Trainer<G> {
         let model = self.training.take().context("nothing was to be learnt")?;
         self.trained = model.round;
         self.release(&model);
-        tracing::info!(
-            round = model.round,
-            samples = trained.samples,
-            loss = trained.loss,
-            "trained"
-        );
+        let (round, samples, loss) = (model.round, trained.samples, trained.loss);
+        if self
+            .told
+            .is_none_or(|told| begun.duration_since(told) >= TELL_EVERY)
+        {
+            self.told = Some(begun);
+            tracing::info!(round, samples, loss, "trained");
+        } else {
+            tracing::debug!(round, samples, loss, "trained");
+        }
         let key = self.ground.arena().publish(slot);
         let (round, parent) = self.begun;
         let update = Frame {
@@ -401,6 +413,7 @@ pub(super) fn learn_one(shared: &Shared, lesson: Lesson) -> anyhow::Result<Learn
         learner,
         slot,
         trained,
+        begun,
         took: begun.elapsed(),
     })
 }

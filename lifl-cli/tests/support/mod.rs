@@ -18,7 +18,8 @@ pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
 /// The program under test.
 pub(crate) fn lifl() -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_lifl"));
-    command.env_remove("RUST_LOG");
+    // As it is unless told, but for the workers, whose logs then have every round.
+    command.env("RUST_LOG", "warn,lifl_verdict=error,lifl_cli::work=debug");
     command
 }
 

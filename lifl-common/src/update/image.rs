@@ -253,8 +253,8 @@ impl<'a> Fields<'a> {
 /// Checks that `image` holds exactly the schema's tensors, laid out as the schema lays them out, and gives its
 /// metadata and where its data begins.
 ///
-/// The image may lie in memory that another process writes: the header is copied out before it is looked at, and
-/// nothing read later depends on a value that is still out there.
+/// The image may lie in memory that another process writes: what is read of the header is a copy, and nothing read later
+/// depends on a value that is still out there.
 ///
 /// # Errors
 /// If it is not a safetensors image of this schema.
@@ -308,29 +308,21 @@ fn copy_header(image: &[u8]) -> Result<(Vec<u8>, usize), ImageError> {
         return Err(ImageError::HeaderTooLarge(length));
     }
     let offset = 8 + length as usize;
-    let mut header = image
-        .get(8..offset)
-        .ok_or(ImageError::HeaderCut {
-            have,
-            need: offset as u64,
-        })?
-        .to_vec();
+    let need = offset as u64;
+    let mut header = image.get(8..offset).ok_or(ImageError::HeaderCut { have, need })?;
     if !offset.is_multiple_of(DATA_ALIGN) {
         return Err(ImageError::Misaligned(offset));
     }
     // As a rule most of it is room: by lines, and the rest by bytes.
-    let mut text = &header[..];
-    while let Some((before, line)) = text.split_last_chunk()
+    while let Some((before, line)) = header.split_last_chunk()
         && *line == [b' '; DATA_ALIGN]
     {
-        text = before;
+        header = before;
     }
-    while let [before @ .., b' '] = text {
-        text = before;
+    while let [before @ .., b' '] = header {
+        header = before;
     }
-    let length = text.len();
-    header.truncate(length);
-    Ok((header, offset))
+    Ok((header.to_vec(), offset))
 }
 
 fn parse(header: &[u8]) -> Result<safetensors::tensor::Metadata, ImageError> {

@@ -10,6 +10,9 @@
 //!        └────────────────── the successor has to collect it anew ◀─────────────────────────────┘
 //! ```
 //!
+//! What the top makes is settled at once. Its children hear that with the next round's model, in the same moment, so that
+//! each worker below is woken once a round for both; after the last round they hear it without.
+//!
 //! *Inherited* is an aggregate that a predecessor of this worker made and the parent has ([`FrameKind::Taken`]): this worker
 //! collects its children's updates only to pass the verdict on.
 
@@ -39,6 +42,15 @@ pub(super) struct Sent {
     /// The updates in it, each from who is to hear the verdict, and whose work is in that.
     pub(super) children: Vec<(Frame, Cover)>,
     pub(super) verdict: Option<Verdict>,
+    /// Whether the verdict is still to be passed on when the next round [begins](Aggregator::tell_held).
+    pub(super) held: bool,
+}
+
+impl Sent {
+    /// The verdict, where children have heard it.
+    pub(super) fn told(&self) -> Option<Verdict> {
+        self.verdict.filter(|_| !self.held)
+    }
 }
 
 impl<G: Ground> Aggregator<G> {
@@ -86,7 +98,19 @@ impl<G: Ground> Aggregator<G> {
     fn forget_old(&mut self) {
         let number = self.round.number;
         self.sent
-            .retain(|sent| sent.verdict.is_none() || sent.round + 1 >= number);
+            .retain(|sent| sent.told().is_none() || sent.round + 1 >= number);
+    }
+
+    /// Passes on what was held back for the next round.
+    pub(super) fn tell_held(&mut self) {
+        let mut untold = Vec::new();
+        for sent in self.sent.iter_mut().filter(|sent| sent.held) {
+            sent.held = false;
+            untold.extend(sent.verdict.map(|verdict| (frames(&sent.children), verdict)));
+        }
+        for (updates, verdict) in untold {
+            self.give_back(&updates, verdict);
+        }
     }
 
     pub(super) fn give_back(&mut self, updates: &[Frame], (kind, refusal): Verdict) {
@@ -146,10 +170,11 @@ impl<G: Ground> Aggregator<G> {
         let number = self.round.number;
         let mut found = None;
         if let Some(sent) = self.sent.iter_mut().find(|sent| sent.round == number)
+            && let verdict = sent.told()
             && let Some((update, cover)) = sent.children.iter_mut().find(|(update, _)| update.from == old)
         {
             update.from = new;
-            found = Some((*update, cover.clone(), sent.verdict));
+            found = Some((*update, cover.clone(), verdict));
         }
         match found {
             None => self.post_taken(new, Key::NONE, &Cover::default()),
@@ -218,6 +243,7 @@ impl<G: Ground> Aggregator<G> {
             own: None,
             children: Vec::new(),
             verdict,
+            held: false,
         });
         for early in std::mem::take(&mut self.round.early) {
             self.answer(early).await?;

@@ -440,20 +440,18 @@ fn floats(bytes: &[u8]) -> Vec<f32> {
 }
 
 /// Runs a job of `rounds` rounds in which `deaths` workers die, and an undisturbed round more.
-async fn live(job: JobSpec, seed: u64, deaths: u32, rounds: u32) {
+async fn live(mut job: JobSpec, seed: u64, deaths: u32, rounds: u32) {
+    let last = rounds + 1;
+    job.rounds = last;
     let workers = job.workers.clone();
     let mut roster = Roster::new(COORDINATOR, &workers);
     let mut world = World::new(job, seed).await;
     let mut tops: Vec<(WorkerId, Arc<PeerArena>)> = Vec::new();
     let mut running = false;
     let mut steps = 0;
-    while world.round <= rounds {
+    loop {
         steps += 1;
-        assert!(
-            steps < 20_000 * (rounds + 1),
-            "round {} does not end",
-            world.round + 1
-        );
+        assert!(steps < 20_000 * last, "round {} does not end", world.round + 1);
         if let Some(frame) = world.decision() {
             let (_, arena) = tops.iter().find(|(id, _)| *id == frame.from).expect("a top");
             world.check(&frame, &Arc::clone(arena));
@@ -465,6 +463,9 @@ async fn live(job: JobSpec, seed: u64, deaths: u32, rounds: u32) {
             };
             world.send(vec![back]);
             running = false;
+            if world.round == last {
+                break;
+            }
         }
         let aggregators = roster.awaited(|spec| spec.kind != Kind::Trainer);
         let trainers = roster.awaited(|spec| spec.kind == Kind::Trainer);
