@@ -156,6 +156,17 @@ fn workers_and_starts_are_counted() {
         .map(|case| &case["workers"])
         .collect();
     assert_eq!(workers, [5, 9]);
+    for result in results
+        .iter()
+        .filter(|result| result["case"].get("trainers").is_some())
+    {
+        for name in ["per_worker_seconds", "bare_per_worker_seconds"] {
+            assert!(
+                result[name].as_f64().is_some_and(|seconds| seconds > 0.0),
+                "{name}"
+            );
+        }
+    }
     for start in ["job", "worker"] {
         assert!(cases.iter().any(|case| case["start"] == start), "{start}");
     }

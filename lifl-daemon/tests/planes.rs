@@ -2,6 +2,7 @@
 //!
 //! Every test makes its own plane, so they run side by side.
 
+use std::collections::HashMap;
 use std::fs::File;
 use std::io::Write;
 use std::net::{Ipv4Addr, TcpListener, TcpStream, UdpSocket};
@@ -188,6 +189,51 @@ on_both_planes! {
             async { for n in (1..10_000).step_by(2) { expect(&mut three, frame(1, 3, n)).await } },
         );
         sent.expect("sent");
+    }
+
+    /// The kernel hands over what stands together and goes to one worker together; who may send what is no less looked at.
+    async fn frames_that_go_together_are_judged_one_by_one(node: Node) {
+        let (mut one, mut two, closed) = (node.worker(1, 1), node.worker(2, 1), node.worker(3, 1));
+        drop(closed);
+        let mut sent = Vec::new();
+        for length in 1..=50 {
+            for at in 0..length {
+                let forged = at > 0 && at == length / 2;
+                let from = if forged { 2 } else { 1 };
+                sent.push(Frame { kind: FrameKind::Update as u16, length: 10, ..frame(from, 2, length * 100 + at) });
+            }
+            sent.extend((0..length % 4).map(|at| frame(1, 3, length * 100 + at)));
+        }
+        let good = |frame: &&Frame| (frame.from.0, frame.to.0) == (1, 2);
+        let mut dead: HashMap<(u32, u32), Frame> = sent
+            .iter()
+            .filter(|frame| !good(frame))
+            .map(|frame| {
+                let refusal = if frame.to.0 == 3 { Refusal::WorkerGone } else { Refusal::ForgedSource };
+                ((frame.to.0, frame.round), Frame { refusal: refusal as u16, stamp: WorkerId(1), ..*frame })
+            })
+            .collect();
+        let refused = dead.len() as u64;
+        let (send, (), ()) = tokio::join!(
+            within(one.send(&sent)),
+            async { for frame in sent.iter().filter(good) { expect(&mut two, *frame).await } },
+            async {
+                while !dead.is_empty() {
+                    let letter = within(node.dead_letters.recv()).await.expect("the plane runs");
+                    assert_eq!(dead.remove(&(letter.to.0, letter.round)), Some(letter));
+                }
+            },
+        );
+        send.expect("sent");
+        let taken = sent.iter().filter(good).count() as u64;
+        let counters = node.counters(1);
+        let expected = Counters {
+            frames: taken,
+            referenced_bytes: 10 * taken,
+            refused,
+            last_ns: counters.last_ns,
+        };
+        assert_eq!(counters, expected);
     }
 
     async fn a_frame_may_come_in_pieces(node: Node) {

@@ -1,6 +1,6 @@
 //! Hands each frame from the socket that it was sent on to the destination's socket, inside the kernel.
 //!
-//! Runs on every `sendmsg` of a worker's socket, once per frame:
+//! Runs on every `sendmsg` of a worker's socket, once for each run of frames to one destination:
 //!
 //! ```text
 //!            fewer than 64 bytes            64 bytes or more
@@ -57,6 +57,10 @@ static STATE: Array<State> = Array::with_max_entries(1, 0);
 /// [`Frame::BYTES`] as the helpers take it.
 const FRAME: u32 = Frame::BYTES as u32;
 
+/// Frames that go together at most. The kernel does the same work for a run as for a frame: by so many it is small beside the
+/// frames' own.
+const LONGEST_RUN: usize = 16;
+
 /// The program; its name is [`kernel::PROGRAM`].
 #[sk_msg]
 pub(crate) fn lifl_verdict(ctx: SkMsgContext) -> u32 {
@@ -74,8 +78,6 @@ pub(crate) fn lifl_verdict(ctx: SkMsgContext) -> u32 {
             return sk_action::SK_DROP;
         }
     }
-    // SAFETY: as above. The verdict is for the first frame alone; the kernel asks again for the next.
-    unsafe { bpf_msg_apply_bytes(msg, FRAME) };
     let mut data = ctx.data();
     if data + Frame::BYTES > ctx.data_end() {
         // It lies across two pages, or in memory that is not the message's own: this makes it one writable piece.
@@ -96,9 +98,13 @@ pub(crate) fn lifl_verdict(ctx: SkMsgContext) -> u32 {
 
     let refusal = match kernel::verdict(&frame, sender, member) {
         Ok(()) => {
+            // SAFETY: the 64 bytes from `data` were compared with `data_end`, and `frame` was read from there.
+            let run = unsafe { run(data, ctx.data_end(), &frame) };
+            // SAFETY: as above. The verdict is for these alone; the kernel asks again for what follows.
+            unsafe { bpf_msg_apply_bytes(msg, run.frames * FRAME) };
             if redirect(&ctx, frame.to) == sk_action::SK_PASS {
                 if let Some(sender) = sender {
-                    count_taken(sender.worker, &frame);
+                    count_taken(sender.worker, &run);
                 }
                 return sk_action::SK_PASS;
             }
@@ -106,6 +112,9 @@ pub(crate) fn lifl_verdict(ctx: SkMsgContext) -> u32 {
         }
         Err(refusal) => refusal,
     };
+    // Dead letters one by one, each with its reason.
+    // SAFETY: as above.
+    unsafe { bpf_msg_apply_bytes(msg, FRAME) };
     let stamp = sender.map_or(WorkerId::NONE, |sender| sender.worker);
     // SAFETY: the 64 bytes from `data` were compared with `data_end`, and nothing since moves the message's data.
     unsafe { mark(data, refusal, stamp) };
@@ -158,6 +167,46 @@ unsafe fn head(data: usize) -> Frame {
     }
 }
 
+/// Frames that stand one behind the other and go from one worker to one other.
+struct Run {
+    frames: u32,
+    referenced_bytes: u64,
+}
+
+/// The run that begins with `first`, as far as it lies in one piece.
+///
+/// # Safety
+/// As for [`head`], up to `end`.
+#[inline(always)]
+unsafe fn run(data: usize, end: usize, first: &Frame) -> Run {
+    let mut run = Run {
+        frames: 1,
+        referenced_bytes: lent(first),
+    };
+    let mut next = data;
+    for _ in 1..LONGEST_RUN {
+        next += Frame::BYTES;
+        if next + Frame::BYTES > end {
+            break;
+        }
+        // SAFETY: the 64 bytes from `next` were just compared with the end.
+        let frame = unsafe { head(next) };
+        if (frame.to.0, frame.from.0) != (first.to.0, first.from.0) {
+            break;
+        }
+        run.frames += 1;
+        run.referenced_bytes = run.referenced_bytes.wrapping_add(lent(&frame));
+    }
+    run
+}
+
+/// Bytes of the object that a frame lends, if it lends one.
+#[inline(always)]
+fn lent(frame: &Frame) -> u64 {
+    let lends = frame.kind == FrameKind::Model as u16 || frame.kind == FrameKind::Update as u16;
+    if lends { frame.length } else { 0 }
+}
+
 /// Makes the frame a dead letter.
 ///
 /// # Safety
@@ -179,16 +228,15 @@ fn redirect(ctx: &SkMsgContext, to: WorkerId) -> u32 {
 }
 
 #[inline(always)]
-fn count_taken(worker: WorkerId, frame: &Frame) {
-    let lends = frame.kind == FrameKind::Model as u16 || frame.kind == FrameKind::Update as u16;
+fn count_taken(worker: WorkerId, run: &Run) {
     let Some(counters) = COUNTERS.get_ptr_mut(worker.0) else {
         return;
     };
     // SAFETY: the map's values are 8-aligned `Counters` and live as long as this call.
     unsafe {
-        add(&raw mut (*counters).frames, 1);
-        if lends {
-            add(&raw mut (*counters).referenced_bytes, frame.length);
+        add(&raw mut (*counters).frames, run.frames.into());
+        if run.referenced_bytes != 0 {
+            add(&raw mut (*counters).referenced_bytes, run.referenced_bytes);
         }
         ptr::write_volatile(&raw mut (*counters).last_ns, bpf_ktime_get_ns());
     }

@@ -1,5 +1,6 @@
 //! The other process of a hand-over: it takes what comes, and says when it had it.
 
+use std::fs::File;
 use std::io::{self, Read, Write};
 use std::mem::size_of;
 use std::net::TcpStream;
@@ -178,7 +179,7 @@ async fn stream(socket: &Path, job: JobId, name: &str, frames: u32) -> anyhow::R
 /// The minimal loop: a blocking read and a write, nothing between.
 fn bare() -> anyhow::Result<()> {
     let socket: OwnedFd = io::stdin().as_fd().try_clone_to_owned()?;
-    let mut socket = TcpStream::from(socket);
+    let mut socket = File::from(socket);
     let mut message = [0; Frame::BYTES];
     while read_whole(&mut socket, &mut message)? {
         let back = Frame {

@@ -4,16 +4,23 @@
 //! `per_worker_seconds` and `cpu_per_worker_seconds` are wall and CPU time of a round, divided by all workers. `start_seconds` is
 //! from the command to all workers' being ready.
 //!
+//! `bare_per_worker_seconds` is the least that as many processes cost on this machine: each, asleep in `read`, is woken by as
+//! many bytes as a frame has, and answers. How that grows with their number is what none of ours can be spared.
+//!
 //! The starts: `daemon` until it answers, `worker` until it has said that it can begin, `job` from the command to the first round's
 //! begin. `idle` is what a daemon and its workers use in a second in which there is nothing to do.
 
+use std::io::Write;
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::process::Stdio;
 use std::time::{Duration, Instant};
 
-use anyhow::Context;
+use anyhow::{Context, ensure};
 use lifl_common::client::{Client, Registration};
 use lifl_common::control::paths;
+use lifl_common::frame::Frame;
 use lifl_common::update::DType;
 use lifl_daemon::plane::Request;
 use lifl_daemon::pool::HugePages;
@@ -22,7 +29,7 @@ use tokio::runtime::Builder;
 
 use super::report::{Measured, Reporter, Seconds};
 use super::round::{Job, tree};
-use super::{Actor, ScaleArgs, Scene, machine};
+use super::{Actor, ScaleArgs, Scene, echo, machine};
 use crate::coordinate::node::{DaemonChoice, Node, NodeOptions};
 
 /// How often a start is measured.
@@ -41,18 +48,21 @@ pub(super) fn run(args: &ScaleArgs, scene: &Scene, reporter: &mut Reporter) -> a
         let leaves = trainers.div_ceil(args.fan_out);
         let tree = [1, leaves, trainers];
         let job = Job::write(scene, &tree, args.parameters, DType::F32, "lazy", args.rounds)?;
-        let workers = f64::from(tree.iter().sum::<u32>());
+        let processes: u32 = tree.iter().sum();
+        let workers = f64::from(processes);
+        let bare = bare(processes, args.rounds, scene)?;
         let ran = job.run(scene, args.plane, args.rounds)?;
         let seconds = Seconds::of(ran.rounds.clone());
         let mut more = Map::new();
         let mut add = |name: &str, value: Option<f64>| more.insert(name.to_owned(), value.into());
         add("per_worker_seconds", Some(seconds.median / workers));
         add("cpu_per_worker_seconds", ran.cpu_seconds.map(|cpu| cpu / workers));
+        add("bare_per_worker_seconds", Some(bare.median / workers));
         add("first_seconds", Some(ran.first_round));
         add("start_seconds", Some(ran.start));
         reporter.result(Measured {
             bench: "scale",
-            case: json!({ "workers": workers as u64, "trainers": trainers, "plane": ran.plane }),
+            case: json!({ "workers": processes, "trainers": trainers, "plane": ran.plane }),
             seconds,
             bytes_moved: 0,
             share_of_read: None,
@@ -62,6 +72,37 @@ pub(super) fn run(args: &ScaleArgs, scene: &Scene, reporter: &mut Reporter) -> a
         });
     }
     Ok(())
+}
+
+/// So many processes, all woken and all heard again, so often.
+fn bare(processes: u32, rounds: u32, scene: &Scene) -> anyhow::Result<Seconds> {
+    let mut sockets = Vec::new();
+    let mut children = Vec::new();
+    for _ in 0..processes {
+        let (near, far) =
+            UnixStream::pair().context("no socket for a process: `ulimit -n` may be too low")?;
+        let mut command = scene.lifl(&["echo", "bare"])?;
+        command.stdin(OwnedFd::from(far)).stdout(Stdio::null());
+        children.push(scene.spawn(&mut command)?);
+        sockets.push(near);
+    }
+    let mut message = [0; Frame::BYTES];
+    let mut seconds = Vec::new();
+    // In the first, each comes to its first read.
+    for _ in 0..=rounds {
+        scene.check()?;
+        let begun = Instant::now();
+        for socket in &mut sockets {
+            socket.write_all(&message)?;
+        }
+        for socket in &mut sockets {
+            ensure!(echo::read_whole(socket, &mut message)?, "a process is gone");
+        }
+        seconds.push(begun.elapsed().as_secs_f64());
+    }
+    drop(sockets);
+    children.into_iter().try_for_each(Actor::wait)?;
+    Ok(Seconds::of(seconds.split_off(1)))
 }
 
 fn starts(args: &ScaleArgs, scene: &Scene, reporter: &mut Reporter) -> anyhow::Result<()> {

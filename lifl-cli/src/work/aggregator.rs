@@ -604,7 +604,7 @@ impl<G: Ground> Aggregator<G> {
             self.sent.push(sent);
             self.current = Some(self.own(key));
             self.lend_model(up)?;
-            if number == self.shared.job.rounds {
+            if number >= self.shared.job.rounds {
                 self.tell_held();
             }
             return Ok(());
