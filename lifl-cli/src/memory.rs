@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 
-use lifl_common::arena::Layout;
+use lifl_common::arena::{Layout, memfd};
 use lifl_common::config::{Group, JobSpec, Kind, ModelSpec, Transport, WorkerSpec};
 use lifl_common::session::proxy_name;
 use lifl_common::update::{Schema, image};
@@ -148,7 +148,7 @@ pub struct Plan {
     pub parameters: u64,
     /// Bytes of a model or an update in its slot.
     pub object_bytes: u64,
-    /// Bytes of the pages that were reckoned with.
+    /// Bytes of the largest pages that were reckoned with.
     pub page_bytes: u64,
     /// The workers.
     pub workers: Vec<Share>,
@@ -169,15 +169,16 @@ impl Plan {
             .into_iter()
             .map(|(data, trainers)| (data.dataset, trainers))
             .collect();
+        let bytes = |layout: Layout| layout.memfd_bytes(huge_pages && layout.suits_huge_pages());
         let share = |name, slots, state: Option<Layout>, private_bytes| {
             let layout = Layout::for_objects(slots, object_bytes);
-            let arena_bytes = layout.and_then(|layout| layout.memfd_bytes(huge_pages));
+            let arena_bytes = layout.and_then(bytes);
             let arena_bytes = if slots == 0 {
                 0
             } else {
                 arena_bytes.unwrap_or(u64::MAX)
             };
-            let state_bytes = state.map(|layout| layout.memfd_bytes(huge_pages).unwrap_or(u64::MAX));
+            let state_bytes = state.map(|layout| bytes(layout).unwrap_or(u64::MAX));
             Share {
                 name,
                 slots,
@@ -202,6 +203,9 @@ impl Plan {
         let proxies = remote.map(|worker| share(proxy_name(&worker.name), PROXY_SLOTS, None, 0));
         let workers: Vec<Share> = own.chain(proxies).collect();
         let sum = |of: fn(&Share) -> u64| workers.iter().map(of).fold(0, u64::saturating_add);
+        let mut sizes = workers
+            .iter()
+            .flat_map(|share| [share.arena_bytes, share.state_bytes]);
         let pool_bytes = sum(|share| share.arena_bytes.saturating_add(share.state_bytes));
         // The coordinator evaluates, as a trainer does.
         let private_bytes = sum(|share| share.private_bytes)
@@ -210,8 +214,8 @@ impl Plan {
         Self {
             parameters: schema.elements() as u64,
             object_bytes,
-            page_bytes: if huge_pages {
-                lifl_common::arena::memfd::HUGE_PAGE_BYTES
+            page_bytes: if huge_pages && sizes.any(|bytes| bytes >= memfd::HUGE_PAGE_BYTES / 2) {
+                memfd::HUGE_PAGE_BYTES
             } else {
                 Layout::SLOT_ALIGN
             },

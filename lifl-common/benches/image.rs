@@ -21,7 +21,7 @@ fn metadata() -> Metadata {
         generation: Generation(12),
         samples: 600,
         cover: Cover::of(37),
-        loss: Some(0.693_147_180_559_945_3),
+        loss: Some(0.812_345_678),
         folded: 0,
         bytes_copied: 0,
         made: vec![1_234_567_890],

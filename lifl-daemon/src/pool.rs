@@ -1,6 +1,7 @@
 //! The pool: how much shared memory arenas may take, and of which pages.
 //!
-//! Under `auto` an arena gets huge pages when they can be had: free ones, or, if this process may, surplus ones. Those
+//! Under `auto` an arena that [suits](Layout::suits_huge_pages) huge pages gets them when they can be had: free ones, or, if this
+//! process may, surplus ones. Those
 //! the kernel makes for one memfd and takes back when it goes, so nothing is left to return, whoever dies and how.
 //! Otherwise the arena gets ordinary pages, and its owner is told why.
 
@@ -18,9 +19,9 @@ use crate::registry::quota::QuotaError;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum, serde::Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum HugePages {
-    /// Huge ones where they can be had, ordinary ones elsewhere.
+    /// Huge ones for arenas of 1 MiB and more where they can be had, ordinary ones elsewhere.
     Auto,
-    /// Huge ones, or the request fails.
+    /// Huge ones for these, or the request fails.
     Always,
     /// Ordinary ones.
     Never,
@@ -135,7 +136,7 @@ impl Pool {
             return Err(bad_layout());
         }
         let mut note = None;
-        if self.huge_pages != HugePages::Never {
+        if self.huge_pages != HugePages::Never && layout.suits_huge_pages() {
             let bytes = layout.memfd_bytes(true).ok_or_else(bad_layout)?;
             let room = admit(bytes).map_err(PoolError::from);
             let room = room.and_then(|()| self.check_room(bytes));
@@ -383,6 +384,17 @@ mod tests {
             always.allocate("a", layout, |_| Ok(())),
             Err(PoolError::NoHugePages(_))
         ));
+    }
+
+    #[test]
+    fn a_small_arena_has_ordinary_pages() {
+        for huge_pages in [HugePages::Auto, HugePages::Always] {
+            let mut pool = Pool::new(1 << 20, huge_pages);
+            let arena = pool.allocate("a", layout(5000), |_| Ok(())).expect("fits");
+            assert_eq!((arena.page_bytes, arena.bytes, arena.note), (4096, 8192, None));
+        }
+        assert!(!layout((1 << 20) - 4096).suits_huge_pages());
+        assert!(layout(1 << 20).suits_huge_pages());
     }
 
     /// Nobody gives huge pages back: they go with their memfd's last user, who may outlive the daemon.

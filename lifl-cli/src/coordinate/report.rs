@@ -47,7 +47,8 @@ pub enum Event {
         plane: PlaneKind,
         /// Why so.
         plane_reason: String,
-        /// Bytes of the pages that arenas lie in; the smaller where they differ.
+        /// Bytes of the pages that arenas lie in which [suit](lifl_common::arena::Layout::suits_huge_pages) huge ones, the smaller
+        /// where they differ; of the others if there are none.
         page_bytes: u64,
         /// Why they are not huge, when they are not and might have been.
         page_note: Option<String>,

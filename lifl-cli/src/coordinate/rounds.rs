@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, anyhow};
-use lifl_common::arena::PeerArena;
+use lifl_common::arena::{Layout, PeerArena};
 use lifl_common::config::Kind;
 use lifl_common::control::{DeadLetter, Event as DaemonEvent, GatewayStatus, JobTraffic, Status};
 use lifl_common::frame::{Frame, FrameKind};
@@ -189,8 +189,12 @@ impl<'r, 'j> Rounds<'r, 'j> {
     async fn announce_job(&mut self, node: &Node) -> Outcome {
         let status = self.status().await?;
         let arenas = || status.workers.iter().flat_map(|worker| &worker.arenas);
-        let pages = arenas().map(|arena| arena.page_bytes).min();
-        let note = arenas().find_map(|arena| arena.note.clone());
+        let large = arenas().filter(|arena| arena.layout.suits_huge_pages());
+        let pages = large.map(|arena| arena.page_bytes).min();
+        let note = match pages {
+            None => Some("every arena is smaller than 1 MiB".to_owned()),
+            Some(_) => arenas().find_map(|arena| arena.note.clone()),
+        };
         self.moved_before = self.traffic().await?.unwrap_or_default();
         let event = Event::JobStarted {
             job: self.run.job.name.clone(),
@@ -199,7 +203,7 @@ impl<'r, 'j> Rounds<'r, 'j> {
             own_daemon: node.is_own(),
             plane: status.daemon.plane,
             plane_reason: status.daemon.plane_reason,
-            page_bytes: pages.unwrap_or(0),
+            page_bytes: pages.unwrap_or(Layout::SLOT_ALIGN),
             page_note: note,
             tree: levels(self.run.job),
         };

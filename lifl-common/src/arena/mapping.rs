@@ -39,6 +39,13 @@ impl Layout {
         fits.then_some(bytes)
     }
 
+    /// Whether it fills at least half of a huge page. A smaller arena has ordinary ones: most of a huge page would be made, and
+    /// zeroed, for nothing.
+    pub fn suits_huge_pages(&self) -> bool {
+        self.bytes()
+            .is_some_and(|bytes| bytes >= memfd::HUGE_PAGE_BYTES / 2)
+    }
+
     /// Bytes of the memfd behind it: whole pages of its kind; `None` if that overflows.
     pub fn memfd_bytes(&self, huge: bool) -> Option<u64> {
         let page = if huge {
