@@ -137,8 +137,16 @@ impl Machine {
         assert!(!self.socket().exists(), "the socket's file is left");
     }
 
-    /// Ends it, with nobody there: nothing is left.
-    fn end(mut self) {
+    /// Ends it, once it has heard that nobody is there any more: nothing is left.
+    async fn end(mut self) {
+        let mut client = self.client().await;
+        within(async {
+            while client.status(None).await.expect("a status").daemon.workers > 0 {
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+        })
+        .await;
+        drop(client);
         self.terminate();
         assert!(
             !self.pins.exists(),
@@ -419,7 +427,7 @@ async fn who_dies_meanwhile_or_stays_away_is_reported_lost_and_leaves_no_entry()
     };
     assert_eq!(letter.refusal, Refusal::UnknownWorker);
     drop((top, here, frames));
-    machine.end();
+    machine.end().await;
 }
 
 #[tokio::test]
@@ -444,7 +452,7 @@ async fn a_job_whose_maker_is_gone_ends_when_its_workers_come_back() {
         );
     }
     drop((worker, follower, frames));
-    machine.end();
+    machine.end().await;
 }
 
 #[tokio::test]
@@ -466,7 +474,7 @@ async fn terminated_it_leaves_jobs_to_the_next_one_and_without_jobs_nothing() {
     assert_eq!(one.ended().await, "done");
     // The others are still connected, and have nothing to stay for.
     drop((top, one, two));
-    machine.end();
+    machine.end().await;
 }
 
 #[tokio::test]
@@ -770,7 +778,7 @@ async fn maps_of_another_version_are_left_alone_until_somebody_clears_them() {
     assert!(says.contains("MEMBERS") && says.contains("SOCKETS"), "{says}");
     assert!(!machine.pins.exists());
     machine.daemon(&[]).await;
-    machine.end();
+    machine.end().await;
 }
 
 #[tokio::test]
@@ -795,7 +803,7 @@ async fn two_daemons_do_not_share_a_folder() {
         "{says}"
     );
     assert!(!second.exists());
-    machine.end();
+    machine.end().await;
 }
 
 #[tokio::test]
@@ -824,5 +832,5 @@ async fn a_daemon_for_other_numbers_takes_over_what_is_used_and_makes_anew_what_
     let (top, job) = machine.job().await;
     assert!(top.id > first && job > JobId(1), "{} {job}", top.id);
     drop(top);
-    machine.end();
+    machine.end().await;
 }
