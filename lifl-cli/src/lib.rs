@@ -18,4 +18,5 @@ pub mod learn;
 pub mod memory;
 mod output;
 mod random;
+pub mod task;
 pub mod work;

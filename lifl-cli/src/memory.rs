@@ -35,8 +35,10 @@ const LEARNER_MODELS: u64 = 4;
 /// Where some aggregator may not wait for all of its children, late ones may still hold models of rounds that are
 /// over. Whoever hands models down from its own arena then has slots for two of these; when more are held, the next round
 /// begins when one is given back.
-pub fn slots(job: &JobSpec, worker: &WorkerSpec) -> u32 {
-    let old_models = if has_goals(job) { OLD_MODELS } else { 0 };
+///
+/// `goals` is whether the job [has some](has_goals).
+pub fn slots(worker: &WorkerSpec, goals: bool) -> u32 {
+    let old_models = if goals { OLD_MODELS } else { 0 };
     match (worker.kind, is_remote(worker)) {
         (Kind::Top, _) | (Kind::Aggregator, true) => 2 + old_models,
         (Kind::Aggregator | Kind::Trainer, false) => 1,
@@ -69,13 +71,15 @@ const OLD_MODELS: u32 = 2;
 /// How many models of rounds that are over a child of that aggregator may hold and still be lent a new one; `None` in
 /// a job whose rounds wait for everybody. A trainer that holds one trains on it. An aggregator that holds some waits
 /// for late trainers, and may work for the others; if it hangs, it holds all that there may be and no more.
-pub fn most_held(job: &JobSpec, aggregator: &WorkerSpec) -> Option<u32> {
-    let above_trainers = aggregator.level + 1 == job.levels();
-    has_goals(job).then_some(if above_trainers { 0 } else { OLD_MODELS - 1 })
+///
+/// `goals` is as for [`slots`], `levels` those of the job's aggregators.
+pub fn most_held(aggregator: &WorkerSpec, goals: bool, levels: u32) -> Option<u32> {
+    let above_trainers = aggregator.level + 1 == levels;
+    goals.then_some(if above_trainers { 0 } else { OLD_MODELS - 1 })
 }
 
 /// Whether some aggregator may be done before all of its children are: as many as it may have are in its group.
-fn has_goals(job: &JobSpec) -> bool {
+pub fn has_goals(job: &JobSpec) -> bool {
     let children = members(job, |worker| worker.up.as_ref());
     job.workers.iter().any(|worker| {
         let most = worker.down.as_ref().and_then(|group| children.get(group));
@@ -187,7 +191,7 @@ impl Plan {
                 private_bytes,
             }
         };
-        let kept = kept_bytes(job, schema);
+        let (kept, goals) = (kept_bytes(job, schema), has_goals(job));
         let own = job.workers.iter().map(|worker| {
             let dataset = worker
                 .dataset
@@ -197,7 +201,7 @@ impl Plan {
             let kept = worker.down.as_ref().and_then(|group| kept.get(group)).copied();
             let private_bytes = private_bytes(job, schema, worker, sharing.unwrap_or(1), kept.unwrap_or(0));
             let state = state_layout(job, worker, schema);
-            share(worker.name.clone(), slots(job, worker), state, private_bytes)
+            share(worker.name.clone(), slots(worker, goals), state, private_bytes)
         });
         let remote = job.workers.iter().filter(|worker| is_remote(worker));
         let proxies = remote.map(|worker| share(proxy_name(&worker.name), PROXY_SLOTS, None, 0));

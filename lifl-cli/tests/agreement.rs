@@ -41,12 +41,11 @@ fn updates(job: &JobSpec, schema: &Schema) -> Vec<(u64, Vec<u8>)> {
     let mut model = vec![0_u64; schema.data_bytes().div_ceil(8)];
     let model = &mut zerocopy::IntoBytes::as_mut_bytes(&mut model[..])[..schema.data_bytes()];
     learn::initial(&job.model, job.seed, TensorsMut::new(schema, model));
-    let shares = 0..job.trainers().count() as u32;
-    shares
-        .map(|share| {
+    job.trainers()
+        .map(|trainer| {
             let mut weights = vec![0_u64; schema.data_bytes().div_ceil(8)];
             let weights = &mut zerocopy::IntoBytes::as_mut_bytes(&mut weights[..])[..schema.data_bytes()];
-            let mut learner = learn::for_trainer(job, share).expect("a learner");
+            let mut learner = learn::for_trainer(job, trainer, job.part_of(trainer)).expect("a learner");
             let trained = learner.train(1, Tensors::new(schema, model), TensorsMut::new(schema, weights));
             (trained.expect("trained").samples, weights.to_vec())
         })

@@ -299,7 +299,11 @@ impl<'a> FlatAverage<'a> {
         let mut sum = vec![0.0; numbers(&self.schema, &self.model).len()];
         let mut samples = 0;
         for &share in shares {
-            let mut learner = learn::for_trainer(self.job, share).expect("a learner");
+            let mut trainers = self.job.trainers();
+            let trainer = trainers.find(|trainer| trainer.share == Some(share));
+            let trainer = trainer.expect("a trainer");
+            let part = self.job.part_of(trainer);
+            let mut learner = learn::for_trainer(self.job, trainer, part).expect("a learner");
             let mut update = vec![0; self.model.len()];
             let model = Tensors::new(&self.schema, &self.model);
             let trained = learner.train(round, model, TensorsMut::new(&self.schema, &mut update));

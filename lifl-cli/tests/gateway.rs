@@ -7,6 +7,7 @@ use std::io::{Read, Write};
 use std::net::TcpStream;
 use std::time::Instant;
 
+use lifl_cli::task::Tasks;
 use lifl_common::config::{self, Overrides};
 use lifl_common::session::{
     Buffer, Exchange, Happened, JobToken, Message, Object, Room, Source, TOKEN_VARIABLE, UpdateHeader,
@@ -244,7 +245,8 @@ struct Stage {
     worker: std::process::Child,
     exchange: Exchange,
     token: JobToken,
-    place: Place,
+    job: config::JobSpec,
+    _place: Place,
 }
 
 impl Stage {
@@ -256,8 +258,8 @@ impl Stage {
         let place = Place::new(&file);
         let loaded = config::load(std::slice::from_ref(&place.job), &Overrides::default());
         std::fs::create_dir(place.run()).expect("made");
-        let text = serde_json::to_vec(&loaded.expect("a job").job).expect("JSON");
-        std::fs::write(place.run().join("job.json"), text).expect("written");
+        let job = loaded.expect("a job").job;
+        Tasks::of(&job).write(&place.run()).expect("written");
         let token = JobToken::new();
         let worker = lifl()
             .args([
@@ -281,7 +283,8 @@ impl Stage {
             worker,
             exchange: Exchange::default(),
             token,
-            place,
+            job,
+            _place: place,
         }
     }
 
@@ -338,10 +341,7 @@ async fn cut_after(stage: &mut Stage, wire: Wire, bytes: u64) {
 async fn a_trainer_takes_up_what_broke_and_trains_once() {
     const PARAMETERS: usize = 10_000_000;
     let mut stage = Stage::set(PARAMETERS as u64).await;
-    let job: config::JobSpec =
-        serde_json::from_slice(&std::fs::read(stage.place.run().join("job.json")).expect("the job"))
-            .expect("a job");
-    let schema = lifl_cli::learn::schema(&job.model).expect("a schema");
+    let schema = lifl_cli::learn::schema(&stage.job.model).expect("a schema");
     let object = Object {
         round: 1,
         length: schema.data_bytes() as u64,

@@ -7,6 +7,7 @@ mod support;
 use std::process::{Child, Command};
 use std::time::Duration;
 
+use lifl_cli::task::Tasks;
 use lifl_common::arena::{Layout, OwnedArena};
 use lifl_common::client::{Client, FrameSocket};
 use lifl_common::config::{self, Overrides};
@@ -130,8 +131,7 @@ impl Stage {
             .expect("a job")
             .job;
         std::fs::create_dir(place.run()).expect("made");
-        let text = serde_json::to_vec(&spec).expect("JSON");
-        std::fs::write(place.run().join("job.json"), text).expect("written");
+        Tasks::of(&spec).write(&place.run()).expect("written");
         let options = Options {
             socket: place.folder.path().join("lifl.sock"),
             socket_mode: 0o600,

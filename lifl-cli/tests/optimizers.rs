@@ -82,9 +82,9 @@ fn mean_difference(job: &JobSpec, schema: &Schema, round: u32, model: &[u8]) -> 
     let mut sum = vec![0.0; schema.data_bytes() / 4];
     let mut samples = 0.0;
     let before = floats(model);
-    for share in 0..job.trainers().count() as u32 {
+    for trainer in job.trainers() {
         let mut weights = vec![0; schema.data_bytes()];
-        let mut learner = learn::for_trainer(job, share).expect("a learner");
+        let mut learner = learn::for_trainer(job, trainer, job.part_of(trainer)).expect("a learner");
         let trained = learner
             .train(
                 round,

@@ -31,6 +31,7 @@ use super::report::{Measured, Reporter, Seconds};
 use super::round::{Job, tree};
 use super::{Actor, ScaleArgs, Scene, echo, machine};
 use crate::coordinate::node::{DaemonChoice, Node, NodeOptions};
+use crate::task::Tasks;
 
 /// How often a start is measured.
 const STARTS: usize = 15;
@@ -180,7 +181,7 @@ fn start_daemon(daemon: &Path, plane: Request, scene: &Scene) -> anyhow::Result<
 fn start_workers(job: &Job, plane: Request, scene: &Scene, reporter: &mut Reporter) -> anyhow::Result<()> {
     let out = scene.folder().join("workers");
     std::fs::create_dir(&out)?;
-    std::fs::write(out.join("job.json"), serde_json::to_vec(&job.spec)?)?;
+    Tasks::of(&job.spec).write(&out)?;
     let runtime = Builder::new_multi_thread()
         .worker_threads(1)
         .enable_all()

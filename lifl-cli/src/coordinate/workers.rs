@@ -16,6 +16,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::folder::RunFolder;
 use super::gateway::Gateway;
+use crate::task::Tasks;
 
 /// How long workers have to leave when the job has ended.
 const GRACE: Duration = Duration::from_secs(5);
@@ -65,6 +66,7 @@ impl Workers {
             processes: JoinSet::new(),
             running: HashMap::new(),
         };
+        Tasks::of(job).write(folder.path())?;
         for index in 0..workers.specs.len() {
             workers.start_one(index)?;
         }

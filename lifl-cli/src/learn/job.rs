@@ -1,20 +1,21 @@
 //! What a job's processes learn with and judge by.
 
 use anyhow::Context;
-use lifl_common::config::JobSpec;
+use lifl_common::config::{JobSpec, WorkerSpec};
 
 use super::{Evaluator, Learner, build};
 use crate::data;
 
-/// The learner of the trainer of that number, with its part of its data.
+/// The learner of a trainer, with its [part](JobSpec::part_of) of its data.
 ///
 /// # Errors
 /// If the data or the model cannot be had.
-pub fn for_trainer(job: &JobSpec, share: u32) -> anyhow::Result<Box<dyn Learner>> {
-    let mut trainers = job.trainers();
-    let trainer = trainers.find(|trainer| trainer.share == Some(share));
-    let trainer = trainer.with_context(|| format!("no trainer has number {share}"))?;
-    let (part, parts) = job.part_of(trainer);
+pub fn for_trainer(
+    job: &JobSpec,
+    trainer: &WorkerSpec,
+    (part, parts): (u32, u32),
+) -> anyhow::Result<Box<dyn Learner>> {
+    let share = trainer.share.context("a trainer without a number")?;
     let samples = match job.data_of(trainer) {
         Some(source) => Some(data::open(&source, job.seed)?.train_share(part, parts)?),
         None => None,

@@ -34,7 +34,7 @@ use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 
 use anyhow::Context;
-use lifl_common::config::{JobSpec, Kind, WorkerSpec};
+use lifl_common::config::{JobSpec, Kind};
 use lifl_common::frame::{Frame, FrameKind, Refusal};
 use lifl_common::id::{Key, WorkerId};
 use lifl_common::update::{Cover, Metadata, Schema, TensorsMut, image};
@@ -49,13 +49,14 @@ use super::ground::Ground;
 use super::link::Incoming;
 use super::{Place, join, ready, uplink};
 use crate::aggregate::{Accumulator, Threads};
-use crate::memory;
+use crate::task::Task;
 
 /// Updates that are kept which came before they can be taken; who sends more is refused.
 const MOST_EARLY: usize = 1 << 16;
 
 /// What an aggregator needs to know of its job.
 struct Shared {
+    /// Without its workers.
     job: JobSpec,
     name: String,
     kind: Kind,
@@ -121,11 +122,11 @@ struct Aggregator<G> {
 }
 
 /// Plays the role until the job ends.
-pub(super) async fn play(place: Place, job: JobSpec, spec: WorkerSpec, schema: Schema) -> anyhow::Result<()> {
-    let link = join(&place, &job, &spec, &schema).await?;
-    let up = Up::new(uplink(&place, &spec)?);
+pub(super) async fn play(place: Place, task: Task, schema: Schema) -> anyhow::Result<()> {
+    let link = join(&place, &task, &schema).await?;
+    let up = Up::new(uplink(&place, &task.worker)?);
     let threads = Threads::new(std::thread::available_parallelism().map_or(1, usize::from))?;
-    let mut aggregator = Aggregator::new(link, up, threads, job, spec, schema);
+    let mut aggregator = Aggregator::new(link, up, threads, task, schema);
     if aggregator.at_top() {
         match &place.start {
             Some(checkpoint) => aggregator.restore(checkpoint)?,
@@ -156,16 +157,21 @@ pub(super) async fn play(place: Place, job: JobSpec, spec: WorkerSpec, schema: S
 }
 
 impl<G: Ground> Aggregator<G> {
-    fn new(ground: G, up: Up, threads: Threads, job: JobSpec, spec: WorkerSpec, schema: Schema) -> Self {
-        let most_held = memory::most_held(&job, &spec);
+    fn new(ground: G, up: Up, threads: Threads, task: Task, schema: Schema) -> Self {
+        let Task {
+            job,
+            worker,
+            most_held,
+            ..
+        } = task;
         let schema = Arc::new(schema);
         let accumulator = Accumulator::new(Arc::clone(&schema), job.updates, job.timing, threads.clone());
-        let server = (spec.kind == Kind::Top).then(|| Server::new(&job, &schema));
+        let server = (worker.kind == Kind::Top).then(|| Server::new(&job, &schema));
         let shared = Shared {
             job,
-            name: spec.name,
-            kind: spec.kind,
-            goal: spec.agg_goal,
+            name: worker.name,
+            kind: worker.kind,
+            goal: worker.agg_goal,
             most_held,
             schema,
             threads,

@@ -7,18 +7,19 @@ mod remote_trainer;
 mod trainer;
 mod uplink;
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::Duration;
 
 use anyhow::Context;
 use lifl_common::arena::Layout;
-use lifl_common::config::{JobSpec, Kind, Transport, WorkerSpec};
+use lifl_common::config::{Kind, Transport, WorkerSpec};
 use lifl_common::frame::{Frame, FrameKind};
 use lifl_common::id::JobId;
 use lifl_common::session::{JobToken, TOKEN_VARIABLE};
 use lifl_common::update::Schema;
 
 use crate::memory;
+use crate::task::Task;
 use crate::work::ground::Ground;
 use crate::work::link::Link;
 use crate::work::uplink::{Dial, Uplink};
@@ -30,7 +31,7 @@ pub struct Place {
     pub socket: PathBuf,
     /// The job, as the daemon numbers it.
     pub job: JobId,
-    /// The run's folder, with the job in `job.json`.
+    /// The run's folder, with the worker's task.
     pub run: PathBuf,
     /// The worker's name in the job.
     pub name: String,
@@ -45,18 +46,14 @@ pub struct Place {
 /// # Errors
 /// If the job cannot be read, the daemon is gone, or the role cannot be played.
 pub async fn play(place: Place) -> anyhow::Result<()> {
-    let job = read_job(&place.run)?;
-    let spec = job.workers.iter().find(|worker| worker.name == place.name);
-    let spec = spec
-        .with_context(|| format!("{} has no worker called {}", place.run.display(), place.name))?
-        .clone();
-    let schema = crate::learn::schema(&job.model)?;
-    match spec.kind {
-        Kind::Trainer => match uplink(&place, &spec)? {
-            Some(up) => remote_trainer::play(up, job, spec, schema).await,
-            None => trainer::play(place, job, spec, schema).await,
+    let task = Task::read(&place.run, &place.name)?;
+    let schema = crate::learn::schema(&task.job.model)?;
+    match task.worker.kind {
+        Kind::Trainer => match uplink(&place, &task.worker)? {
+            Some(up) => remote_trainer::play(up, task, schema).await,
+            None => trainer::play(place, task, schema).await,
         },
-        Kind::Top | Kind::Aggregator => aggregator::play(place, job, spec, schema).await,
+        Kind::Top | Kind::Aggregator => aggregator::play(place, task, schema).await,
     }
 }
 
@@ -72,16 +69,10 @@ fn uplink(place: &Place, spec: &WorkerSpec) -> anyhow::Result<Option<Uplink>> {
     Ok(Some(Uplink::new(dial, token, &spec.name)))
 }
 
-fn read_job(run: &Path) -> anyhow::Result<JobSpec> {
-    let path = run.join("job.json");
-    let text = std::fs::read(&path).with_context(|| format!("cannot read {}", path.display()))?;
-    serde_json::from_slice(&text)
-        .with_context(|| format!("{} is not a job as `lifl run` writes it", path.display()))
-}
-
 /// Registers with the daemon and makes the arena.
-async fn join(place: &Place, job: &JobSpec, spec: &WorkerSpec, schema: &Schema) -> anyhow::Result<Link> {
-    let layout = Layout::for_objects(memory::slots(job, spec), memory::object_bytes(schema));
+async fn join(place: &Place, task: &Task, schema: &Schema) -> anyhow::Result<Link> {
+    let (job, spec) = (&task.job, &task.worker);
+    let layout = Layout::for_objects(task.slots, memory::object_bytes(schema));
     let layout = layout.context("the model is larger than this machine's address space")?;
     let state = memory::state_layout(job, spec, schema);
     let mut link = Link::join(&place.socket, place.job, spec, layout, state).await?;

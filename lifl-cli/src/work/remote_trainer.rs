@@ -10,7 +10,6 @@
 use std::sync::Arc;
 
 use anyhow::{Context, bail};
-use lifl_common::config::{JobSpec, UpdateKind, WorkerSpec};
 use lifl_common::session::{Buffer, Object, Room, Source, UpdateHeader};
 use lifl_common::update::{Cover, Schema};
 use tokio::task::JoinHandle;
@@ -19,6 +18,7 @@ use super::trainer::{Shared, finished, learn_round};
 use super::uplink::{FromAbove, Uplink};
 use crate::aggregate::Threads;
 use crate::learn::{self, Learner, Trained};
+use crate::task::Task;
 
 /// What comes back from the training thread.
 struct Learned {
@@ -44,14 +44,17 @@ struct RemoteTrainer {
 }
 
 /// Plays the role until the job ends.
-pub(super) async fn play(up: Uplink, job: JobSpec, spec: WorkerSpec, schema: Schema) -> anyhow::Result<()> {
-    let share = spec.share.context("a trainer without a share of the data")?;
-    let updates: UpdateKind = job.updates;
-    let learner = tokio::task::spawn_blocking(move || learn::for_trainer(&job, share));
+pub(super) async fn play(up: Uplink, task: Task, schema: Schema) -> anyhow::Result<()> {
+    let share = task
+        .worker
+        .share
+        .context("a trainer without a share of the data")?;
+    let (name, updates) = (task.worker.name.clone(), task.job.updates);
+    let learner = tokio::task::spawn_blocking(move || learn::for_trainer(&task.job, &task.worker, task.part));
     let learner = learner.await.context("the learner could not be made")??;
     let bytes = schema.data_bytes();
     let shared = Shared {
-        name: spec.name,
+        name,
         cover: Cover::of(share),
         updates,
         schema,

@@ -16,7 +16,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::Context;
 use lifl_common::arena::{PeerArena, WritableSlot};
-use lifl_common::config::{JobSpec, UpdateKind, WorkerSpec};
+use lifl_common::config::UpdateKind;
 use lifl_common::frame::{Frame, FrameKind, Refusal};
 use lifl_common::id::WorkerId;
 use lifl_common::update::{Cover, Metadata, Schema, Tensors, TensorsMut, image};
@@ -28,6 +28,7 @@ use super::{Place, join, ready};
 use crate::aggregate::{Threads, subtract};
 use crate::clock::monotonic_ns;
 use crate::learn::{self, Learner, Trained};
+use crate::task::Task;
 
 /// What stays the same from round to round.
 pub(super) struct Shared {
@@ -83,18 +84,18 @@ pub(super) struct Trainer<G> {
 }
 
 /// Plays the role until the job ends.
-pub(super) async fn play(place: Place, job: JobSpec, spec: WorkerSpec, schema: Schema) -> anyhow::Result<()> {
-    let share = spec.share.context("a trainer without a number")?;
+pub(super) async fn play(place: Place, task: Task, schema: Schema) -> anyhow::Result<()> {
+    let share = task.worker.share.context("a trainer without a number")?;
     let learner = tokio::task::spawn_blocking({
-        let job = job.clone();
-        move || learn::for_trainer(&job, share)
+        let task = task.clone();
+        move || learn::for_trainer(&task.job, &task.worker, task.part)
     });
     let learner = learner.await.context("the learner could not be made")??;
-    let link = join(&place, &job, &spec, &schema).await?;
+    let link = join(&place, &task, &schema).await?;
     let shared = Shared {
-        name: spec.name,
+        name: task.worker.name,
         cover: Cover::of(share),
-        updates: job.updates,
+        updates: task.job.updates,
         schema,
         threads: Threads::new(1)?,
     };

@@ -1,7 +1,7 @@
 //! The job as understood: what every other part of LIFL works from.
 //!
 //! Only this module's [`load`](super::load) makes one from a person's files; a run's folder holds it as `job.json`, from
-//! which the workers of that run read it back.
+//! which a run that goes on reads it back.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -55,6 +55,30 @@ pub struct JobSpec {
 }
 
 impl JobSpec {
+    /// The same, but without its workers.
+    pub fn without_workers(&self) -> Self {
+        Self {
+            workers: Vec::new(),
+            id: self.id.clone(),
+            name: self.name.clone(),
+            rounds: self.rounds,
+            seed: self.seed,
+            timing: self.timing,
+            updates: self.updates,
+            brokers: self.brokers.clone(),
+            model: self.model.clone(),
+            base_model: self.base_model.clone(),
+            training: self.training,
+            optimizer: self.optimizer,
+            data: self.data.clone(),
+            quorum: self.quorum,
+            round_timeout_s: self.round_timeout_s,
+            grace_time_s: self.grace_time_s,
+            spin_us: self.spin_us,
+            max_run_time_s: self.max_run_time_s,
+        }
+    }
+
     /// Levels of aggregators: 1 for a top over trainers, 3 for top, middle and leaf.
     pub fn levels(&self) -> u32 {
         self.aggregators()
@@ -105,7 +129,7 @@ impl JobSpec {
     }
 
     /// Which part of its data is a trainer's: its number among those that share the dataset, from 0, and how many they
-    /// are.
+    /// are. Of another worker that means nothing.
     pub fn part_of(&self, trainer: &WorkerSpec) -> (u32, u32) {
         let sharing = || self.trainers().filter(|other| other.dataset == trainer.dataset);
         let before = sharing().filter(|other| other.share < trainer.share).count();

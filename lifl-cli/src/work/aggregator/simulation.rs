@@ -17,7 +17,7 @@ use std::rc::Rc;
 
 use lifl_common::arena::{Layout, OwnedArena, PeerArena, memfd};
 use lifl_common::config::{
-    Brokers, Group, ModelSpec, Optimizer, Timing, TrainingSpec, Transport, UpdateKind,
+    Brokers, Group, ModelSpec, Optimizer, Timing, TrainingSpec, Transport, UpdateKind, WorkerSpec,
 };
 use lifl_common::control::DeadLetter;
 use lifl_common::id::ArenaId;
@@ -30,6 +30,8 @@ use rand_chacha::ChaCha8Rng;
 use super::*;
 use crate::coordinate::roster::Roster;
 use crate::learn;
+use crate::memory;
+use crate::task::Tasks;
 use crate::work::trainer::{self, Lesson, Trainer, learn_one};
 
 const COORDINATOR: WorkerId = WorkerId(1);
@@ -181,16 +183,17 @@ impl World {
         self.last_id += 1;
         let id = WorkerId(self.last_id);
         let spec = self.job.workers[index].clone();
-        let ground = Ashore::new(id, memory::slots(&self.job, &spec), &self.schema, &self.arenas);
+        let task = Tasks::of(&self.job).task(&spec);
+        let ground = Ashore::new(id, task.slots, &self.schema, &self.arenas);
         let threads = Threads::new(1).expect("one thread");
-        let (job, schema) = (self.job.clone(), self.schema.clone());
+        let schema = self.schema.clone();
         let node = match spec.share {
             Some(share) => {
-                let learner = learn::for_trainer(&job, share).expect("a learner");
+                let learner = learn::for_trainer(&task.job, &spec, task.part).expect("a learner");
                 let shared = trainer::Shared {
                     name: spec.name.clone(),
                     cover: Cover::of(share),
-                    updates: job.updates,
+                    updates: task.job.updates,
                     schema,
                     threads,
                 };
@@ -198,7 +201,7 @@ impl World {
             }
             None => {
                 let top = spec.kind == Kind::Top;
-                let mut aggregator = Aggregator::new(ground, Up::Plane, threads, job, spec.clone(), schema);
+                let mut aggregator = Aggregator::new(ground, Up::Plane, threads, task, schema);
                 if top {
                     self.begin_from_model(&mut aggregator);
                 }
@@ -407,11 +410,12 @@ impl World {
     fn reference(&self, round: u32, cover: &Cover) -> (Vec<f64>, u64) {
         let (mut sum, mut samples) = (vec![0.0; self.model.len()], 0);
         let model: Vec<u8> = self.model.iter().flat_map(|value| value.to_le_bytes()).collect();
-        for share in self.job.workers.iter().filter_map(|spec| spec.share) {
-            if !cover.contains(share) {
+        for trainer in self.job.trainers() {
+            if !trainer.share.is_some_and(|share| cover.contains(share)) {
                 continue;
             }
-            let mut learner = learn::for_trainer(&self.job, share).expect("a learner");
+            let part = self.job.part_of(trainer);
+            let mut learner = learn::for_trainer(&self.job, trainer, part).expect("a learner");
             let mut update = vec![0; self.schema.data_bytes()];
             let out = TensorsMut::new(&self.schema, &mut update);
             let trained = learner
