@@ -6,6 +6,8 @@
 //! `LIFL_BENCH_MB` sets an update's megabytes (232, a ResNet-152, unless told), `LIFL_BENCH_THREADS` the threads (the
 //! machine's).
 
+mod support;
+
 use std::hint::black_box;
 use std::sync::Arc;
 use std::time::Duration;
@@ -18,17 +20,10 @@ use memmap2::{Advice, MmapMut};
 use rayon::prelude::*;
 use zerocopy::FromBytes;
 
+use support::{number, threads};
+
 /// Updates folded into one.
 const UPDATES: usize = 8;
-
-fn number(name: &str, default: usize) -> usize {
-    match std::env::var(name) {
-        Ok(text) => text
-            .parse()
-            .unwrap_or_else(|_| panic!("{name}={text} is not a number")),
-        Err(_) => default,
-    }
-}
 
 /// Memory such as arenas have it: in large pages where the machine gives them, and touched.
 fn buffer(bytes: usize, fill: impl Fn(usize) -> u8) -> MmapMut {
@@ -52,7 +47,6 @@ struct Bench {
 impl Bench {
     fn new() -> Self {
         let bytes = number("LIFL_BENCH_MB", 232) * 1_000_000;
-        let cores = std::thread::available_parallelism().map_or(1, Into::into);
         // 0x3D.. and 0x3E.. in the high bytes: small numbers as floats of 16 and 32 bits, and some integers.
         let fill = |update: usize| {
             move |i: usize| {
@@ -66,7 +60,7 @@ impl Bench {
         Self {
             updates: (0..UPDATES).map(|update| buffer(bytes, fill(update))).collect(),
             out: buffer(bytes, |_| 0),
-            threads: number("LIFL_BENCH_THREADS", cores),
+            threads: threads(),
         }
     }
 

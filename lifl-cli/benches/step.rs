@@ -6,6 +6,8 @@
 //! `LIFL_BENCH_MB` sets the model's megabytes (44, a ResNet-18, unless told), `LIFL_BENCH_THREADS` the threads (the
 //! machine's).
 
+mod support;
+
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -14,19 +16,11 @@ use lifl_cli::aggregate::{ServerOptimizer, State, Threads};
 use lifl_common::config::{Adaptive, Optimizer, UpdateKind};
 use lifl_common::update::{DType, Schema, TensorSpec};
 
-fn number(name: &str, default: usize) -> usize {
-    match std::env::var(name) {
-        Ok(text) => text
-            .parse()
-            .unwrap_or_else(|_| panic!("{name}={text} is not a number")),
-        Err(_) => default,
-    }
-}
+use support::{number, threads};
 
 fn steps(criterion: &mut Criterion) {
     let elements = number("LIFL_BENCH_MB", 44) * 1_000_000 / DType::F32.bytes();
-    let cores = std::thread::available_parallelism().map_or(1, Into::into);
-    let threads = Threads::new(number("LIFL_BENCH_THREADS", cores)).expect("threads");
+    let threads = Threads::new(threads()).expect("threads");
     let schema = Schema::new(vec![TensorSpec::new("weights", DType::F32, [elements])]).expect("one tensor");
     let schema = Arc::new(schema);
     let floats = |value: f32| value.to_le_bytes().repeat(elements);
@@ -56,11 +50,11 @@ fn steps(criterion: &mut Criterion) {
             });
         });
     }
-    let (from, mut to) = (floats(0.5).repeat(7), vec![0; 7 * model.len()]);
-    let half = from.len() / 2;
-    // Half is read, half is written.
+    // Half of a step's bytes is read, half is written.
+    let from = vec![1; 7 * model.len() / 2];
+    let mut to = vec![0; from.len()];
     group.bench_function("copy", |b| {
-        b.iter(|| to[..half].copy_from_slice(&from[..half]));
+        b.iter(|| to.copy_from_slice(&from));
     });
     group.finish();
 }

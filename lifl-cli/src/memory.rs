@@ -218,7 +218,7 @@ impl Plan {
         Self {
             parameters: schema.elements() as u64,
             object_bytes,
-            page_bytes: if huge_pages && sizes.any(|bytes| bytes >= memfd::HUGE_PAGE_BYTES / 2) {
+            page_bytes: if huge_pages && sizes.any(|bytes| bytes >= Layout::LARGE_BYTES) {
                 memfd::HUGE_PAGE_BYTES
             } else {
                 Layout::SLOT_ALIGN

@@ -41,7 +41,10 @@ impl<'j> Tasks<'j> {
     pub fn of(job: &'j JobSpec) -> Self {
         Self {
             job,
-            without_workers: job.without_workers(),
+            without_workers: JobSpec {
+                workers: Vec::new(),
+                ..job.clone()
+            },
             goals: memory::has_goals(job),
             levels: job.levels(),
         }

@@ -117,6 +117,7 @@ fn rand_seed() -> u64 {
 fn one_job(node: &mut Node, chance: &mut ChaCha8Rng, daemons: bool, tally: &mut Tally) {
     let dtype = ["F32", "F64"][chance.random_range(0..2)];
     let timing = ["lazy", "eager"][chance.random_range(0..2)];
+    // Models on either side of where arenas have huge pages.
     let mut job = Job::synthetic(&[1, 2, 4, 8], chance.random_range(10_000..400_000), dtype)
         .with("timing", timing)
         .with("spinMicros", [0, 50][chance.random_range(0..2)])

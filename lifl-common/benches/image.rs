@@ -1,7 +1,7 @@
 //! What an update costs besides its data: its header is written by its maker and checked by everybody who reads it.
 //!
 //! `ours` is a header as [`write_header`](image::write_header) makes it; `other` says the same in another order, as another
-//! library would write it. A model of one tensor, and one of 300, as a ResNet-152 with its batch norms has them.
+//! library would write it. A model of one tensor, and one of 300.
 
 use std::hint::black_box;
 

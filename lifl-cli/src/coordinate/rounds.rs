@@ -20,7 +20,7 @@ use tokio::task::JoinHandle;
 use super::deaths::{Clock, Life};
 use super::node::Node;
 use super::peak::Peak;
-use super::report::{Event, LevelTime, Reporter};
+use super::report::{Event, LevelTime, Reporter, human_bytes};
 use super::roster::Roster;
 use super::watch::Watch;
 use super::workers::Workers;
@@ -192,7 +192,10 @@ impl<'r, 'j> Rounds<'r, 'j> {
         let large = arenas().filter(|arena| arena.layout.suits_huge_pages());
         let pages = large.map(|arena| arena.page_bytes).min();
         let note = match pages {
-            None => Some("every arena is smaller than 1 MiB".to_owned()),
+            None => Some(format!(
+                "every arena is smaller than {}",
+                human_bytes(Layout::LARGE_BYTES)
+            )),
             Some(_) => arenas().find_map(|arena| arena.note.clone()),
         };
         self.moved_before = self.traffic().await?.unwrap_or_default();

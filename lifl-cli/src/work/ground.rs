@@ -37,8 +37,16 @@ pub(super) trait Ground {
         }
     }
 
-    /// Frames that are to be sent, in this order.
+    /// Frames that are to be sent, as they were posted.
     fn outbox(&mut self) -> &mut Vec<Frame>;
+
+    /// Puts them into the order in which they are sent: to the coordinator first, since nobody else is to know what it decides on
+    /// before it does, and to each of the others everything at once, so that it wakes for all of it.
+    fn order(&mut self) {
+        let coordinator = self.coordinator();
+        self.outbox()
+            .sort_by_key(|frame| (frame.to != coordinator, frame.to));
+    }
 
     /// Another worker's arena; `None` if the job has none of that number, as a rule because its owner is gone.
     ///

@@ -198,12 +198,9 @@ impl Link {
         }
     }
 
-    /// Sends what has been [posted](Ground::post), in one call: to the coordinator first, since nobody else is to know what it
-    /// decides on before it does, and to each of the others everything at once, so that it wakes for all of it.
+    /// Sends what has been [posted](Ground::post), in one call.
     pub(super) async fn flush(&mut self) -> anyhow::Result<()> {
-        let coordinator = self.coordinator;
-        self.outbox
-            .sort_by_key(|frame| (frame.to != coordinator, frame.to));
+        self.order();
         self.known.extend(self.outbox.iter().map(|frame| frame.to));
         let answers = [FrameKind::Update as u16, FrameKind::Nothing as u16];
         let answers = self.outbox.iter().filter(|frame| answers.contains(&frame.kind));

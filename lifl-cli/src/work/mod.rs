@@ -44,7 +44,7 @@ pub struct Place {
 /// Plays one worker's role until the job ends.
 ///
 /// # Errors
-/// If the job cannot be read, the daemon is gone, or the role cannot be played.
+/// If the task cannot be read, the daemon is gone, or the role cannot be played.
 pub async fn play(place: Place) -> anyhow::Result<()> {
     let task = Task::read(&place.run, &place.name)?;
     let schema = crate::learn::schema(&task.job.model)?;

@@ -39,11 +39,13 @@ impl Layout {
         fits.then_some(bytes)
     }
 
-    /// Whether it fills at least half of a huge page. A smaller arena has ordinary ones: most of a huge page would be made, and
-    /// zeroed, for nothing.
+    /// Bytes from which on an arena has huge pages: half of one. Of a smaller arena's, most would be made, and zeroed, for
+    /// nothing.
+    pub const LARGE_BYTES: u64 = memfd::HUGE_PAGE_BYTES / 2;
+
+    /// Whether it is [large enough](Self::LARGE_BYTES) for huge pages.
     pub fn suits_huge_pages(&self) -> bool {
-        self.bytes()
-            .is_some_and(|bytes| bytes >= memfd::HUGE_PAGE_BYTES / 2)
+        self.bytes().is_some_and(|bytes| bytes >= Self::LARGE_BYTES)
     }
 
     /// Bytes of the memfd behind it: whole pages of its kind; `None` if that overflows.

@@ -55,30 +55,6 @@ pub struct JobSpec {
 }
 
 impl JobSpec {
-    /// The same, but without its workers.
-    pub fn without_workers(&self) -> Self {
-        Self {
-            workers: Vec::new(),
-            id: self.id.clone(),
-            name: self.name.clone(),
-            rounds: self.rounds,
-            seed: self.seed,
-            timing: self.timing,
-            updates: self.updates,
-            brokers: self.brokers.clone(),
-            model: self.model.clone(),
-            base_model: self.base_model.clone(),
-            training: self.training,
-            optimizer: self.optimizer,
-            data: self.data.clone(),
-            quorum: self.quorum,
-            round_timeout_s: self.round_timeout_s,
-            grace_time_s: self.grace_time_s,
-            spin_us: self.spin_us,
-            max_run_time_s: self.max_run_time_s,
-        }
-    }
-
     /// Levels of aggregators: 1 for a top over trainers, 3 for top, middle and leaf.
     pub fn levels(&self) -> u32 {
         self.aggregators()

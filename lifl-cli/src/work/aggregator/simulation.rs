@@ -73,6 +73,12 @@ impl Ashore {
         self.arena.take_back(worker);
         self.mapped.retain(|_, mapped| mapped.owner() != worker);
     }
+
+    /// As a link sends what was posted.
+    fn sent(&mut self) -> Vec<Frame> {
+        self.order();
+        std::mem::take(&mut self.outbox)
+    }
 }
 
 impl Ground for Ashore {
@@ -311,7 +317,7 @@ impl World {
                 }
                 aggregator.take(incoming).await.expect("dealt with");
                 aggregator.advance().await.expect("gone on");
-                std::mem::take(&mut aggregator.ground.outbox)
+                aggregator.ground.sent()
             }
             Node::Trainer(trainer, lesson) => {
                 if let Incoming::Lost(lost) = &incoming {
@@ -321,7 +327,7 @@ impl World {
                 if let Some(next) = trainer.start().await.expect("gone on") {
                     assert!(lesson.replace(next).is_none(), "two lessons at once");
                 }
-                std::mem::take(&mut trainer.ground.outbox)
+                trainer.ground.sent()
             }
         };
         self.send(frames);
@@ -337,7 +343,7 @@ impl World {
         if let Some(next) = trainer.start().await.expect("gone on") {
             *lesson = Some(next);
         }
-        let frames = std::mem::take(&mut trainer.ground.outbox);
+        let frames = trainer.ground.sent();
         self.send(frames);
     }
 
