@@ -3,6 +3,7 @@
 use serde_json::{Map, Value};
 
 use super::document::Document;
+use super::json;
 use super::problem::{Findings, Place, ProblemKind, shorten};
 use super::raw::Sorted;
 use super::spec::{Adaptive, Optimizer};
@@ -58,9 +59,7 @@ impl Range {
             Self::Fraction => number.is_some_and(|number| (0.0..1.0).contains(&number)),
             Self::Positive => number.is_some_and(|number| number > 0.0),
             Self::NotNegative => number.is_some_and(|number| number >= 0.0),
-            Self::Count => value
-                .as_u64()
-                .is_some_and(|count| count > 0 && u32::try_from(count).is_ok()),
+            Self::Count => count(value).is_some_and(|count| count > 0),
         }
     }
 
@@ -215,6 +214,9 @@ pub(super) fn proximal_mu(sorted: Option<&Sorted>) -> f64 {
 /// How many children an aggregator selects, by a field that was checked; `None` for all.
 pub(super) fn select(sorted: Option<&Sorted>) -> Option<u32> {
     let random = sorted.filter(|sorted| name(sorted) == Some("random"))?;
-    let k = random.kwargs.as_ref()?.get("k")?.as_u64()?;
-    u32::try_from(k).ok()
+    count(random.kwargs.as_ref()?.get("k")?)
+}
+
+fn count(value: &Value) -> Option<u32> {
+    u32::try_from(json::whole(value)?.as_u64()?).ok()
 }

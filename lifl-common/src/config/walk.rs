@@ -11,7 +11,17 @@
 
 use serde_json::{Map, Value};
 
+use super::json;
 use super::problem::{Findings, Place, ProblemKind, Report, list, push_index, push_key, shorten};
+
+/// What else Flame's roles do on a channel: collectives of its distributed and hybrid modes, heartbeats.
+const FLAMES_TAGS: [&str; 5] = [
+    "ring_allreduce",
+    "allreduce",
+    "heartbeat",
+    "heartbeat_send",
+    "heartbeat_recv",
+];
 
 /// Reports all that is wrong with `value` and takes it out. Afterwards it is an object that fits `schema`, a part of
 /// `root`, but for required members that are missing.
@@ -56,6 +66,11 @@ impl<'w> Walk<'w> {
         }
         if let Some(names) = names(schema) {
             return self.name(&names, value);
+        }
+        if types(schema).is_some_and(|mut types| types.any(|name| name == "integer"))
+            && let Some(whole) = json::whole(value)
+        {
+            *value = Value::Number(whole);
         }
         let fits = types(schema).is_none_or(|mut types| types.any(|name| is_of_type(value, name)));
         if !fits {
@@ -150,6 +165,11 @@ impl<'w> Walk<'w> {
     fn name(&mut self, names: &[&'w str], value: &Value) -> bool {
         match value.as_str() {
             Some(name) if names.contains(&name) => true,
+            Some(name) if FLAMES_TAGS.contains(&name) && self.at.path.contains("funcTags") => {
+                let found = format!("tag {name} is not supported yet");
+                self.report(ProblemKind::Unsupported, found).expected(list(names));
+                false
+            }
             Some(name) => {
                 let found = format!("unknown name {}", describe(value));
                 self.report(ProblemKind::Unknown, found)

@@ -2,6 +2,7 @@
 
 mod control_plane;
 mod errors;
+mod folders;
 mod jobs;
 mod no_panic;
 mod transports;
