@@ -3,7 +3,8 @@
 //! Without the `std` feature this crate holds only what the kernel programs share with user space: [`id`]s, the
 //! [`frame`], the [`kernel`] map values, and what [`flame`]'s workers send. With it come the [`arena`]s that updates lie in, the [`update`]
 //! format, the [`control`] messages between a worker and its daemon, the worker's [`client`], the two [`plane`]s
-//! that frames travel on, [`session`]s of workers that are on neither, and the job file ([`config`]).
+//! that frames travel on, [`session`]s of workers that are on neither, the job file ([`config`]), and what the system
+//! allows ([`limits`]).
 #![cfg_attr(not(feature = "std"), no_std)]
 
 pub mod flame;
@@ -19,6 +20,8 @@ pub mod client;
 pub mod config;
 #[cfg(feature = "std")]
 pub mod control;
+#[cfg(feature = "std")]
+pub mod limits;
 #[cfg(feature = "std")]
 pub mod plane;
 #[cfg(feature = "std")]
