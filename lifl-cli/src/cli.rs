@@ -9,10 +9,12 @@ use lifl_common::config::{Overrides, Timing, Transport};
 use lifl_common::id::JobId;
 use lifl_daemon::plane;
 use lifl_daemon::pool::HugePages;
+use lifl_daemon::signals;
 
 use crate::bench::{Bench, EchoArgs};
 use crate::commands;
 use crate::coordinate::node::DaemonChoice;
+use crate::program;
 use crate::work::Place;
 
 /// Hierarchical federated learning on one node: trainers' updates lie in shared memory, and references to them travel
@@ -216,6 +218,8 @@ fn daemon_choice(text: &str) -> Result<DaemonChoice, String> {
 
 /// Reads the command line and does what it says.
 pub fn main() -> ExitCode {
+    signals::survive_writes();
+    program::name_process();
     let outcome = match Cli::parse().command {
         Command::Run(args) => commands::run(&args),
         Command::Validate(args) => commands::validate(&args),

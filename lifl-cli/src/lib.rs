@@ -17,6 +17,7 @@ pub mod exit;
 pub mod learn;
 pub mod memory;
 mod output;
+mod program;
 mod random;
 pub mod task;
 pub mod work;

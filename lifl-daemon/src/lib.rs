@@ -14,6 +14,7 @@ pub mod pool;
 pub mod privileges;
 mod registry;
 mod server;
+pub mod signals;
 
 use std::fmt;
 use std::os::fd::OwnedFd;

@@ -31,6 +31,8 @@ use tempfile::TempDir;
 pub(crate) use echo::{EchoArgs, echo};
 use report::Reporter;
 
+use crate::program;
+
 /// Sizes that mean something: 1 MB, ResNet-18, -34 and -152 in 32-bit floats, and 3.4 GB.
 const SIZES: &str = "1000000,44000000,83000000,232000000,3400000000";
 
@@ -230,8 +232,7 @@ impl Scene {
 
     /// This program with those arguments.
     fn lifl(&self, arguments: &[&str]) -> anyhow::Result<Command> {
-        let program = std::env::current_exe().context("this program has no path")?;
-        let mut command = Command::new(program);
+        let mut command = program::command()?;
         command.args(arguments).env_remove("RUST_LOG");
         Ok(command)
     }

@@ -4,8 +4,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, anyhow};
+use lifl_daemon::signals::Ending;
 use tokio::runtime::Builder;
-use tokio::signal::unix::{SignalKind, signal};
 
 use super::{log, runtime};
 use crate::bench::{self, EchoArgs, Scene};
@@ -22,8 +22,7 @@ pub(crate) fn bench(args: BenchArgs) -> Outcome {
     let scene = Arc::new(Scene::new().because(Cause::Machine)?);
     let runtime = runtime(&mut Builder::new_current_thread())?;
     let outcome = runtime.block_on(async {
-        let mut interrupt = signal(SignalKind::interrupt()).because(Cause::Machine)?;
-        let mut terminate = signal(SignalKind::terminate()).because(Cause::Machine)?;
+        let mut ending = Ending::watch().because(Cause::Machine)?;
         // The bench has runtimes of its own: a thread where none is.
         let mut measuring = tokio::task::spawn_blocking({
             let scene = Arc::clone(&scene);
@@ -31,8 +30,7 @@ pub(crate) fn bench(args: BenchArgs) -> Outcome {
         });
         let measured = tokio::select! {
             measured = &mut measuring => Some(measured),
-            _ = interrupt.recv() => None,
-            _ = terminate.recv() => None,
+            _ = ending.asked() => None,
         };
         if let Some(measured) = measured {
             let measured = measured.context("the bench panicked").because(Cause::Machine)?;

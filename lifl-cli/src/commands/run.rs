@@ -1,7 +1,7 @@
 //! `lifl run`.
 
+use lifl_daemon::signals::Ending;
 use tokio::runtime::Builder;
-use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 
 use super::job::load;
@@ -62,20 +62,11 @@ fn run_with(args: &RunArgs, reporter: &mut Reporter) -> Outcome {
     let runtime = runtime(Builder::new_multi_thread().worker_threads(2))?;
     let outcome = runtime.block_on(async {
         let shutdown = CancellationToken::new();
-        let mut interrupt = signal(SignalKind::interrupt()).because(Cause::Machine)?;
-        let mut terminate = signal(SignalKind::terminate()).because(Cause::Machine)?;
-        let mut hangup = signal(SignalKind::hangup()).because(Cause::Machine)?;
-        // A file past `ulimit -f` is then an error of its writer, and not the end of the run.
-        let too_large = SignalKind::from_raw(nix::sys::signal::Signal::SIGXFSZ as i32);
-        let _caught = signal(too_large).because(Cause::Machine)?;
+        let mut ending = Ending::watch().because(Cause::Machine)?;
         tokio::spawn({
             let shutdown = shutdown.clone();
             async move {
-                tokio::select! {
-                    _ = interrupt.recv() => {}
-                    _ = terminate.recv() => {}
-                    _ = hangup.recv() => {}
-                }
+                ending.asked().await;
                 shutdown.cancel();
             }
         });

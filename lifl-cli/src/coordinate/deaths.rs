@@ -25,6 +25,9 @@ use crate::clock::monotonic_ns;
 use crate::exit::{Because, Cause, Failure, Outcome};
 use crate::memory;
 
+/// How long to wait before a process is started again that could not be.
+const START_AGAIN: Duration = Duration::from_secs(1);
+
 /// How often a worker may die without having finished a round in between before it is given up.
 const MOST_DEATHS: u32 = 3;
 
@@ -50,6 +53,8 @@ pub(super) struct Life {
     given_up: bool,
     deaths: u32,
     started: Option<Instant>,
+    /// No successor is started before that: the last attempt has failed.
+    not_before: Option<Instant>,
 }
 
 impl Life {
@@ -172,11 +177,44 @@ impl Rounds<'_, '_> {
             if self.is_examining() && self.run.job.workers[index].kind == Kind::Top {
                 continue;
             }
-            self.start_successor(index).await?;
+            if life.not_before.is_some_and(|when| Instant::now() < when) {
+                continue;
+            }
+            if let Err(failure) = self.start_successor(index).await {
+                self.not_started(index, failure)?;
+                continue;
+            }
             let life = &mut self.lives[index];
             life.lost = false;
             life.running = true;
             life.started = Some(Instant::now());
+        }
+        Ok(())
+    }
+
+    /// A successor's process cannot be started. It is tried again a few times; then the job goes on without it, unless it is
+    /// the top's.
+    fn not_started(&mut self, index: usize, failure: Failure) -> Outcome {
+        let spec = &self.run.job.workers[index];
+        let life = &mut self.lives[index];
+        life.deaths += 1;
+        life.not_before = Some(Instant::now() + START_AGAIN);
+        let too_often = life.deaths > MOST_DEATHS;
+        if too_often && spec.kind == Kind::Top {
+            return Err(failure);
+        }
+        let then = if too_often {
+            "going on without it"
+        } else {
+            "trying again"
+        };
+        let (round, name) = (self.round, &spec.name);
+        self.reporter
+            .say(&format!("round {round}: {name}: {:#}; {then}", failure.error));
+        if too_often {
+            life.given_up = true;
+            self.roster.give_up(index);
+            self.outgoing.extend(self.roster.vacated(index));
         }
         Ok(())
     }

@@ -16,6 +16,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::folder::RunFolder;
 use super::gateway::Gateway;
+use crate::program;
 use crate::task::Tasks;
 
 /// How long workers have to leave when the job has ended.
@@ -23,7 +24,6 @@ const GRACE: Duration = Duration::from_secs(5);
 
 /// The processes of a run, each played by this very program.
 pub(super) struct Workers {
-    program: PathBuf,
     socket: PathBuf,
     job_id: JobId,
     folder: RunFolder,
@@ -55,7 +55,6 @@ impl Workers {
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
         let trainers = job.trainers().count();
         let mut workers = Self {
-            program: std::env::current_exe().context("cannot find this program's own file")?,
             socket: socket.to_owned(),
             job_id,
             folder: folder.clone(),
@@ -83,7 +82,7 @@ impl Workers {
         // A run that goes on, and a successor, add to what was said before.
         let file = File::options().create(true).append(true).open(&log);
         let file = file.with_context(|| format!("cannot make {}", log.display()))?;
-        let mut command = Command::new(&self.program);
+        let mut command = Command::from(program::command()?);
         command
             .arg("worker")
             .arg("--socket")
