@@ -84,6 +84,7 @@ pub fn run() -> Vec<Check> {
         huge_memfd(),
         memlock(),
         open_files(),
+        socket_folder(),
         daemon(),
     ]
 }
@@ -261,9 +262,40 @@ fn open_files() -> Check {
     }
 }
 
+/// Where a daemon of this user would listen.
+fn socket_folder() -> Check {
+    const NAME: &str = "socket folder";
+    match paths::own_folder() {
+        Ok((folder, passed_over)) => {
+            // Runtime folders that a login would have made are nobody's fault.
+            let named = passed_over.iter().find(|passed| passed.place.variable.is_some());
+            let system = passed_over.iter().find(|_| nix::unistd::geteuid().is_root());
+            let found = folder.display().to_string();
+            match named.or(system) {
+                None => Check::ok(NAME, found),
+                Some(passed) => {
+                    let remedy = match passed.place.variable {
+                        Some(variable) => format!("unset {variable}, or set it to a folder of your own"),
+                        None => "other users look for a daemon of root there only: make it writable, or have them pass \
+                                 --daemon SOCKET"
+                            .to_owned(),
+                    };
+                    Check::warn(NAME, format!("{found}, since {passed}"), remedy)
+                }
+            }
+        }
+        Err(error) => Check::missing(
+            NAME,
+            error.to_string(),
+            "mkdir -m 700 ~/.lifl; export XDG_RUNTIME_DIR=~/.lifl",
+        ),
+    }
+}
+
 /// A daemon that listens: what it runs as, and whether it has kept more than it needs.
 fn daemon() -> Check {
-    const PATIENCE: Duration = Duration::from_secs(5);
+    // A busy daemon is tried for 10 s.
+    const PATIENCE: Duration = Duration::from_secs(15);
     let asked = std::thread::spawn(|| {
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_all()
@@ -284,6 +316,9 @@ fn daemon() -> Check {
                             format!("listens at {}, where this user may not connect", socket.display()),
                             "sudo usermod -aG lifl $USER",
                         );
+                    }
+                    Err(error @ ClientError::Busy { .. }) => {
+                        return Check::warn(DAEMON, error.to_string(), "lifl status");
                     }
                     // Nobody there, or of another version.
                     Err(_) => {}
@@ -361,7 +396,7 @@ mod tests {
 
     #[tokio::test]
     async fn may_be_asked_for_within_a_runtime() {
-        assert_eq!(run().len(), 10);
+        assert_eq!(run().len(), 11);
     }
 
     #[test]

@@ -14,13 +14,12 @@ use lifl_common::control::paths;
 use lifl_common::kernel::DEFAULT_MAX_WORKERS;
 use lifl_daemon::plane::PinError;
 use lifl_daemon::pool::HugePages;
+use lifl_daemon::signals::{self, Ending};
 use lifl_daemon::{
     DEFAULT_GRACE, DEFAULT_PINS, Daemon, GatewayOptions, Host, Options, Quota, Quotas, StartError,
     default_pool_bytes, max_connections, raise_open_files,
 };
 use lifl_daemon::{flame, plane, privileges};
-use nix::libc;
-use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 
 use crate::settings::{LogFormat, Settings};
@@ -36,7 +35,7 @@ const GROUP: &str = "lifl";
 ///   sudo lifl-daemon
 ///
 /// Then `lifl run JOB` uses it. Each option is also a key of /etc/lifl/daemon.toml, which has users' quotas besides. Members of the group `lifl` may connect where that group exists; else only root may,
-/// unless --socket-mode says otherwise. It ends on SIGINT and SIGTERM and leaves nothing behind but jobs that are under way:
+/// unless --socket-mode says otherwise. It ends on SIGINT, SIGTERM and SIGHUP (those of them that were not ignored when it was started, as `nohup` and `command &` of a script have it) and leaves nothing behind but jobs that are under way:
 /// those go on without it, and the next daemon takes them over.
 #[derive(Parser, Debug)]
 #[command(version)]
@@ -54,6 +53,7 @@ struct Cli {
 }
 
 fn main() -> ExitCode {
+    signals::survive_writes();
     let cli = Cli::parse();
     let (settings, file) = match settings(&cli) {
         Ok(settings) => settings,
@@ -71,8 +71,7 @@ fn main() -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             tracing::error!("{error:#}");
-            let lacking =
-                error.downcast_ref::<StartError>().is_some() || error.downcast_ref::<PinError>().is_some();
+            let lacking = error.is::<StartError>() || error.is::<PinError>() || error.is::<paths::NoFolder>();
             ExitCode::from(if lacking { 3 } else { 2 })
         }
     }
@@ -119,7 +118,7 @@ fn run(settings: &Settings, file: &Path) -> anyhow::Result<()> {
     let listener = supervisor::listener()?;
     raise_open_files();
     privileges::no_more().context("prctl(PR_SET_NO_NEW_PRIVS)")?;
-    let options = options(settings)?;
+    let options = options(settings, listener.is_some())?;
     let share = Quota::share_of(
         options.pool_bytes,
         options.max_workers,
@@ -139,10 +138,7 @@ fn run(settings: &Settings, file: &Path) -> anyhow::Result<()> {
         .build()
         .context("no tokio runtime")?;
     runtime.block_on(async {
-        let mut interrupt = signal(SignalKind::interrupt()).context("SIGINT")?;
-        let mut terminate = signal(SignalKind::terminate()).context("SIGTERM")?;
-        // A memory file larger than this process may have is an error of its request, and not the daemon's end.
-        let _too_large = signal(SignalKind::from_raw(libc::SIGXFSZ)).context("SIGXFSZ")?;
+        let mut ending = Ending::watch().context("sigaction")?;
         let shutdown = CancellationToken::new();
         let (pool_mib, huge_pages) = (options.pool_bytes >> 20, options.huge_pages);
         let daemon = Daemon::start_in(host, options, shutdown.clone())?;
@@ -157,10 +153,8 @@ fn run(settings: &Settings, file: &Path) -> anyhow::Result<()> {
         }
         supervisor::ready();
         tokio::spawn(async move {
-            tokio::select! {
-                _ = interrupt.recv() => tracing::info!("SIGINT: stopping"),
-                _ = terminate.recv() => tracing::info!("SIGTERM: stopping"),
-            }
+            let signal = ending.asked().await;
+            tracing::info!("{signal}: stopping");
             supervisor::stopping();
             shutdown.cancel();
         });
@@ -177,7 +171,17 @@ fn give_up(kept: u64) {
     }
 }
 
-fn options(settings: &Settings) -> anyhow::Result<Options> {
+/// Where to listen when nobody says where.
+fn usual_socket() -> Result<PathBuf, paths::NoFolder> {
+    let (folder, passed_over) = paths::own_folder()?;
+    for place in &passed_over {
+        tracing::warn!("not listening where it is looked for first: {place}");
+    }
+    Ok(folder.join(paths::DAEMON_SOCKET))
+}
+
+/// What the settings say; with a socket that was handed over, none is sought.
+fn options(settings: &Settings, handed_over: bool) -> anyhow::Result<Options> {
     let group = match &settings.socket_group {
         Some(name) => {
             let group = nix::unistd::Group::from_name(name).with_context(|| format!("group {name}"))?;
@@ -195,10 +199,11 @@ fn options(settings: &Settings) -> anyhow::Result<Options> {
     let pin = || settings.pin.clone().unwrap_or_else(|| DEFAULT_PINS.into());
     let serves_flame = !settings.no_flame.unwrap_or(false);
     Ok(Options {
-        socket: settings
-            .socket
-            .clone()
-            .unwrap_or_else(|| paths::own_folder().join(paths::DAEMON_SOCKET)),
+        socket: match &settings.socket {
+            Some(socket) => socket.clone(),
+            None if handed_over => PathBuf::new(),
+            None => usual_socket()?,
+        },
         socket_mode: settings.socket_mode.unwrap_or(default_mode),
         socket_group: group.map(|group| group.gid),
         plane: settings.plane.unwrap_or_default(),

@@ -10,6 +10,7 @@ use std::collections::HashMap;
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileTypeExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -60,6 +61,17 @@ pub enum ListenError {
     /// Another daemon is there.
     #[error("another daemon listens at {0}: stop it, or give --socket another path")]
     InUse(PathBuf),
+    /// No address can hold its path.
+    #[error(
+        "the control socket's path {path} has {bytes} bytes, and may have {}: give --socket a shorter one",
+        paths::MAX_PATH_BYTES
+    )]
+    TooLong {
+        /// The socket.
+        path: PathBuf,
+        /// The path's bytes.
+        bytes: usize,
+    },
     /// What was handed over is something else.
     #[error("the socket that the service manager hands over is not one to listen at: {0}")]
     NotAListener(&'static str),
@@ -96,6 +108,13 @@ impl Listener {
             .parent()
             .filter(|folder| !folder.as_os_str().is_empty())
             .unwrap_or(Path::new("."));
+        let bytes = path.as_os_str().as_bytes().len();
+        if bytes > paths::MAX_PATH_BYTES {
+            return Err(ListenError::TooLong {
+                path: path.to_owned(),
+                bytes,
+            });
+        }
         make_folder(folder).map_err(|source| failed("mkdir", source))?;
         // Made beside and put in its place when it is complete: whoever finds a socket there that nobody listens at
         // may be sure that its daemon is gone.
@@ -242,7 +261,7 @@ impl Drop for Listener {
 fn make_folder(folder: &Path) -> io::Result<()> {
     if folder.is_dir() {
         // A folder for everybody's files is an administrator's choice; one of ours must be ours.
-        let ours = folder == paths::own_folder();
+        let ours = paths::places().iter().any(|place| place.folder == folder);
         if ours && !paths::is_trusted(folder) {
             return Err(io::Error::other(
                 "it is another user's, or others may write to it: remove it",

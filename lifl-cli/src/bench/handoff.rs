@@ -258,7 +258,7 @@ struct Stage {
 
 impl Stage {
     fn new(request: Request, pool_bytes: u64, via: &str) -> anyhow::Result<Self> {
-        let socket = paths::own_daemon(std::process::id());
+        let socket = paths::own_daemon(std::process::id())?;
         // Several are measured in turn.
         let socket = socket.with_extension(format!("{via}.sock"));
         let daemons = Builder::new_multi_thread()

@@ -107,7 +107,8 @@ fn bare(processes: u32, rounds: u32, scene: &Scene) -> anyhow::Result<Seconds> {
 }
 
 fn starts(args: &ScaleArgs, scene: &Scene, reporter: &mut Reporter) -> anyhow::Result<()> {
-    let program = std::env::current_exe().context("this program has no path")?;
+    // Another program, which lies beside this one.
+    let program = std::env::current_exe().context("this program has no path: mount /proc")?;
     let daemon = program.with_file_name("lifl-daemon");
     let case = json!({ "start": "daemon" });
     if daemon.exists() {
@@ -196,7 +197,7 @@ fn start_workers(job: &Job, plane: Request, scene: &Scene, reporter: &mut Report
     let mut node = runtime
         .block_on(Node::find(&options))
         .map_err(|failure| failure.error)?;
-    let socket = paths::own_daemon(std::process::id()).display().to_string();
+    let socket = paths::own_daemon(std::process::id())?.display().to_string();
     let (id, mut me) = runtime.block_on(async {
         let id = node.client.create_job("bench").await?;
         let me = node.client.register(id, "coordinator", "coordinator").await?;

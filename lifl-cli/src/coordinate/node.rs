@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use anyhow::{Context, anyhow};
 use lifl_common::client::{Client, ClientError};
+use lifl_common::control::packet::PacketSocket;
 use lifl_common::control::paths;
 use lifl_common::kernel::DEFAULT_MAX_WORKERS;
 use lifl_daemon::plane;
@@ -108,8 +109,8 @@ impl Node {
     }
 
     async fn start(options: &NodeOptions, passed_over: Option<String>) -> Outcome<Self> {
-        sweep().await;
-        let socket = paths::own_daemon(std::process::id());
+        sweep();
+        let socket = paths::own_daemon(std::process::id()).because(Cause::Machine)?;
         let daemon = Daemon::start(
             Options {
                 socket: socket.clone(),
@@ -170,12 +171,9 @@ impl Node {
 }
 
 /// Takes away the sockets of own daemons that were killed: nobody listens at them.
-async fn sweep() {
+fn sweep() {
     for socket in paths::own_daemons() {
-        if Client::connect(&socket)
-            .await
-            .is_err_and(|error| nobody_there(&error))
-        {
+        if PacketSocket::connect(&socket).is_err_and(|error| nobody_at(error.kind())) {
             tracing::debug!(socket = %socket.display(), "left by a run that was killed");
             let _ = std::fs::remove_file(&socket);
         }
@@ -184,8 +182,11 @@ async fn sweep() {
 
 /// Whether a socket is not there or nobody listens at it.
 fn nobody_there(error: &ClientError) -> bool {
-    connect_error(error)
-        .is_some_and(|kind| matches!(kind, io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused))
+    connect_error(error).is_some_and(nobody_at)
+}
+
+fn nobody_at(kind: io::ErrorKind) -> bool {
+    matches!(kind, io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused)
 }
 
 fn not_allowed(error: &ClientError) -> bool {
@@ -202,17 +203,24 @@ fn connect_error(error: &ClientError) -> Option<io::ErrorKind> {
 /// A connection for `lifl status`: every daemon that this user can reach.
 ///
 /// # Errors
-/// If the one that was named cannot be reached.
+/// If the one that was named cannot be reached, or those that there are.
 pub async fn reachable(named: Option<&Path>) -> Outcome<Vec<(PathBuf, Client)>> {
     if let Some(socket) = named {
         let client = Client::connect(socket).await.because(Cause::Machine)?;
         return Ok(vec![(socket.to_owned(), client)]);
     }
     let mut found = Vec::new();
+    let mut unreachable = None;
     for socket in paths::candidates() {
-        if let Ok(client) = Client::connect(&socket).await {
-            found.push((socket, client));
+        match Client::connect(&socket).await {
+            Ok(client) => found.push((socket, client)),
+            Err(error) if nobody_there(&error) || not_allowed(&error) => {}
+            Err(error) => unreachable = Some(error),
         }
     }
-    Ok(found)
+    match unreachable {
+        // One is there, which is not the same as none.
+        Some(error) if found.is_empty() => Err(Failure::new(Cause::Machine, error)),
+        _ => Ok(found),
+    }
 }

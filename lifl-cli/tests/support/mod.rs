@@ -352,10 +352,8 @@ impl Started {
         };
         let stderr = fs::read_to_string(&self.err).unwrap_or_default();
         assert!(workers(&self.run, "").is_empty(), "workers are left: {stderr}");
-        for folder in [
-            PathBuf::from("/run/lifl"),
-            lifl_common::control::paths::own_folder(),
-        ] {
+        let places = lifl_common::control::paths::places().into_iter();
+        for folder in places.map(|place| place.folder).chain(["/run/lifl".into()]) {
             let socket = folder.join(format!("run-{pid}.sock"));
             assert!(!socket.exists(), "{} is left", socket.display());
         }

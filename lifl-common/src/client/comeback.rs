@@ -32,6 +32,10 @@ pub(super) const PATIENCE: Duration = Duration::from_secs(60);
 /// How long a new daemon has to answer.
 const ANSWER: Duration = Duration::from_secs(10);
 
+/// How long to wait for a place in the daemon's backlog before trying again.
+const SHORTEST_BUSY: Duration = Duration::from_millis(1);
+const LONGEST_BUSY: Duration = Duration::from_millis(100);
+
 const SHORTEST_WAIT: Duration = Duration::from_millis(50);
 const LONGEST_WAIT: Duration = Duration::from_secs(1);
 
@@ -151,13 +155,30 @@ async fn attempt(path: &Path, identity: &Identity) -> Result<Back, ClientError> 
     }
 }
 
+/// Connects. Where the daemon's backlog is full it is tried again: somebody listens, who is busy.
+async fn connect(path: &Path) -> Result<PacketSocket, ClientError> {
+    let given_up = Instant::now() + ANSWER;
+    let mut wait = SHORTEST_BUSY;
+    loop {
+        let source = match PacketSocket::connect(path) {
+            Ok(socket) => return Ok(socket),
+            Err(error) => error,
+        };
+        let path = path.to_owned();
+        if source.kind() != io::ErrorKind::WouldBlock {
+            return Err(ClientError::Connect { path, source });
+        }
+        if Instant::now() + wait > given_up {
+            return Err(ClientError::Busy { path, waited: ANSWER });
+        }
+        tokio::time::sleep(wait).await;
+        wait = (wait * 2).min(LONGEST_BUSY);
+    }
+}
+
 /// Connects and says hello.
 pub(super) async fn greet(path: &Path) -> Result<(PacketSocket, Welcome), ClientError> {
-    let connected = PacketSocket::connect(path);
-    let socket = connected.map_err(|source| ClientError::Connect {
-        path: path.to_owned(),
-        source,
-    })?;
+    let socket = connect(path).await?;
     let hello = Request::Hello { protocol: PROTOCOL };
     // A daemon that lets nobody more in says why and closes, perhaps before it could hear this: then that is what counts.
     let said = socket.send(&hello, &[]).await;
@@ -178,4 +199,65 @@ pub(super) async fn greet(path: &Path) -> Result<(PacketSocket, Welcome), Client
         });
     }
     Ok((socket, welcome))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::fd::FromRawFd;
+
+    use nix::sys::socket::{
+        AddressFamily, Backlog, SockFlag, SockType, UnixAddr, accept, bind, listen, socket,
+    };
+
+    use super::*;
+
+    #[tokio::test]
+    async fn a_full_backlog_is_waited_for_and_is_not_no_daemon() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let path = folder.path().join("lifl.sock");
+        let listener = socket(
+            AddressFamily::Unix,
+            SockType::SeqPacket,
+            SockFlag::SOCK_CLOEXEC,
+            None,
+        );
+        let listener = listener.expect("a socket");
+        bind(listener.as_raw_fd(), &UnixAddr::new(&path).expect("short")).expect("bound");
+        listen(&listener, Backlog::new(0).expect("in range")).expect("listens");
+        let mut waiting = Vec::new();
+        let full = loop {
+            match PacketSocket::connect(&path) {
+                Ok(socket) => waiting.push(socket),
+                Err(error) => break error,
+            }
+        };
+        assert_eq!(full.kind(), io::ErrorKind::WouldBlock);
+        let coming = connect(&path);
+        tokio::pin!(coming);
+        // It has been refused at least once when it is asked the first time.
+        assert!(asked_once(coming.as_mut()).await.is_none());
+        let accepted = accept(listener.as_raw_fd()).expect("one of those who wait");
+        // SAFETY: accept has just made it, and nobody else knows it.
+        drop(unsafe { OwnedFd::from_raw_fd(accepted) });
+        coming.await.expect("let in");
+        drop((waiting, listener));
+        let error = connect(&path).await.expect_err("nobody listens");
+        let ClientError::Connect { source, .. } = error else {
+            panic!("{error}");
+        };
+        assert_eq!(source.kind(), io::ErrorKind::ConnectionRefused);
+    }
+
+    /// Asks a future once.
+    async fn asked_once<T>(future: std::pin::Pin<&mut impl Future<Output = T>>) -> Option<T> {
+        let mut future = Some(future);
+        std::future::poll_fn(move |context| {
+            let polled = future.as_mut().expect("asked once").as_mut().poll(context);
+            std::task::Poll::Ready(match polled {
+                std::task::Poll::Ready(value) => Some(value),
+                std::task::Poll::Pending => None,
+            })
+        })
+        .await
+    }
 }

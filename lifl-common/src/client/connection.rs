@@ -38,6 +38,17 @@ pub enum ClientError {
         #[source]
         source: io::Error,
     },
+    /// Somebody listens and takes no connection: as many wait as may.
+    #[error(
+        "the daemon at {path} is too busy: it has let nobody in for {} s, and no more may wait; try again later",
+        waited.as_secs()
+    )]
+    Busy {
+        /// The socket.
+        path: PathBuf,
+        /// How long it was tried.
+        waited: Duration,
+    },
     /// The daemon is gone.
     #[error("the daemon closed the control socket")]
     Closed,
@@ -93,9 +104,11 @@ impl ClientError {
     /// Whether it may be otherwise in a moment, with a daemon that is just being started.
     pub fn is_passing(&self) -> bool {
         match self {
-            Self::Connect { .. } | Self::Closed | Self::Gone { .. } | Self::Packet(PacketError::Io(_)) => {
-                true
-            }
+            Self::Connect { .. }
+            | Self::Busy { .. }
+            | Self::Closed
+            | Self::Gone { .. }
+            | Self::Packet(PacketError::Io(_)) => true,
             Self::Refused { code, .. } => *code == ErrorCode::NotYet,
             _ => false,
         }

@@ -85,7 +85,8 @@ impl PacketSocket {
     /// Connects to a daemon's socket.
     ///
     /// # Errors
-    /// `NotFound` or `ConnectionRefused` if no daemon listens there, `PermissionDenied` if this user may not.
+    /// `NotFound` or `ConnectionRefused` if no daemon listens there, `PermissionDenied` if this user may not, `WouldBlock` if
+    /// as many wait for that daemon as may.
     pub fn connect(path: &Path) -> io::Result<Self> {
         let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
         let fd = socket(AddressFamily::Unix, SockType::SeqPacket, flags, None)?;

@@ -1,0 +1,255 @@
+//! Where and how the program is started: signals that were ignored, folders that cannot be had, a program that is replaced.
+
+mod support;
+
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+use std::{env, fs};
+
+use nix::sys::signal::Signal;
+
+use support::{Job, Place, Started, lifl, signal};
+
+/// A job that is still under way when a test has done what it does, and is soon over then.
+fn long() -> Place {
+    let mut job = Job::digits(&[1, 2], "softmax");
+    job.rounds = 40;
+    Place::new(&job.file())
+}
+
+fn short() -> Place {
+    Place::new(&Job::synthetic(&[1, 2], 100, "F32").file())
+}
+
+/// The run as `nohup` and shells start it: by another program, with the run's own command line.
+fn through(place: &Place, starter: &[&str]) -> Started {
+    let run = place.command(&["--checkpoint-every", "0"]);
+    let mut command = Command::new(starter[0]);
+    command
+        .args(&starter[1..])
+        .arg(run.get_program())
+        .args(run.get_args());
+    for (name, value) in run.get_envs() {
+        command.env(name, value.unwrap_or_default());
+    }
+    Started::new(command, place.run(), &place.folder.path().join("start"))
+}
+
+#[test]
+fn a_hangup_that_nohup_has_ignored_ends_no_run() {
+    let place = long();
+    let mut started = through(&place, &["nohup"]);
+    started.wait_for_round(1);
+    signal(started.pid(), Signal::SIGHUP);
+    let finished = started.wait().success();
+    assert_eq!(finished.all("round").len(), 40);
+}
+
+#[test]
+fn an_interrupt_that_a_shell_has_ignored_ends_no_run() {
+    let place = long();
+    // What a shell without job control does for `command &`.
+    let mut started = through(&place, &["sh", "-c", "trap '' INT QUIT; exec \"$@\"", "sh"]);
+    started.wait_for_round(1);
+    signal(started.pid(), Signal::SIGINT);
+    signal(started.pid(), Signal::SIGQUIT);
+    started.wait().success();
+}
+
+#[test]
+fn a_hangup_that_nobody_has_ignored_ends_the_run_in_order() {
+    let place = long();
+    let mut started = place.start(&[]);
+    started.wait_for_round(1);
+    signal(started.pid(), Signal::SIGHUP);
+    let finished = started.wait();
+    assert_eq!(finished.code(), Some(130), "{}", finished.stderr);
+    assert_eq!(finished.one("job_failed")["exit_code"], 130);
+}
+
+#[test]
+fn a_program_that_is_removed_while_it_runs_still_starts_successors() {
+    let place = long();
+    let program = place.folder.path().join("lifl");
+    let copied = Command::new("cp")
+        .arg(env!("CARGO_BIN_EXE_lifl"))
+        .arg(&program)
+        .status();
+    assert!(copied.expect("run").success());
+    let run = place.command(&[]);
+    let mut command = Command::new(&program);
+    command.args(run.get_args());
+    let mut started = Started::new(command, place.run(), &place.folder.path().join("start"));
+    started.wait_for_round(1);
+    fs::remove_file(&program).expect("removed");
+    let trainer = started.wait_for_worker("trainer-1");
+    let shown = fs::read(format!("/proc/{trainer}/cmdline")).expect("a process");
+    assert!(
+        shown.starts_with(program.as_os_str().as_encoded_bytes()),
+        "a path that a person knows"
+    );
+    let name = fs::read_to_string(format!("/proc/{trainer}/comm")).expect("a process");
+    assert_eq!(name.trim(), "lifl");
+    signal(trainer, Signal::SIGKILL);
+    started.wait_for("worker_replaced");
+    started.wait().success();
+}
+
+/// `lifl run` of a short job with an own daemon and those variables, as a shell command's last part.
+fn run_with(place: &Place, before: &str, variables: &[(&str, Option<&str>)]) -> Output {
+    let run = place.command(&[]);
+    let mut command = Command::new("sh");
+    command
+        .args(["-c", before, "sh"])
+        .arg(run.get_program())
+        .args(run.get_args());
+    for (name, value) in variables {
+        match value {
+            Some(value) => command.env(name, value),
+            None => command.env_remove(name),
+        };
+    }
+    command.output().expect("started")
+}
+
+fn daemon_of(output: &Output) -> PathBuf {
+    let text = String::from_utf8_lossy(&output.stdout);
+    assert!(
+        output.status.success(),
+        "{text}{}",
+        String::from_utf8_lossy(&output.stderr)
+    );
+    let mut events = text
+        .lines()
+        .map(|line| serde_json::from_str::<serde_json::Value>(line).expect("JSON"));
+    let started = events
+        .find(|event| event["event"] == "job_started")
+        .expect("started");
+    PathBuf::from(started["daemon"].as_str().expect("a path"))
+}
+
+fn is_root() -> bool {
+    let root = nix::unistd::geteuid().is_root();
+    if !root {
+        eprintln!("NOT RUN: needs root");
+        assert!(env::var_os("LIFL_REQUIRE_KERNEL").is_none(), "needs root");
+    }
+    root
+}
+
+/// A job of nobody's, with a program that nobody may start.
+fn nobodys() -> (Place, String) {
+    let place = short();
+    fs::set_permissions(place.folder.path(), fs::Permissions::from_mode(0o777)).expect("set");
+    let copied = Command::new("cp")
+        .arg(env!("CARGO_BIN_EXE_lifl"))
+        .arg(place.folder.path().join("lifl"))
+        .status();
+    assert!(copied.expect("run").success());
+    let before = "shift; exec setpriv --reuid=65533 --regid=65533 --clear-groups -- ./lifl \"$@\"";
+    let enter = format!("cd {} && {before}", place.folder.path().display());
+    (place, enter)
+}
+
+#[test]
+fn where_the_folder_for_sockets_is_anothers_missing_or_too_long_another_is_taken() {
+    if !is_root() {
+        return;
+    }
+    let long = format!("/tmp/{}", "x".repeat(100));
+    for (runtime, temporary) in [
+        // As `su` and `sudo -u` leave it.
+        (Some("/root"), None),
+        (Some("/nowhere"), Some("/nowhere")),
+        (None, Some("/proc")),
+        (Some(long.as_str()), Some(long.as_str())),
+    ] {
+        let (place, before) = nobodys();
+        let variables = [("XDG_RUNTIME_DIR", runtime), ("TMPDIR", temporary)];
+        let output = run_with(&place, &before, &variables);
+        let folder = daemon_of(&output).parent().expect("a folder").to_owned();
+        assert_eq!(folder, Path::new("/tmp/lifl-65533"), "{variables:?}");
+        let made = fs::metadata(&folder).expect("there").permissions().mode();
+        assert_eq!(made & 0o777, 0o700);
+    }
+    // An own folder counts, whichever variable names it.
+    let (place, before) = nobodys();
+    let own = place.folder.path().join("own");
+    fs::create_dir(&own).expect("made");
+    std::os::unix::fs::chown(&own, Some(65533), Some(65533)).expect("given");
+    fs::set_permissions(place.folder.path(), fs::Permissions::from_mode(0o1777)).expect("set");
+    let output = run_with(&place, &before, &[("XDG_RUNTIME_DIR", own.to_str())]);
+    assert_eq!(daemon_of(&output).parent(), Some(own.join("lifl").as_path()));
+    fs::remove_dir("/tmp/lifl-65533").expect("empty");
+}
+
+#[test]
+fn root_has_another_place_where_run_is_read_only() {
+    if !is_root() {
+        return;
+    }
+    let place = short();
+    let runtime = place.folder.path().join("runtime");
+    fs::create_dir(&runtime).expect("made");
+    fs::set_permissions(&runtime, fs::Permissions::from_mode(0o700)).expect("set");
+    let before = "mount --bind /run /run && mount -o remount,ro,bind /run && exec \"$@\"";
+    let private = format!("exec unshare -m sh -c '{before}' sh \"$@\"");
+    let output = run_with(&place, &private, &[("XDG_RUNTIME_DIR", runtime.to_str())]);
+    assert_eq!(daemon_of(&output).parent(), Some(runtime.join("lifl").as_path()));
+}
+
+#[test]
+fn where_no_folder_can_be_had_each_is_named_with_its_variable_and_a_remedy() {
+    if !is_root() {
+        return;
+    }
+    let (place, _) = nobodys();
+    // Read-only everything, and no runtime folder.
+    let before = "for d in /run /tmp /dev/shm; do mount --bind $d $d && mount -o remount,ro,bind $d || exit 99; done; shift; \
+                  cd \"$HERE\" && exec setpriv --reuid=65532 --regid=65532 --clear-groups -- ./lifl \"$@\"";
+    let private = format!("exec unshare -m sh -c '{before}' sh \"$@\"");
+    let variables = [
+        ("XDG_RUNTIME_DIR", Some("/root")),
+        ("TMPDIR", Some("/nowhere")),
+        ("HERE", place.folder.path().to_str()),
+    ];
+    let output = run_with(&place, &private, &variables);
+    let text = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(3), "{text}");
+    for part in [
+        "/root/lifl (of XDG_RUNTIME_DIR)",
+        "/nowhere/lifl-65532 (of TMPDIR)",
+        "/tmp/lifl-65532",
+        "export XDG_RUNTIME_DIR=DIR",
+    ] {
+        assert!(text.contains(part), "no {part:?} in: {text}");
+    }
+}
+
+#[test]
+fn doctor_names_the_variable_behind_a_folder_that_cannot_be_had() {
+    let output = lifl()
+        .args(["doctor", "--json"])
+        .env("XDG_RUNTIME_DIR", "/nowhere")
+        .env("TMPDIR", "/nowhere")
+        .output()
+        .expect("started");
+    let text = String::from_utf8_lossy(&output.stdout);
+    let mut checks = text
+        .lines()
+        .map(|line| serde_json::from_str::<serde_json::Value>(line).expect("JSON"));
+    let check = checks
+        .find(|check| check["check"]["name"] == "socket folder")
+        .expect("a check");
+    let check = &check["check"];
+    let first_is_had = nix::unistd::geteuid().is_root();
+    let expected = if first_is_had { "ok" } else { "warn" };
+    assert_eq!(check["state"], expected, "{check}");
+    if !first_is_had {
+        assert!(
+            check["found"].to_string().contains("of XDG_RUNTIME_DIR"),
+            "{check}"
+        );
+    }
+}
