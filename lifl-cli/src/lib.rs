@@ -5,6 +5,7 @@
 //! train with [`learn`] on [`data`].
 
 pub mod aggregate;
+pub mod base_model;
 mod bench;
 mod checkpoint;
 pub mod cli;
@@ -14,6 +15,7 @@ pub mod coordinate;
 pub mod data;
 pub mod doctor;
 pub mod exit;
+mod foreign;
 pub mod learn;
 pub mod memory;
 mod output;

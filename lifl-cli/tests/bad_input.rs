@@ -3,6 +3,7 @@
 mod support;
 
 use std::fs;
+use std::path::Path;
 
 use serde_json::{Value, json};
 
@@ -156,19 +157,135 @@ fn a_run_folder_in_use_is_not_written_to() {
     assert_eq!(fs::read_dir(place.run()).expect("there").count(), 1);
 }
 
+/// `run`, `validate` and `plan` must refuse the job at those paths with code 2 before anything starts, and say all of that.
+fn base_model_refused(paths: &[&Path], says: &[&str]) {
+    let out = tempfile::tempdir().expect("a folder");
+    let run = out.path().join("run");
+    for command in ["validate", "plan", "run"] {
+        let mut lifl = lifl();
+        lifl.arg(command).args(paths);
+        if command == "run" {
+            lifl.args(["--daemon", "own", "--out"]).arg(&run);
+        }
+        let output = lifl.output().expect("started");
+        let text = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert_eq!(output.status.code(), Some(2), "{command}: {text}");
+        for says in ["baseModel", "safetensors file"].iter().chain(says) {
+            assert!(text.contains(says), "{command}: no {says:?} in: {text}");
+        }
+    }
+    assert!(!run.exists(), "a run folder was made");
+}
+
 #[test]
-fn a_base_model_of_another_shape_ends_the_job_by_name() {
+fn a_base_model_of_another_shape_is_refused_before_anything_starts() {
     let first = Place::new(&Job::digits(&[1, 1], "softmax").file());
     first.finish(&[]).success();
     let mut file = Job::digits(&[1, 1], "mlp").file();
-    file["baseModel"] = json!({ "name": first.run().join("model.safetensors"), "version": 1 });
-    let finished = Place::new(&file).finish(&[]);
-    assert_eq!(finished.code(), Some(4), "{}", finished.stderr);
-    assert!(
-        finished.stderr.contains("top-aggregator-1") && finished.stderr.contains("baseModel"),
-        "{}",
-        finished.stderr
+    let model = first.run().join("model.safetensors");
+    file["baseModel"] = json!({ "name": model, "version": 1 });
+    let place = Place::new(&file);
+    base_model_refused(
+        &[&place.job],
+        &["model.safetensors", "it lacks hidden.bias", "lifl.model"],
     );
+    refused(&place, &[], 2, &["it lacks hidden.bias"]);
+    // Of the same kind, but with a number that is none.
+    let mut file = Job::digits(&[1, 1], "softmax").file();
+    let mut bytes = fs::read(&model).expect("a model");
+    let last = bytes.len() - 4;
+    bytes[last..].copy_from_slice(&f32::NAN.to_le_bytes());
+    let spoilt = first.folder.path().join("spoilt.safetensors");
+    fs::write(&spoilt, bytes).expect("written");
+    file["baseModel"] = json!({ "name": spoilt });
+    base_model_refused(&[&Place::new(&file).job], &["spoilt.safetensors", "1 NaN"]);
+    // It is looked at before a run, and no more where a run goes on from a checkpoint.
+    file["baseModel"] = json!({ "name": model });
+    let again = Place::new(&file);
+    again.finish(&[]).success();
+    fs::remove_file(&model).expect("removed");
+    fs::remove_file(again.run().join("model.safetensors")).expect("removed");
+    fs::remove_file(again.run().join("checkpoint-2.json")).expect("removed");
+    again.start_resume(&[]).wait().success();
+}
+
+#[test]
+fn a_base_model_is_looked_at_in_every_form_of_job_file() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let pointer = folder.path().join("pointer.safetensors");
+    fs::write(
+        &pointer,
+        "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 4\n",
+    )
+    .expect("written");
+    let base_model = json!({ "name": pointer });
+    let says = ["pointer.safetensors", "Git LFS pointer", "git lfs pull"];
+    let mut job = Job::synthetic(&[1, 2], 1000, "F32").file();
+    job["baseModel"] = base_model.clone();
+    base_model_refused(&[&Place::new(&job).job], &says);
+
+    // Worker files: any of them may name it.
+    let workers = folder.path().join("workers");
+    fs::create_dir(&workers).expect("made");
+    let mut channel = job["channels"][0].clone();
+    channel["name"] = json!("updates");
+    for (n, role) in ["top-aggregator", "trainer"].into_iter().enumerate() {
+        let worker = json!({
+            "taskid": n.to_string(), "role": role, "job": { "id": "j" }, "channels": [channel],
+            "groupAssociation": { "updates": "default" }, "lifl": job["lifl"],
+            "baseModel": if n == 0 { base_model.clone() } else { json!({ "name": "" }) },
+        });
+        fs::write(workers.join(format!("{role}.json")), worker.to_string()).expect("written");
+    }
+    base_model_refused(&[&workers], &says);
+
+    // What Flame's control plane is given.
+    let design = folder.path().join("design");
+    fs::create_dir(&design).expect("made");
+    let parts = [
+        (
+            "schema.json",
+            json!({ "roles": [{ "name": "top-aggregator" }, { "name": "trainer" }], "channels": [channel] }),
+        ),
+        (
+            "job.json",
+            json!({ "name": "j", "designId": "d", "lifl": job["lifl"] }),
+        ),
+        (
+            "modelSpec.json",
+            json!({ "baseModel": base_model, "hyperparameters": { "rounds": 1 } }),
+        ),
+        (
+            "dataSpec.json",
+            json!([{ "role": "trainer", "datasetGroups": { "default": ["builtin:digits"] } }]),
+        ),
+    ];
+    for (name, part) in parts {
+        fs::write(design.join(name), part.to_string()).expect("written");
+    }
+    base_model_refused(&[&design], &says);
+}
+
+#[test]
+fn programs_are_told_of_a_base_model_too() {
+    let mut file = Job::synthetic(&[1, 1], 10, "F32").file();
+    file["baseModel"] = json!({ "name": "/nonexistent/model.safetensors" });
+    let place = Place::new(&file);
+    let finished = refused(
+        &place,
+        &[],
+        2,
+        &["/nonexistent/model.safetensors", "give its path"],
+    );
+    assert_eq!(finished.all("problem")[0]["problem"]["path"], "baseModel.name");
+    let output = lifl()
+        .arg("validate")
+        .arg("--json")
+        .arg(&place.job)
+        .output()
+        .expect("started");
+    let event: Value = serde_json::from_slice(&output.stdout).expect("one event");
+    assert_eq!(event["problem"]["file"], "/nonexistent/model.safetensors");
 }
 
 #[test]

@@ -5,12 +5,14 @@ use std::path::PathBuf;
 
 use lifl_common::config::{self, ConfigError, JobSpec, Loaded, Timing, Transport, UpdateKind};
 use lifl_common::control::Welcome;
+use lifl_common::update::Schema;
 use lifl_daemon::plane;
 use lifl_daemon::pool::HugePages;
 use serde_json::json;
 use tokio::runtime::Builder;
 
 use super::runtime;
+use crate::base_model;
 use crate::cli::{Choices, JobArgs, Report};
 use crate::coordinate::node::{DaemonChoice, Node, NodeOptions};
 use crate::coordinate::pairing::{Pair, pair};
@@ -36,10 +38,24 @@ fn print_problems(error: &ConfigError) {
     }
 }
 
+/// Looks at the job's base model, if it has one; what is wrong with it is an event too where those were asked for.
+fn check_base_model(job: &JobSpec, schema: &Schema, report: Report) -> Outcome {
+    let Some(path) = &job.base_model else {
+        return Ok(());
+    };
+    base_model::check(path, schema).map_err(|error| {
+        if report.json {
+            outln!("{}", error.event());
+        }
+        Failure::new(Cause::Config, error)
+    })
+}
+
 /// Says whether a job could run, without starting anything.
 pub(crate) fn validate(args: &JobArgs) -> Outcome {
     let Loaded { job, notes } = load(&args.paths, &args.choices, args.report)?;
-    learn::schema(&job.model).because(Cause::Config)?;
+    let schema = learn::schema(&job.model).because(Cause::Config)?;
+    check_base_model(&job, &schema, args.report)?;
     if args.report.json {
         outln!("{}", json!({ "event": "valid", "job": job, "notes": notes }));
         return Ok(());
@@ -61,6 +77,7 @@ pub(crate) fn validate(args: &JobArgs) -> Outcome {
 pub(crate) fn plan(args: &JobArgs) -> Outcome {
     let Loaded { job, notes } = load(&args.paths, &args.choices, args.report)?;
     let schema = learn::schema(&job.model).because(Cause::Config)?;
+    check_base_model(&job, &schema, args.report)?;
     let daemon = daemon_for(&job)?;
     let plan = Plan::new(&job, &schema, daemon.huge_pages);
     let pairs = pair(&job.workers, |_| true);

@@ -39,6 +39,7 @@ use self::report::{Level, Reporter, human_bytes};
 pub use self::resume::Resumed;
 use self::rounds::Rounds;
 use self::workers::Workers;
+use crate::base_model;
 use crate::data::{self, DataError};
 use crate::exit::{Because, Cause, Failure, Outcome};
 use crate::learn;
@@ -98,6 +99,9 @@ pub async fn run(
     let started = Instant::now();
     let schema = learn::schema(&job.model).because(Cause::Config)?;
     prepare_data(job, reporter, shutdown).await?;
+    if !matches!(&options.destination, Destination::Resumed(resumed) if resumed.from.is_some()) {
+        check_base_model(job, &schema, reporter, shutdown).await?;
+    }
     let node = Node::find(&options.node).await?;
     let outcome = with_node(job, schema, options, &node, started, reporter, shutdown).await;
     reporter.end();
@@ -130,6 +134,28 @@ async fn prepare_data(job: &JobSpec, reporter: &Reporter, shutdown: &Cancellatio
         })?;
     }
     Ok(())
+}
+
+/// Makes sure that the model to start from is one, before anything starts.
+async fn check_base_model(
+    job: &JobSpec,
+    schema: &Schema,
+    reporter: &Reporter,
+    shutdown: &CancellationToken,
+) -> Outcome {
+    let Some(path) = job.base_model.clone() else {
+        return Ok(());
+    };
+    let schema = schema.clone();
+    let checked = tokio::task::spawn_blocking(move || base_model::check(&path, &schema));
+    let checked = tokio::select! {
+        checked = checked => checked.context("the base model could not be looked at").because(Cause::Job)?,
+        () = shutdown.cancelled() => return Err(interrupted()),
+    };
+    checked.map_err(|error| {
+        reporter.problem(&error.event());
+        Failure::new(Cause::Config, error)
+    })
 }
 
 async fn with_node(

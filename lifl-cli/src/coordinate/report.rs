@@ -223,6 +223,14 @@ impl Reporter {
         }
     }
 
+    /// Something that is wrong with what the job was given, as an event where those were asked for; for people it is the command's
+    /// error.
+    pub fn problem(&self, event: &serde_json::Value) {
+        if self.json {
+            outln!("{event}");
+        }
+    }
+
     /// Tells everybody of an event.
     ///
     /// # Errors
