@@ -1,5 +1,6 @@
 //! The command line.
 
+use std::io::{self, IsTerminal};
 use std::num::NonZeroU32;
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -7,6 +8,7 @@ use std::process::ExitCode;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use lifl_common::config::{Overrides, Timing, Transport};
 use lifl_common::id::JobId;
+use lifl_daemon::logging;
 use lifl_daemon::plane;
 use lifl_daemon::pool::HugePages;
 use lifl_daemon::signals;
@@ -14,6 +16,8 @@ use lifl_daemon::signals;
 use crate::bench::{Bench, EchoArgs};
 use crate::commands;
 use crate::coordinate::node::DaemonChoice;
+use crate::exit::{Cause, Failure, Outcome};
+use crate::output;
 use crate::program;
 use crate::work::Place;
 
@@ -25,7 +29,7 @@ use crate::work::Place;
 ///   lifl run configs/mnist_three_level.json
 ///
 /// Exit codes: 0 done, 2 the command line or the config is wrong, 3 this machine lacks something, 4 the job failed,
-/// 5 it ran past maxRunTime, 130 interrupted.
+/// 5 it ran past maxRunTime, 6 the answer could not be written, 130 interrupted, 141 the answer's reader has gone.
 #[derive(Parser, Debug)]
 #[command(name = "lifl", version)]
 struct Cli {
@@ -220,7 +224,39 @@ fn daemon_choice(text: &str) -> Result<DaemonChoice, String> {
 pub fn main() -> ExitCode {
     signals::survive_writes();
     program::name_process();
-    let outcome = match Cli::parse().command {
+    logging::tell_panics(output::log().clone());
+    let code = match Cli::try_parse() {
+        Ok(cli) => ended(execute(cli.command)),
+        // --help and --version are answers like any other.
+        Err(error) if !error.use_stderr() => {
+            let text = logging::rendered(&error, io::stdout().is_terminal());
+            ended(output::print(&text))
+        }
+        Err(error) => {
+            output::log().line(logging::rendered(&error, io::stderr().is_terminal()));
+            Cause::Config.into()
+        }
+    };
+    output::flush_log();
+    code
+}
+
+/// Says why a command has failed. Gives its exit code.
+fn ended(outcome: Outcome) -> ExitCode {
+    output::flush_told();
+    match outcome {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(Failure { cause, error }) => {
+            if cause != Cause::Pipe {
+                output::log().line(format!("lifl: {error:#}\n"));
+            }
+            cause.into()
+        }
+    }
+}
+
+fn execute(command: Command) -> Outcome {
+    match command {
         Command::Run(args) => commands::run(&args),
         Command::Validate(args) => commands::validate(&args),
         Command::Plan(args) => commands::plan(&args),
@@ -244,12 +280,5 @@ pub fn main() -> ExitCode {
             gateway,
             start,
         }),
-    };
-    match outcome {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(failure) => {
-            eprintln!("lifl: {:#}", failure.error);
-            failure.cause.into()
-        }
     }
 }

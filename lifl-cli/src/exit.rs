@@ -14,8 +14,12 @@ pub enum Cause {
     Job = 4,
     /// The job ran past `maxRunTime`.
     Timeout = 5,
+    /// The answer could not be written to standard output.
+    Output = 6,
     /// Somebody stopped it.
     Interrupted = 130,
+    /// Whoever read the answer has gone; the number is that of a death by SIGPIPE. Nothing is said of it.
+    Pipe = 141,
 }
 
 /// An error with its cause.

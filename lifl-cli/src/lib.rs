@@ -4,6 +4,9 @@
 //! `lifl worker` once for each aggregator and trainer ([`work`]). Aggregators average with [`aggregate`], trainers
 //! train with [`learn`] on [`data`].
 
+// Such a macro panics, or waits for a reader: `logging` has what does neither.
+#![deny(clippy::print_stdout, clippy::print_stderr)]
+
 pub mod aggregate;
 pub mod base_model;
 mod bench;

@@ -1,15 +1,19 @@
-//! Where and how the program is started: signals that were ignored, folders that cannot be had, a program that is replaced.
+//! Where and how the program is started: signals that were ignored, folders that cannot be had, a program that is replaced,
+//! output that cannot be written.
 
 mod support;
 
+use std::env;
+use std::fs::{self, File};
+use std::io::Read;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output};
-use std::{env, fs};
+use std::process::{Command, Output, Stdio};
+use std::time::{Duration, Instant};
 
 use nix::sys::signal::Signal;
 
-use support::{Job, Place, Started, lifl, signal};
+use support::{Job, PATIENCE, Place, Started, lifl, signal};
 
 /// A job that is still under way when a test has done what it does, and is soon over then.
 fn long() -> Place {
@@ -252,4 +256,229 @@ fn doctor_names_the_variable_behind_a_folder_that_cannot_be_had() {
             "{check}"
         );
     }
+}
+
+/// What a command does whose standard output or standard error is that file.
+fn with_stream(arguments: &[&str], out: Option<&str>, err: Option<&str>) -> Option<i32> {
+    let open = |path: Option<&str>| match path {
+        Some(path) => Stdio::from(File::options().write(true).open(path).expect("open")),
+        None => Stdio::null(),
+    };
+    let mut command = lifl();
+    command.args(arguments).stdout(open(out)).stderr(open(err));
+    command.status().expect("started").code()
+}
+
+const FULL: Option<&str> = Some("/dev/full");
+
+#[test]
+fn a_command_whose_answer_cannot_be_written_says_so_by_its_exit_code() {
+    let place = short();
+    let job = place.job.to_str().expect("text");
+    let answers = [
+        &["schema"][..],
+        &["validate", job],
+        &["validate", job, "--json"],
+        &["plan", job],
+        &["plan", job, "--json"],
+        &["--help"],
+        &["run", "--help"],
+        &["--version"],
+    ];
+    for arguments in answers {
+        assert_eq!(with_stream(arguments, FULL, None), Some(6), "{arguments:?}");
+        assert_eq!(with_stream(arguments, FULL, FULL), Some(6), "{arguments:?}");
+        assert_eq!(with_stream(arguments, None, FULL), Some(0), "{arguments:?}");
+    }
+    // What is wrong counts for more than that it cannot be said.
+    let bad = place.folder.path().join("bad.json");
+    fs::write(&bad, "{").expect("written");
+    let bad = bad.to_str().expect("text");
+    for arguments in [
+        &["validate", bad][..],
+        &["validate", bad, "--json"],
+        &["run", bad],
+        &["run", bad, "--json"],
+        &["no-such-command"],
+    ] {
+        assert_eq!(with_stream(arguments, FULL, FULL), Some(2), "{arguments:?}");
+    }
+}
+
+/// A pipe's writing end whose reader has gone.
+fn dead_pipe() -> Stdio {
+    let (reader, writer) = std::io::pipe().expect("a pipe");
+    drop(reader);
+    writer.into()
+}
+
+#[test]
+fn a_reader_that_has_gone_ends_a_command_quietly() {
+    let place = short();
+    for arguments in [&["schema"][..], &["validate", place.job.to_str().expect("text")]] {
+        let output = lifl()
+            .args(arguments)
+            .stdout(dead_pipe())
+            .stderr(Stdio::piped())
+            .output()
+            .expect("started");
+        assert_eq!(output.status.code(), Some(141), "{arguments:?}");
+        assert_eq!(String::from_utf8_lossy(&output.stderr), "", "{arguments:?}");
+    }
+}
+
+#[test]
+fn a_bench_whose_results_cannot_be_written_stops_and_says_so() {
+    let arguments = ["bench", "aggregate", "--bytes", "1000000", "--updates", "2"];
+    for more in [&[][..], &["--json"]] {
+        let arguments = [&arguments[..], more].concat();
+        assert_eq!(with_stream(&arguments, FULL, None), Some(6));
+    }
+}
+
+/// The run's last event, as its folder has it.
+fn last_event(place: &Place) -> serde_json::Value {
+    let text = fs::read_to_string(place.run().join("metrics.jsonl")).expect("read");
+    serde_json::from_str(text.lines().last().expect("a line")).expect("JSON")
+}
+
+#[test]
+fn a_run_goes_on_and_ends_as_it_should_wherever_its_lines_go() {
+    let full = || Stdio::from(File::options().write(true).open("/dev/full").expect("open"));
+    let streams: [fn() -> Stdio; 2] = [dead_pipe, || {
+        Stdio::from(File::options().write(true).open("/dev/full").expect("open"))
+    }];
+    for stream in streams {
+        for json in [true, false] {
+            let place = short();
+            let mut command = place.command(&[]);
+            if !json {
+                command = lifl();
+                command
+                    .arg("run")
+                    .arg(&place.job)
+                    .args(["--daemon", "own", "--out"])
+                    .arg(place.run());
+            }
+            // Each log line of the workers cannot be written either: their log is their own file.
+            let status = command
+                .stdout(stream())
+                .stderr(stream())
+                .status()
+                .expect("started");
+            assert_eq!(status.code(), Some(0), "json: {json}");
+            assert_eq!(last_event(&place)["event"], "job_finished");
+        }
+    }
+    // A run that fails keeps its code, and its last event.
+    let mut job = Job::synthetic(&[1, 2], 100, "F32");
+    job.rounds = 1_000_000;
+    job.max_run_time = 2;
+    let place = Place::new(&job.file());
+    let status = place
+        .command(&["--checkpoint-every", "0"])
+        .stdout(full())
+        .stderr(full())
+        .status();
+    assert_eq!(status.expect("started").code(), Some(5));
+    let last = last_event(&place);
+    assert_eq!(
+        (&last["event"], &last["exit_code"]),
+        (&"job_failed".into(), &5.into())
+    );
+}
+
+#[test]
+fn closed_streams_end_no_run() {
+    let place = short();
+    let run = place.command(&[]);
+    let status = Command::new("sh")
+        .args(["-c", "exec \"$@\" <&- >&- 2>&-", "sh"])
+        .arg(run.get_program())
+        .args(run.get_args())
+        .status();
+    assert_eq!(status.expect("started").code(), Some(0));
+    assert_eq!(last_event(&place)["event"], "job_finished");
+}
+
+#[test]
+fn a_pipe_that_nobody_reads_holds_no_run_up() {
+    // Many more rounds' events than a pipe holds.
+    let mut job = Job::synthetic(&[1, 1], 10, "F32");
+    job.rounds = 500;
+    let place = Place::new(&job.file());
+    let (reader, writer) = std::io::pipe().expect("a pipe");
+    let mut command = place.command(&["--checkpoint-every", "0"]);
+    let mut child = command
+        .stdout(writer.try_clone().expect("another"))
+        .stderr(writer)
+        .spawn()
+        .expect("started");
+    drop(command);
+    let begun = Instant::now();
+    let status = loop {
+        if let Some(status) = child.try_wait().expect("a child") {
+            break status;
+        }
+        if begun.elapsed() > PATIENCE {
+            let _ = child.kill();
+            panic!("it waits for a reader");
+        }
+        std::thread::sleep(Duration::from_millis(10));
+    };
+    drop(reader);
+    assert_eq!(status.code(), Some(0));
+    assert_eq!(last_event(&place)["event"], "job_finished");
+}
+
+#[test]
+fn a_slow_reader_gets_every_event() {
+    let mut job = Job::synthetic(&[1, 1], 10, "F32");
+    job.rounds = 500;
+    let place = Place::new(&job.file());
+    let mut command = place.command(&["--checkpoint-every", "0"]);
+    let mut child = command
+        .stdout(Stdio::piped())
+        .stderr(Stdio::null())
+        .spawn()
+        .expect("started");
+    let mut reader = child.stdout.take().expect("a pipe");
+    // It begins to read when the run is done with its rounds.
+    let begun = Instant::now();
+    while !place.run().join("model.safetensors").exists() {
+        assert!(begun.elapsed() < PATIENCE, "no model");
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    let mut text = String::new();
+    reader.read_to_string(&mut text).expect("read");
+    assert!(child.wait().expect("a child").success());
+    let rounds = text
+        .lines()
+        .filter(|line| line.contains(r#""event":"round""#))
+        .count();
+    assert_eq!(rounds, 500);
+}
+
+#[test]
+fn workers_outlive_a_limit_that_their_logs_have_reached() {
+    let mut job = Job::synthetic(&[1, 2], 100, "F32");
+    job.rounds = 1000;
+    let place = Place::new(&job.file());
+    let run = place.command(&["--checkpoint-every", "0"]);
+    // A worker's log has a line for each round, with this more than its limit of 64 KiB; its memory file has less.
+    let status = Command::new("bash")
+        .args(["-c", "ulimit -f 64; exec \"$@\"", "bash"])
+        .arg(run.get_program())
+        .args(run.get_args())
+        .env("RUST_LOG", "trace")
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .status();
+    let log = fs::metadata(place.run().join("logs").join("trainer-1.log"))
+        .expect("a log")
+        .len();
+    assert_eq!(log, 64 << 10, "the limit is reached");
+    // Its metrics have no room either: what counts is the model.
+    assert_eq!(status.expect("started").code(), Some(0));
+    assert!(place.run().join("model.safetensors").exists());
 }

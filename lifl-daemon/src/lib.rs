@@ -4,11 +4,15 @@
 //! registry that one task owns, and lets workers in over the network (the gateway). Beside that, and apart from it, it
 //! serves Flame's Python workers ([`flame`]). It does not know what an aggregator computes.
 
+// Such a macro panics, or waits for a reader: `logging` has what does neither.
+#![deny(clippy::print_stdout, clippy::print_stderr)]
+
 mod chain;
 mod ebpf;
 pub mod flame;
 mod gateway;
 mod limits;
+pub mod logging;
 pub mod plane;
 pub mod pool;
 pub mod privileges;

@@ -1,9 +1,12 @@
 //! The command `lifl-daemon`.
 
+// Such a macro panics, or waits for a reader: `logging` has what does neither.
+#![deny(clippy::print_stdout, clippy::print_stderr)]
+
 mod settings;
 mod supervisor;
 
-use std::io::IsTerminal;
+use std::io::{self, IsTerminal};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
@@ -12,6 +15,7 @@ use anyhow::Context;
 use clap::Parser;
 use lifl_common::control::paths;
 use lifl_common::kernel::DEFAULT_MAX_WORKERS;
+use lifl_daemon::logging::{self, Sink};
 use lifl_daemon::plane::PinError;
 use lifl_daemon::pool::HugePages;
 use lifl_daemon::signals::{self, Ending};
@@ -54,15 +58,29 @@ struct Cli {
 
 fn main() -> ExitCode {
     signals::survive_writes();
-    let cli = Cli::parse();
+    let log = Sink::new(io::stderr(), logging::LOG_BYTES, |lost| {
+        format!("{lost} lines of this log could not be written")
+    });
+    let code = logged(&log);
+    log.flush(logging::LAST_LINES);
+    code
+}
+
+/// All that this process does, with its log.
+fn logged(log: &Sink) -> ExitCode {
+    logging::tell_panics(log.clone());
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => return usage(&error, log),
+    };
     let (settings, file) = match settings(&cli) {
         Ok(settings) => settings,
         Err(error) => {
-            eprintln!("lifl-daemon: {error:#}");
+            log.line(format!("lifl-daemon: {error:#}\n"));
             return ExitCode::from(2);
         }
     };
-    log_to_stderr(settings.log_format.unwrap_or(LogFormat::Text));
+    log_to(log, settings.log_format.unwrap_or(LogFormat::Text));
     let done = match cli.reset {
         true => reset(&settings),
         false => run(&settings, &file),
@@ -88,16 +106,42 @@ fn settings(cli: &Cli) -> anyhow::Result<(Settings, PathBuf)> {
     Ok((cli.settings.clone().over(below), file.to_owned()))
 }
 
-fn log_to_stderr(format: LogFormat) {
+/// What clap has to say: of a mistake, or what was asked for with --help or --version.
+fn usage(error: &clap::Error, log: &Sink) -> ExitCode {
+    if error.use_stderr() {
+        log.line(logging::rendered(error, io::stderr().is_terminal()));
+        return ExitCode::from(2);
+    }
+    let text = logging::rendered(error, io::stdout().is_terminal());
+    match logging::write_all(&io::stdout(), text.as_bytes()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            log.line(format!(
+                "lifl-daemon: standard output cannot be written: {error}\n"
+            ));
+            ExitCode::from(2)
+        }
+    }
+}
+
+fn log_to(sink: &Sink, format: LogFormat) {
     let filter = tracing_subscriber::EnvFilter::try_from_default_env()
         .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("info"));
     let log = tracing_subscriber::fmt()
         .with_env_filter(filter)
-        .with_writer(std::io::stderr)
-        .with_ansi(std::io::stderr().is_terminal());
+        .with_writer(sink.clone())
+        .with_ansi(io::stderr().is_terminal());
     match format {
         LogFormat::Text => log.init(),
-        LogFormat::Json => log.json().init(),
+        LogFormat::Json => {
+            sink.tell_by(|lost| {
+                let message = format!("{lost} lines of this log could not be written");
+                format!(
+                    r#"{{"level":"WARN","fields":{{"message":"{message}","lost":{lost}}},"target":"lifl_daemon::logging"}}"#
+                )
+            });
+            log.json().init();
+        }
     }
 }
 

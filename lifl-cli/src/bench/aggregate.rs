@@ -24,7 +24,7 @@ const MOST_MEMORY: f64 = 0.7;
 const TIME: Duration = Duration::from_secs(2);
 const RUNS: std::ops::RangeInclusive<usize> = 5..=200;
 
-pub(super) fn run(args: &AggregateArgs, scene: &Scene, reporter: &mut Reporter) -> anyhow::Result<()> {
+pub(super) fn run(args: &AggregateArgs, scene: &Scene, reporter: &mut Reporter<'_>) -> anyhow::Result<()> {
     let cores = machine::cores();
     let threads: Vec<usize> = match &args.threads[..] {
         [] if cores == 1 => vec![1],

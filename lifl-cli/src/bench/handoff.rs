@@ -49,7 +49,7 @@ const TIME: Duration = Duration::from_secs(12);
 /// Those who send at a time in the stream of many.
 const SENDERS: u32 = 8;
 
-pub(super) fn run(args: &HandoffArgs, scene: &Scene, reporter: &mut Reporter) -> anyhow::Result<()> {
+pub(super) fn run(args: &HandoffArgs, scene: &Scene, reporter: &mut Reporter<'_>) -> anyhow::Result<()> {
     let read = machine::probe()?;
     reporter.memory(machine::cores(), read);
     for &bytes in &args.bytes {
@@ -89,7 +89,7 @@ fn one_size(
     bytes: u64,
     args: &HandoffArgs,
     scene: &Scene,
-    reporter: &mut Reporter,
+    reporter: &mut Reporter<'_>,
     read: f64,
 ) -> anyhow::Result<()> {
     let update = vec![0x3D_u8; usize::try_from(bytes)?];
@@ -337,7 +337,7 @@ impl Drop for Stage {
         if let Some((runtime, daemon)) = self.daemon.take()
             && let Err(error) = runtime.block_on(daemon.stop())
         {
-            eprintln!("the bench's daemon could not clean up: {error}");
+            tracing::error!("the bench's daemon could not clean up: {error}");
         }
     }
 }
@@ -481,7 +481,7 @@ fn stream(
     senders: u32,
     frames: u32,
     scene: &Scene,
-    reporter: &mut Reporter,
+    reporter: &mut Reporter<'_>,
 ) -> anyhow::Result<()> {
     let each = frames / senders;
     let case = json!({ "via": request_name(request), "stream": senders });

@@ -31,6 +31,7 @@ use tempfile::TempDir;
 pub(crate) use echo::{EchoArgs, echo};
 use report::Reporter;
 
+use crate::exit::{Because, Cause, Outcome};
 use crate::program;
 
 /// Sizes that mean something: 1 MB, ResNet-18, -34 and -152 in 32-bit floats, and 3.4 GB.
@@ -168,16 +169,20 @@ fn dtype(text: &str) -> Result<DType, String> {
 }
 
 /// Measures until it is done or `scene` is cut.
-pub(crate) fn run(bench: &Bench, json: bool, scene: &Scene) -> anyhow::Result<()> {
-    let mut reporter = Reporter::new(json);
+///
+/// # Errors
+/// If something cannot be measured, or its results cannot be written.
+pub(crate) fn run(bench: &Bench, json: bool, scene: &Scene) -> Outcome {
+    let mut reporter = Reporter::new(json, scene);
     let done = match bench {
         Bench::Handoff(args) => handoff::run(args, scene, &mut reporter),
         Bench::Aggregate(args) => aggregate::run(args, scene, &mut reporter),
         Bench::Round(args) => round::run(args, scene, &mut reporter),
         Bench::Scale(args) => scale::run(args, scene, &mut reporter),
     };
-    reporter.end();
-    done
+    // That results cannot be written is why the rest was not measured.
+    reporter.end()?;
+    done.because(Cause::Machine)
 }
 
 /// What a bench leaves behind unless it is cleared away: processes and a folder. Whoever interrupts it cuts the scene.

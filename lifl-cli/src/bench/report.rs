@@ -1,5 +1,6 @@
 //! What a bench says: a line of JSON for each result, or one table at its end.
 
+use std::cell::RefCell;
 use std::time::Duration;
 
 use comfy_table::{CellAlignment, Table};
@@ -7,7 +8,10 @@ use serde::Serialize;
 use serde_json::{Map, Value};
 
 use crate::coordinate::report::human_bytes;
-use crate::output::outln;
+use crate::exit::{Failure, Outcome};
+use crate::output::{self, outln};
+
+use super::Scene;
 
 /// Durations of one thing, done often.
 #[derive(Clone, Debug, Serialize)]
@@ -76,16 +80,29 @@ enum Line<'a> {
 }
 
 /// Where results go.
-pub(super) struct Reporter {
+pub(super) struct Reporter<'a> {
     json: bool,
     results: Vec<Measured>,
+    /// Is cut when results cannot be written: then none is measured any more.
+    scene: &'a Scene,
+    unwritten: RefCell<Option<Failure>>,
 }
 
-impl Reporter {
-    pub(super) fn new(json: bool) -> Self {
+impl<'a> Reporter<'a> {
+    pub(super) fn new(json: bool, scene: &'a Scene) -> Self {
         Self {
             json,
             results: Vec::new(),
+            scene,
+            unwritten: RefCell::default(),
+        }
+    }
+
+    /// Notes that a result could not be written, if so.
+    fn wrote(&self, written: Outcome) {
+        if let Err(failure) = written {
+            self.scene.cut();
+            self.unwritten.borrow_mut().get_or_insert(failure);
         }
     }
 
@@ -93,7 +110,7 @@ impl Reporter {
         if self.json
             && let Ok(line) = serde_json::to_string(line)
         {
-            outln!("{line}");
+            self.wrote(outln!("{line}"));
         }
     }
 
@@ -104,10 +121,10 @@ impl Reporter {
             read_bytes_per_second,
         });
         if !self.json {
-            outln!(
+            self.wrote(outln!(
                 "memory: {:.1} GB/s read with {threads} thread(s)",
                 read_bytes_per_second / 1e9
-            );
+            ));
         }
     }
 
@@ -115,25 +132,31 @@ impl Reporter {
     pub(super) fn result(&mut self, measured: Measured) {
         self.line(&Line::Bench(&measured));
         // The table comes last: until then this shows that it goes on.
-        eprintln!(
-            "{} {}: {}",
+        output::log().line(format!(
+            "{} {}: {}\n",
             measured.bench,
             flat(&measured.case),
             human_time(measured.seconds.median)
-        );
+        ));
         self.results.push(measured);
     }
 
     /// What cannot be measured here.
     pub(super) fn skipped(&self, bench: &'static str, case: &Value, why: &str) {
         self.line(&Line::Skipped { bench, case, why });
-        eprintln!("{bench} {}: NOT MEASURED: {why}", flat(case));
+        output::log().line(format!("{bench} {}: NOT MEASURED: {why}\n", flat(case)));
     }
 
     /// Prints the table.
-    pub(super) fn end(self) {
+    ///
+    /// # Errors
+    /// If that, or a result before it, cannot be written.
+    pub(super) fn end(self) -> Outcome {
+        if let Some(failure) = self.unwritten.into_inner() {
+            return Err(failure);
+        }
         if self.json || self.results.is_empty() {
-            return;
+            return Ok(());
         }
         let mut columns: Vec<(String, Column)> = Vec::new();
         for result in &self.results {
@@ -167,7 +190,7 @@ impl Reporter {
         for column in table.column_iter_mut() {
             column.set_cell_alignment(CellAlignment::Right);
         }
-        outln!("{table}");
+        outln!("{table}")
     }
 }
 

@@ -34,7 +34,7 @@ const SHORTEST_WATCH: Duration = Duration::from_millis(100);
 /// Roles from the top down.
 const ROLES: [&str; 3] = ["top-aggregator", "middle-aggregator", "leaf-aggregator"];
 
-pub(super) fn run(args: &RoundArgs, scene: &Scene, reporter: &mut Reporter) -> anyhow::Result<()> {
+pub(super) fn run(args: &RoundArgs, scene: &Scene, reporter: &mut Reporter<'_>) -> anyhow::Result<()> {
     for &bytes in &args.bytes {
         for &trainers in &args.trainers {
             for &levels in &args.levels {

@@ -42,7 +42,7 @@ const IDLE: Duration = Duration::from_secs(5);
 /// Workers of the smallest job.
 const FEW: u32 = 8;
 
-pub(super) fn run(args: &ScaleArgs, scene: &Scene, reporter: &mut Reporter) -> anyhow::Result<()> {
+pub(super) fn run(args: &ScaleArgs, scene: &Scene, reporter: &mut Reporter<'_>) -> anyhow::Result<()> {
     starts(args, scene, reporter)?;
     for &trainers in &args.trainers {
         scene.check()?;
@@ -106,7 +106,7 @@ fn bare(processes: u32, rounds: u32, scene: &Scene) -> anyhow::Result<Seconds> {
     Ok(Seconds::of(seconds.split_off(1)))
 }
 
-fn starts(args: &ScaleArgs, scene: &Scene, reporter: &mut Reporter) -> anyhow::Result<()> {
+fn starts(args: &ScaleArgs, scene: &Scene, reporter: &mut Reporter<'_>) -> anyhow::Result<()> {
     // Another program, which lies beside this one.
     let program = std::env::current_exe().context("this program has no path: mount /proc")?;
     let daemon = program.with_file_name("lifl-daemon");
@@ -179,7 +179,12 @@ fn start_daemon(daemon: &Path, plane: Request, scene: &Scene) -> anyhow::Result<
 
 /// From a worker's start to its word that it can begin, with a daemon that is there; and what all of it uses while nothing is
 /// done.
-fn start_workers(job: &Job, plane: Request, scene: &Scene, reporter: &mut Reporter) -> anyhow::Result<()> {
+fn start_workers(
+    job: &Job,
+    plane: Request,
+    scene: &Scene,
+    reporter: &mut Reporter<'_>,
+) -> anyhow::Result<()> {
     let out = scene.folder().join("workers");
     std::fs::create_dir(&out)?;
     Tasks::of(&job.spec).write(&out)?;
@@ -247,7 +252,7 @@ async fn ready(me: &mut Registration) -> anyhow::Result<()> {
 }
 
 /// What the daemon, which is in this process, and the workers use while there is nothing to do.
-fn idle(workers: &[Actor<'_>], reporter: &mut Reporter) {
+fn idle(workers: &[Actor<'_>], reporter: &mut Reporter<'_>) {
     let of_workers = || {
         let used = workers.iter().map(|worker| machine::used_by(worker.pid()));
         used.fold((0.0, 0), |(cpu, switches), used| {

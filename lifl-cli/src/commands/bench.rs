@@ -33,8 +33,7 @@ pub(crate) fn bench(args: BenchArgs) -> Outcome {
             _ = ending.asked() => None,
         };
         if let Some(measured) = measured {
-            let measured = measured.context("the bench panicked").because(Cause::Machine)?;
-            return measured.because(Cause::Machine);
+            return measured.context("the bench panicked").because(Cause::Machine)?;
         }
         scene.cut();
         // It notices at its next step. One that takes longer is left alone: its children have been told.

@@ -26,16 +26,18 @@ use crate::output::outln;
 pub(super) fn load(paths: &[PathBuf], choices: &Choices, report: Report) -> Outcome<Loaded> {
     config::load(paths, &choices.overrides()).map_err(|error| {
         if report.json {
-            print_problems(&error);
+            // That the files are wrong counts for more than that this could not be said.
+            let _ = print_problems(&error);
         }
         Failure::new(Cause::Config, error)
     })
 }
 
-fn print_problems(error: &ConfigError) {
+fn print_problems(error: &ConfigError) -> Outcome {
     for problem in &error.problems {
-        outln!("{}", json!({ "event": "problem", "problem": problem }));
+        outln!("{}", json!({ "event": "problem", "problem": problem }))?;
     }
+    Ok(())
 }
 
 /// Looks at the job's base model, if it has one; what is wrong with it is an event too where those were asked for.
@@ -45,7 +47,8 @@ fn check_base_model(job: &JobSpec, schema: &Schema, report: Report) -> Outcome {
     };
     base_model::check(path, schema).map_err(|error| {
         if report.json {
-            outln!("{}", error.event());
+            // What is wrong counts for more than that this could not be said.
+            let _ = outln!("{}", error.event());
         }
         Failure::new(Cause::Config, error)
     })
@@ -57,11 +60,11 @@ pub(crate) fn validate(args: &JobArgs) -> Outcome {
     let schema = learn::schema(&job.model).because(Cause::Config)?;
     check_base_model(&job, &schema, args.report)?;
     if args.report.json {
-        outln!("{}", json!({ "event": "valid", "job": job, "notes": notes }));
+        outln!("{}", json!({ "event": "valid", "job": job, "notes": notes }))?;
         return Ok(());
     }
     for note in &notes {
-        outln!("note: {note}");
+        outln!("note: {note}")?;
     }
     outln!(
         "{}: {} workers, {} aggregator levels, {} rounds: valid",
@@ -69,7 +72,7 @@ pub(crate) fn validate(args: &JobArgs) -> Outcome {
         job.workers.len(),
         job.levels(),
         job.rounds
-    );
+    )?;
     Ok(())
 }
 
@@ -101,11 +104,11 @@ pub(crate) fn plan(args: &JobArgs) -> Outcome {
         outln!(
             "{}",
             json!({ "event": "plan", "job": job.name, "tree": tree, "memory": plan, "notes": notes, "brokers": job.brokers, "plane": plane, "plane_reason": reason })
-        );
+        )?;
         return Ok(());
     }
     for note in &notes {
-        outln!("note: {note}");
+        outln!("note: {note}")?;
     }
     let timing = match job.timing {
         Timing::Eager => "eager",
@@ -119,9 +122,9 @@ pub(crate) fn plan(args: &JobArgs) -> Outcome {
         "{}: {} rounds, {timing} timing, {updates} go up",
         job.name,
         job.rounds
-    );
+    )?;
     if let Some(top) = job.workers.iter().position(|worker| worker.up.is_none()) {
-        print_tree(&job, &pairs, top, "", "");
+        print_tree(&job, &pairs, top, "", "")?;
     }
     let left_out: Vec<&str> = job
         .workers
@@ -131,14 +134,14 @@ pub(crate) fn plan(args: &JobArgs) -> Outcome {
         .map(|(_, worker)| worker.name.as_str())
         .collect();
     if !left_out.is_empty() {
-        outln!("without children, so not taking part: {}", left_out.join(", "));
+        outln!("without children, so not taking part: {}", left_out.join(", "))?;
     }
-    outln!();
+    outln!("")?;
     outln!(
         "model    {} parameters, {} in a slot",
         plan.parameters,
         human_bytes(plan.object_bytes)
-    );
+    )?;
     let processes = plan.workers.len() + 1;
     let states = plan.workers.iter().filter(|share| share.state_bytes > 0);
     let arenas = plan.workers.len() + states.count();
@@ -146,18 +149,18 @@ pub(crate) fn plan(args: &JobArgs) -> Outcome {
     outln!(
         "arenas   {} in {arenas} arenas, pages of {pages}",
         human_bytes(plan.pool_bytes)
-    );
+    )?;
     outln!(
         "private  at most {} in {processes} processes",
         human_bytes(plan.private_bytes),
-    );
-    outln!("memory   at most {}", human_bytes(plan.total_bytes));
+    )?;
+    outln!("memory   at most {}", human_bytes(plan.total_bytes))?;
     for (transport, address) in [("p2p", &job.brokers.p2p), ("mqtt", &job.brokers.mqtt)] {
         if let Some(address) = address {
-            outln!("{transport:<8} at {address}");
+            outln!("{transport:<8} at {address}")?;
         }
     }
-    outln!("plane    {}: {}", daemon.plane, daemon.plane_reason);
+    outln!("plane    {}: {}", daemon.plane, daemon.plane_reason)?;
     Ok(())
 }
 
@@ -178,7 +181,13 @@ fn daemon_for(job: &JobSpec) -> Outcome<Welcome> {
     })
 }
 
-fn print_tree(job: &JobSpec, pairs: &HashMap<usize, Pair>, index: usize, indent: &str, branch: &str) {
+fn print_tree(
+    job: &JobSpec,
+    pairs: &HashMap<usize, Pair>,
+    index: usize,
+    indent: &str,
+    branch: &str,
+) -> Outcome {
     let worker = &job.workers[index];
     let transport = match worker.transport {
         Transport::Shm => String::new(),
@@ -192,7 +201,7 @@ fn print_tree(job: &JobSpec, pairs: &HashMap<usize, Pair>, index: usize, indent:
     if let Some(goal) = worker.agg_goal.filter(|&goal| (goal as usize) < children.len()) {
         rounds += &format!("  done with {goal}");
     }
-    outln!("{indent}{branch}{}{transport}{rounds}", worker.name);
+    outln!("{indent}{branch}{}{transport}{rounds}", worker.name)?;
     let below = match branch {
         "" => indent.to_owned(),
         "├─ " => format!("{indent}│  "),
@@ -204,12 +213,13 @@ fn print_tree(job: &JobSpec, pairs: &HashMap<usize, Pair>, index: usize, indent:
         } else {
             "├─ "
         };
-        print_tree(job, pairs, child, &below, branch);
+        print_tree(job, pairs, child, &below, branch)?;
     }
+    Ok(())
 }
 
 /// Prints the job files' JSON Schema.
 pub(crate) fn schema() -> Outcome {
-    outln!("{:#}", config::schema());
+    outln!("{:#}", config::schema())?;
     Ok(())
 }

@@ -10,8 +10,6 @@ pub(crate) use job::{plan, schema, validate};
 pub(crate) use run::run;
 pub(crate) use status::status;
 
-use std::io;
-
 use anyhow::{Context, anyhow};
 use serde_json::json;
 use tokio::runtime::{Builder, Runtime};
@@ -20,15 +18,15 @@ use tracing_subscriber::EnvFilter;
 use crate::cli::Report;
 use crate::doctor::{self, State};
 use crate::exit::{Because, Cause, Failure, Outcome};
-use crate::output::outln;
+use crate::output::{self, outln};
 use crate::work::{self, Place};
 
-/// Logs go to standard error; `RUST_LOG` chooses which.
+/// Logs go to standard error, as far as they can be written there; `RUST_LOG` chooses which.
 fn log(default: &str) {
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(default));
     tracing_subscriber::fmt()
         .with_env_filter(filter)
-        .with_writer(io::stderr)
+        .with_writer(output::log().clone())
         .with_ansi(false)
         .init();
 }
@@ -55,20 +53,19 @@ pub(crate) fn worker(place: Place) -> Outcome {
 pub(crate) fn doctor(report: Report) -> Outcome {
     log("error");
     let checks = doctor::run();
-    if report.json {
-        for check in &checks {
-            outln!("{}", json!({ "event": "check", "check": check }));
-        }
-    } else {
-        outln!("{}", doctor::render(&checks).trim_end());
-    }
+    let said = match report.json {
+        true => checks
+            .iter()
+            .try_for_each(|check| outln!("{}", json!({ "event": "check", "check": check }))),
+        false => outln!("{}", doctor::render(&checks).trim_end()),
+    };
     let missing: Vec<&str> = checks
         .iter()
         .filter(|check| check.state == State::Missing)
         .map(|check| check.name)
         .collect();
     if missing.is_empty() {
-        return Ok(());
+        return said;
     }
     Err(Failure::new(
         Cause::Machine,

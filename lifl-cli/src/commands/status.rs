@@ -36,11 +36,11 @@ pub(crate) fn status(args: &StatusArgs) -> Outcome {
                 outln!(
                     "{}",
                     json!({ "event": "status", "socket": socket, "status": status, "flame": flame })
-                );
+                )?;
             } else {
-                print(&socket, &status);
+                print(&socket, &status)?;
                 if let Some(flame) = flame {
-                    print_flame(&flame);
+                    print_flame(&flame)?;
                 }
             }
         }
@@ -48,20 +48,20 @@ pub(crate) fn status(args: &StatusArgs) -> Outcome {
     })
 }
 
-fn print(socket: &Path, status: &Status) {
+fn print(socket: &Path, status: &Status) -> Outcome {
     let daemon = &status.daemon;
     outln!(
         "daemon {} (pid {}) at {}",
         daemon.version,
         daemon.pid,
         socket.display()
-    );
-    outln!("  plane {}: {}", daemon.plane, daemon.plane_reason);
+    )?;
+    outln!("  plane {}: {}", daemon.plane, daemon.plane_reason)?;
     if daemon.awaited > 0 {
         outln!(
             "  {} workers of the daemon before have not come back yet",
             daemon.awaited
-        );
+        )?;
     }
     let (used, ceiling) = (
         human_bytes(daemon.pool_used_bytes),
@@ -71,10 +71,10 @@ fn print(socket: &Path, status: &Status) {
         "  pool {used} of {ceiling}, {} of {} workers",
         daemon.workers,
         daemon.max_workers
-    );
-    outln!("  runs as uid {}, {}", daemon.uid, with(&daemon.capabilities));
+    )?;
+    outln!("  runs as uid {}, {}", daemon.uid, with(&daemon.capabilities))?;
     for user in &status.users {
-        outln!("  {}", share(user));
+        outln!("  {}", share(user))?;
     }
     for job in &status.jobs {
         let name = job.name.as_deref().unwrap_or("(another user's)");
@@ -84,17 +84,17 @@ fn print(socket: &Path, status: &Status) {
             job.job,
             job.uid,
             job.workers
-        );
+        )?;
         if let Some(gateway) = &job.gateway {
             let (received, sent) = (
                 human_bytes(gateway.bytes_received),
                 human_bytes(gateway.bytes_sent),
             );
-            outln!("    gateway: {received} received, {sent} sent");
+            outln!("    gateway: {received} received, {sent} sent")?;
         }
     }
     if status.workers.is_empty() {
-        return;
+        return Ok(());
     }
     let mut table = Table::new();
     table.load_preset(NOTHING);
@@ -132,7 +132,7 @@ fn print(socket: &Path, status: &Status) {
             column.set_cell_alignment(CellAlignment::Right);
         }
     }
-    outln!("{table}");
+    outln!("{table}")
 }
 
 /// What a process may do.
@@ -162,7 +162,7 @@ fn share(user: &UserStatus) -> String {
     )
 }
 
-fn print_flame(page: &FlamePage) {
+fn print_flame(page: &FlamePage) -> Outcome {
     outln!(
         "  Flame at {}, plane {}: {} workers on {} connections, {} references held",
         page.skmsg,
@@ -170,9 +170,9 @@ fn print_flame(page: &FlamePage) {
         page.workers.len(),
         page.connections,
         page.held
-    );
+    )?;
     if page.workers.is_empty() {
-        return;
+        return Ok(());
     }
     let mut table = Table::new();
     table.load_preset(NOTHING);
@@ -197,7 +197,7 @@ fn print_flame(page: &FlamePage) {
             column.set_cell_alignment(CellAlignment::Right);
         }
     }
-    outln!("{table}");
+    outln!("{table}")
 }
 
 /// How long ago a moment of `CLOCK_MONOTONIC` was.

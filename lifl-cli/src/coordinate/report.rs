@@ -1,15 +1,16 @@
 //! What a run tells: events for programs, lines and a bar for people, and the same events in the run's folder.
 
-use crate::output::outln;
 use std::fs::{self, File};
 use std::io::{self, IsTerminal, Write};
 use std::path::Path;
-use std::time::Duration;
+use std::sync::{Mutex, PoisonError};
 
 use anyhow::Context;
-use indicatif::{ProgressBar, ProgressStyle};
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use lifl_common::plane::PlaneKind;
 use serde::Serialize;
+
+use crate::output;
 
 /// One thing that happened, as `lifl run --json` prints it.
 #[derive(Clone, Debug, Serialize)]
@@ -164,8 +165,12 @@ pub struct Reporter {
 }
 
 impl Reporter {
-    /// With `json`, events go to standard output and nothing else does; people's lines go to standard error.
+    /// With `json`, events go to standard output and nothing else does; people's lines go to standard error. Where they cannot be
+    /// written they are dropped: the run goes on.
     pub fn new(json: bool) -> Self {
+        if json {
+            output::tell_events();
+        }
         Self {
             json,
             metrics: None,
@@ -188,8 +193,8 @@ impl Reporter {
     pub fn say(&self, line: &str) {
         match &self.bar {
             Some(bar) => bar.println(line),
-            None if self.json => eprintln!("{line}"),
-            None => outln!("{line}"),
+            None if self.json => output::log().line(format!("{line}\n")),
+            None => output::told().line(format!("{line}\n")),
         }
     }
 
@@ -200,11 +205,11 @@ impl Reporter {
             return;
         }
         let style = ProgressStyle::with_template("{prefix:>8} [{bar:32}] {pos}/{len}  {msg}");
-        let bar = ProgressBar::new(length).with_prefix(what);
+        let target = ProgressDrawTarget::term_like_with_hz(Box::new(Terminal::default()), 20);
+        let bar = ProgressBar::with_draw_target(Some(length), target).with_prefix(what);
         if let Ok(style) = style {
             bar.set_style(style.progress_chars("=> "));
         }
-        bar.enable_steady_tick(Duration::from_millis(200));
         self.bar = Some(bar);
     }
 
@@ -227,15 +232,15 @@ impl Reporter {
     /// error.
     pub fn problem(&self, event: &serde_json::Value) {
         if self.json {
-            outln!("{event}");
+            output::told().line(format!("{event}\n"));
         }
     }
 
     /// Tells everybody of an event.
     ///
     /// # Errors
-    /// If the event is no JSON; a closed standard output is no error, nor is a full disk: lines that have no room in the
-    /// metrics file are added when there is some.
+    /// If the event is no JSON; that standard output cannot be written is no error, nor is a full disk: lines that have no
+    /// room in the metrics file are added when there is some.
     pub fn event(&mut self, event: &Event) -> anyhow::Result<()> {
         let line = serde_json::to_string(event).context("an event is not JSON")?;
         if let Some(metrics) = &mut self.metrics
@@ -246,9 +251,77 @@ impl Reporter {
             ));
         }
         if self.json {
-            let _ = writeln!(io::stdout(), "{line}");
+            output::told().line(line + "\n");
         } else if let Some(text) = describe(event) {
             self.say(&text);
+        }
+        Ok(())
+    }
+}
+
+/// The terminal that a bar is drawn on, by way of the sink that lines go to: a terminal that is stopped (Ctrl-S) or gone holds
+/// nobody up.
+#[derive(Debug, Default)]
+struct Terminal {
+    /// What is drawn since the last flush.
+    drawn: Mutex<String>,
+}
+
+impl Terminal {
+    fn draw(&self, text: &str) -> io::Result<()> {
+        let mut drawn = self.drawn.lock().unwrap_or_else(PoisonError::into_inner);
+        drawn.push_str(text);
+        Ok(())
+    }
+
+    /// Moves the cursor by that many places; the letters are those of ECMA-48.
+    fn shift(&self, count: usize, letter: char) -> io::Result<()> {
+        match count {
+            0 => Ok(()),
+            count => self.draw(&format!("\x1b[{count}{letter}")),
+        }
+    }
+}
+
+impl indicatif::TermLike for Terminal {
+    fn width(&self) -> u16 {
+        const USUAL: u16 = 80;
+        terminal_size::terminal_size_of(io::stdout()).map_or(USUAL, |(width, _)| width.0)
+    }
+
+    fn move_cursor_up(&self, count: usize) -> io::Result<()> {
+        self.shift(count, 'A')
+    }
+
+    fn move_cursor_down(&self, count: usize) -> io::Result<()> {
+        self.shift(count, 'B')
+    }
+
+    fn move_cursor_right(&self, count: usize) -> io::Result<()> {
+        self.shift(count, 'C')
+    }
+
+    fn move_cursor_left(&self, count: usize) -> io::Result<()> {
+        self.shift(count, 'D')
+    }
+
+    fn write_line(&self, text: &str) -> io::Result<()> {
+        self.draw(text)?;
+        self.draw("\n")
+    }
+
+    fn write_str(&self, text: &str) -> io::Result<()> {
+        self.draw(text)
+    }
+
+    fn clear_line(&self) -> io::Result<()> {
+        self.draw("\r\x1b[2K")
+    }
+
+    fn flush(&self) -> io::Result<()> {
+        let drawn = std::mem::take(&mut *self.drawn.lock().unwrap_or_else(PoisonError::into_inner));
+        if !drawn.is_empty() {
+            output::told().line(drawn);
         }
         Ok(())
     }

@@ -51,7 +51,7 @@ pub(crate) fn has(daemon: &Daemon, client: &Client, kind: PlaneKind) -> bool {
 /// A daemon's process with its folder.
 pub(crate) struct Daemon {
     pub(crate) folder: tempfile::TempDir,
-    child: Option<Child>,
+    pub(crate) child: Option<Child>,
 }
 
 impl Daemon {
