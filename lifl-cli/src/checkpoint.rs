@@ -11,15 +11,19 @@
 //! cheap enough beside the writing (1.8 GB/s on one core that has instructions for it), and because anybody can check the
 //! files with `sha256sum`. The coordinator [writes](crate::coordinate) checkpoints, a top [begins](crate::work) from one.
 
-use std::fs::{self, File};
 use std::io::{self, Read};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
+use crate::dir::Dir;
+
 /// The format that this program writes and reads.
 const VERSION: u32 = 1;
+
+/// The most that a description can have: it names two files.
+const DESCRIPTION_BYTES: u64 = 64 << 10;
 
 /// Bytes that are read and hashed at a time.
 const PIECE_BYTES: usize = 1 << 20;
@@ -151,38 +155,31 @@ impl Checkpoint {
         }
     }
 
-    /// Reads a description, without a look at the files that it names.
+    /// Reads a round's description, without a look at the files that it names.
     ///
     /// # Errors
     /// If it is not there, damaged, or of another version.
-    pub(crate) fn read(path: &Path) -> Result<Self, CheckpointError> {
+    pub(crate) fn read(folder: &Dir, round: u32) -> Result<Self, CheckpointError> {
         #[derive(Deserialize)]
         struct Version {
             version: u32,
         }
-        let text = fs::read(path).map_err(|source| CheckpointError::Read {
-            path: path.to_owned(),
-            source,
-        })?;
-        let syntax = |source| CheckpointError::Syntax {
-            path: path.to_owned(),
-            source,
-        };
+        let name = description_name(round);
+        let path = || folder.path().join(&name);
+        let text = folder.read(&name, DESCRIPTION_BYTES);
+        let text = text.map_err(|source| CheckpointError::Read { path: path(), source })?;
+        let syntax = |source| CheckpointError::Syntax { path: path(), source };
         let Version { version } = serde_json::from_slice(&text).map_err(syntax)?;
         if version != VERSION {
             return Err(CheckpointError::Version {
-                path: path.to_owned(),
+                path: path(),
                 found: version,
             });
         }
         let checkpoint: Self = serde_json::from_slice(&text).map_err(syntax)?;
-        let round = checkpoint.round;
-        let own_name = path
-            .file_name()
-            .is_some_and(|name| name == description_name(round).as_str());
         let state = checkpoint.state.as_ref();
         let strange = [
-            (!own_name).then(|| description_name(round)),
+            (checkpoint.round != round).then(|| description_name(checkpoint.round)),
             (checkpoint.model.file != model_name(round)).then(|| checkpoint.model.file.clone()),
             state
                 .map(|state| state.file.clone())
@@ -190,8 +187,8 @@ impl Checkpoint {
         ];
         match strange.into_iter().flatten().next() {
             Some(file) => Err(CheckpointError::Names {
-                path: path.to_owned(),
-                round,
+                path: path(),
+                round: checkpoint.round,
                 file,
             }),
             None => Ok(checkpoint),
@@ -202,7 +199,7 @@ impl Checkpoint {
     ///
     /// # Errors
     /// If one is missing, cut off or changed.
-    pub(crate) fn verify(&self, folder: &Path) -> Result<(), CheckpointError> {
+    pub(crate) fn verify(&self, folder: &Dir) -> Result<(), CheckpointError> {
         [Some(&self.model), self.state.as_ref()]
             .into_iter()
             .flatten()
@@ -211,13 +208,13 @@ impl Checkpoint {
 }
 
 impl Part {
-    fn verify(&self, folder: &Path) -> Result<(), CheckpointError> {
-        let path = folder.join(&self.file);
+    fn verify(&self, folder: &Dir) -> Result<(), CheckpointError> {
+        let path = folder.path().join(&self.file);
         let read = |source| CheckpointError::Read {
             path: path.clone(),
             source,
         };
-        let mut file = File::open(&path).map_err(read)?;
+        let mut file = folder.open(&self.file).map_err(read)?;
         let found = file.metadata().map_err(read)?.len();
         if found != self.bytes {
             return Err(CheckpointError::Length {

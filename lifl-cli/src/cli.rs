@@ -12,6 +12,7 @@ use lifl_daemon::logging;
 use lifl_daemon::plane;
 use lifl_daemon::pool::HugePages;
 use lifl_daemon::signals;
+use nix::unistd::User;
 
 use crate::bench::{Bench, EchoArgs};
 use crate::commands;
@@ -163,6 +164,9 @@ pub(crate) struct RunArgs {
     /// The run's folder, new or empty [default: runs/JOB-TIME]
     #[arg(long, value_name = "FOLDER")]
     pub(crate) out: Option<PathBuf>,
+    /// Use folders that belong to that user, too: a name or uid. May be given several times
+    #[arg(long, value_name = "USER", value_parser = user)]
+    pub(crate) trust_owner: Vec<u32>,
     /// Write a checkpoint every N rounds; 0 for the last model only
     #[arg(long, value_name = "N", default_value_t = 1)]
     pub(crate) checkpoint_every: u32,
@@ -208,7 +212,17 @@ struct WorkerArgs {
     #[arg(long)]
     gateway: Option<String>,
     #[arg(long)]
-    start: Option<PathBuf>,
+    start: Option<u32>,
+}
+
+/// A user's number, by name or number.
+fn user(text: &str) -> Result<u32, String> {
+    match (text.parse(), User::from_name(text)) {
+        (Ok(uid), _) => Ok(uid),
+        (_, Ok(Some(user))) => Ok(user.uid.as_raw()),
+        (_, Ok(None)) => Err("there is no such user".to_owned()),
+        (_, Err(errno)) => Err(format!("the user cannot be looked up: {errno}")),
+    }
 }
 
 #[expect(clippy::unnecessary_wraps, reason = "clap's parsers give results")]

@@ -16,6 +16,7 @@ mod clock;
 mod commands;
 pub mod coordinate;
 pub mod data;
+pub mod dir;
 pub mod doctor;
 pub mod exit;
 mod foreign;

@@ -3,14 +3,21 @@
 //!
 //! It lies in the run's folder, under the worker's name.
 
-use std::fs;
-use std::path::{Path, PathBuf};
+use std::io::Write;
+use std::path::Path;
 
 use anyhow::Context;
 use lifl_common::config::{JobSpec, WorkerSpec};
 use serde::{Deserialize, Serialize};
 
+use crate::dir::Dir;
 use crate::memory;
+
+/// The folder of the tasks in a run's.
+const FOLDER: &str = "workers";
+
+/// The most that a task can have.
+const TASK_BYTES: u64 = 16 << 20;
 
 /// One worker's part.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -61,18 +68,31 @@ impl<'j> Tasks<'j> {
         }
     }
 
-    /// Writes all of them into a run's folder.
+    /// Writes all of them into the folder of a run at a path that whoever calls has made.
     ///
     /// # Errors
     /// If one cannot be written.
     pub fn write(&self, run: &Path) -> anyhow::Result<()> {
-        let folder = folder(run);
-        let made = fs::create_dir_all(&folder);
-        made.with_context(|| format!("cannot make {}", folder.display()))?;
+        let folder = Dir::at(run).with_context(|| format!("cannot open {}", run.display()))?;
+        self.write_into(&folder)
+    }
+
+    /// Writes all of them into a run's folder.
+    ///
+    /// # Errors
+    /// If one cannot be written.
+    pub fn write_into(&self, run: &Dir) -> anyhow::Result<()> {
+        let folder = run.make_folder(FOLDER);
+        let folder = folder.with_context(|| format!("cannot make {}/{FOLDER}", run.path().display()))?;
         for worker in &self.job.workers {
-            let path = path(run, &worker.name);
+            let name = file_name(&worker.name);
             let text = serde_json::to_vec(&self.task(worker))?;
-            fs::write(&path, text).with_context(|| format!("cannot write {}", path.display()))?;
+            // What the run wrote that goes on now.
+            let _ = folder.remove(&name);
+            let written = folder
+                .create_new(&name)
+                .and_then(|mut file| file.write_all(&text));
+            written.with_context(|| format!("cannot write {}/{name}", folder.path().display()))?;
         }
         Ok(())
     }
@@ -83,9 +103,13 @@ impl Task {
     ///
     /// # Errors
     /// If it is not there, or not as it was written.
-    pub fn read(run: &Path, worker: &str) -> anyhow::Result<Self> {
-        let path = path(run, worker);
-        let text = fs::read(&path).with_context(|| format!("cannot read {}", path.display()))?;
+    pub fn read(run: &Dir, worker: &str) -> anyhow::Result<Self> {
+        let name = file_name(worker);
+        let path = run.path().join(FOLDER).join(&name);
+        let text = run
+            .folder(FOLDER)
+            .and_then(|folder| folder.read(&name, TASK_BYTES));
+        let text = text.with_context(|| format!("cannot read {}", path.display()))?;
         serde_json::from_slice(&text).with_context(|| {
             format!(
                 "{} is not a worker's task as `lifl run` writes it",
@@ -95,10 +119,6 @@ impl Task {
     }
 }
 
-fn folder(run: &Path) -> PathBuf {
-    run.join("workers")
-}
-
-fn path(run: &Path, worker: &str) -> PathBuf {
-    folder(run).join(format!("{worker}.json"))
+fn file_name(worker: &str) -> String {
+    format!("{worker}.json")
 }

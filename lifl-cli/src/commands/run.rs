@@ -10,6 +10,7 @@ use crate::cli::RunArgs;
 use crate::coordinate::node::NodeOptions;
 use crate::coordinate::report::{Event, Reporter};
 use crate::coordinate::{self, Destination, Resumed, RunOptions};
+use crate::dir::Trust;
 use crate::exit::{Because, Cause, Outcome};
 use crate::memory;
 
@@ -29,9 +30,10 @@ pub(crate) fn run(args: &RunArgs) -> Outcome {
 }
 
 fn run_with(args: &RunArgs, reporter: &mut Reporter) -> Outcome {
+    let trust = Trust::new(&args.trust_owner);
     let (job, destination) = match &args.resume {
         Some(folder) => {
-            let (resumed, job) = Resumed::open(folder)?;
+            let (resumed, job) = Resumed::open(folder, &trust)?;
             if let Some(event) = resumed.finished() {
                 return reporter.event(&event).because(Cause::Job);
             }
@@ -54,6 +56,7 @@ fn run_with(args: &RunArgs, reporter: &mut Reporter) -> Outcome {
             workers: memory::registrations(&job),
         },
         destination,
+        trust,
         checkpoint_every: args.checkpoint_every,
         keep_checkpoints: args.keep_checkpoints,
     };

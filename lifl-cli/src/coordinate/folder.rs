@@ -1,18 +1,22 @@
 //! What a run leaves: the job as understood, metrics, checkpoints, the last model, the workers' logs.
 //!
+//! Its files are opened below its descriptor ([`Dir`]): whatever others put at its path meanwhile, the run works on in its own.
+//! Folders are for their user alone (0700), and so are files (0600): they hold models and logs.
+//!
 //! A folder has one run at a time: whoever works in it holds a lock on it, which goes with the process however that
 //! ends. Every file but metrics and logs is written beside, synced and renamed, so that it is whole or not there;
 //! [checkpoints](crate::checkpoint) say so for three files at once.
 
-use std::fs::{self, File};
+use std::collections::HashSet;
+use std::fs::File;
 use std::io::{self, Read, Write};
 use std::num::NonZeroU32;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, anyhow, bail};
-use lifl_common::config::JobSpec;
+use lifl_common::config::{self, JobSpec};
 use lifl_common::id::Generation;
 use lifl_common::update::{Metadata, image};
 use nix::errno::Errno;
@@ -21,12 +25,25 @@ use serde::Serialize;
 
 use crate::checkpoint::{self, Checkpoint, CheckpointError, Hash, Part};
 use crate::data;
+use crate::dir::{Dir, FolderError, Trust};
 
 /// The version of `job.json`.
 const JOB_VERSION: u32 = 1;
 
+/// The job.
+const JOB: &str = "job.json";
+
+/// The most that it can have: the largest job that is loaded has a tenth of it.
+const JOB_BYTES: u64 = 64 << 20;
+
+/// The last model, once the run is done.
+pub(super) const LAST_MODEL: &str = "model.safetensors";
+
 /// The file that is locked.
 const LOCK: &str = ".lock";
+
+/// How much of a log's end its last lines are looked for in.
+const LOG_TAIL_BYTES: u64 = 64 << 10;
 
 /// How long a process that was killed may take to be gone, and its lock with it: the kernel takes its memory apart first.
 const DYING: Duration = Duration::from_secs(3);
@@ -40,7 +57,8 @@ const PIECE_BYTES: usize = 1 << 20;
 /// A run's folder. Clones share its lock.
 #[derive(Clone, Debug)]
 pub(super) struct RunFolder {
-    path: PathBuf,
+    dir: Dir,
+    logs: Dir,
     /// SHA-256 of its `job.json`.
     job_sha256: String,
     _lock: Arc<Flock<File>>,
@@ -49,8 +67,8 @@ pub(super) struct RunFolder {
 /// The newest checkpoint that is whole.
 #[derive(Debug)]
 pub(super) struct Latest {
-    /// Its round and its description's path; `None` if there is none.
-    pub(super) checkpoint: Option<(u32, PathBuf)>,
+    /// Its round; `None` if there is none.
+    pub(super) checkpoint: Option<u32>,
     /// What is wrong with the newer ones.
     pub(super) skipped: Vec<String>,
 }
@@ -67,33 +85,31 @@ impl RunFolder {
     /// Makes the folder: `out`, which must be new or empty, or else `runs/<job>-<UTC time>` below the current one.
     ///
     /// # Errors
-    /// If it is in use or cannot be made.
-    pub(super) fn create(out: Option<&Path>, job: &JobSpec) -> anyhow::Result<Self> {
-        let path = match out {
-            Some(out) => out.to_owned(),
-            None => fresh(
-                Path::new("runs"),
-                &format!(
-                    "{}-{}",
-                    file_name(&job.name),
-                    jiff::Timestamp::now().strftime("%Y%m%d-%H%M%S")
-                ),
-            ),
+    /// If it is in use, not to be used, or cannot be made.
+    pub(super) fn create(out: Option<&Path>, job: &JobSpec, trust: &Trust) -> anyhow::Result<Self> {
+        let dir = match out {
+            Some(out) => trust.make(out)?,
+            None => {
+                let now = jiff::Timestamp::now().strftime("%Y%m%d-%H%M%S");
+                let name = format!("{}-{now}", file_name(&job.name));
+                let numbered = (2..).map(|n| format!("{name}-{n}"));
+                trust.make_fresh(Path::new("runs"), std::iter::once(name.clone()).chain(numbered))?
+            }
         };
-        if fs::read_dir(&path).is_ok_and(|mut entries| entries.next().is_some()) {
+        let names = dir.names();
+        let names = names.with_context(|| format!("cannot read {}", dir.path().display()))?;
+        if !names.is_empty() {
             bail!(
                 "the run folder {} is not empty: give --out another",
-                path.display()
+                dir.path().display()
             );
         }
-        fs::create_dir_all(path.join("logs")).with_context(|| format!("cannot make {}", path.display()))?;
-        // Workers are started with this path and need not be where we are.
-        let path = path
-            .canonicalize()
-            .with_context(|| format!("cannot find {}", path.display()))?;
-        let lock = lock(&path)?;
-        if path.join("job.json").exists() {
-            bail!("another run has just used {}: give --out another", path.display());
+        let lock = lock(&dir)?;
+        if dir.length(JOB).is_some() {
+            bail!(
+                "another run has just used {}: give --out another",
+                dir.path().display()
+            );
         }
         let here = std::env::current_dir().context("the current folder is gone")?;
         let file = JobFile {
@@ -102,11 +118,12 @@ impl RunFolder {
         };
         let text = serde_json::to_vec_pretty(&file).context("the job is not JSON")?;
         let folder = Self {
-            path,
+            logs: make_logs(&dir)?,
+            dir,
             job_sha256: Hash::of(&text),
             _lock: Arc::new(lock),
         };
-        folder.write("job.json", &[&text])?;
+        folder.write(JOB, &[&text])?;
         folder.sync()?;
         Ok(folder)
     }
@@ -114,65 +131,72 @@ impl RunFolder {
     /// Opens the folder of a run that has ended, however it did, with its job.
     ///
     /// # Errors
-    /// If it is no run's folder, a run works in it, or its job cannot be read.
-    pub(super) fn open(path: &Path) -> anyhow::Result<(Self, JobSpec)> {
-        if !path.is_dir() {
-            bail!(
+    /// If it is no run's folder, not to be used, a run works in it, or its job cannot be read.
+    pub(super) fn open(path: &Path, trust: &Trust) -> anyhow::Result<(Self, JobSpec)> {
+        let dir = match trust.open(path) {
+            Ok(dir) => dir,
+            Err(FolderError::NotAFolder(path)) => bail!(
                 "{} is no folder: give --resume the folder that a run left, which it named as \"run folder\"",
                 path.display()
-            );
-        }
-        let path = path
-            .canonicalize()
-            .with_context(|| format!("cannot find {}", path.display()))?;
-        if !path.join("job.json").exists() {
+            ),
+            Err(error) => {
+                return Err(anyhow::Error::new(error)
+                    .context("--resume takes the folder that a run left, which it named as \"run folder\""));
+            }
+        };
+        if dir.length(JOB).is_none() {
             bail!(
                 "{} is not the folder of a run, it has no job.json: give --resume the folder that a run left",
-                path.display()
+                dir.path().display()
             );
         }
-        let lock = lock(&path)?;
-        let (job, job_sha256) = read_job(&path.join("job.json"))?;
+        let lock = lock(&dir)?;
+        let (job, job_sha256) = read_job(&dir)?;
         let folder = Self {
-            path,
+            logs: make_logs(&dir)?,
+            dir,
             job_sha256,
             _lock: Arc::new(lock),
         };
         folder.sweep();
-        fs::create_dir_all(folder.path.join("logs"))
-            .with_context(|| format!("cannot make {}/logs", folder.path.display()))?;
         Ok((folder, job))
     }
 
-    /// Where it is.
+    /// Where it is, for messages.
     pub(super) fn path(&self) -> &Path {
-        &self.path
+        self.dir.path()
     }
 
-    /// A worker's log.
-    pub(super) fn log(&self, worker: &str) -> PathBuf {
-        self.path.join("logs").join(format!("{worker}.log"))
+    /// The folder itself.
+    pub(super) fn dir(&self) -> &Dir {
+        &self.dir
+    }
+
+    /// Opens a worker's log to add to it: a run that goes on, and a successor, add to what was said before.
+    ///
+    /// # Errors
+    /// If it cannot be made, or is something else than a log.
+    pub(super) fn open_log(&self, worker: &str) -> anyhow::Result<File> {
+        let name = log_name(worker);
+        let opened = self.logs.append(&name);
+        opened.with_context(|| format!("cannot open {}/{name}", self.logs.path().display()))
     }
 
     /// The last lines of a worker's log.
     pub(super) fn log_tail(&self, worker: &str, count: usize) -> String {
-        let text = fs::read(self.log(worker)).unwrap_or_default();
+        let text = self.logs.tail(&log_name(worker), LOG_TAIL_BYTES);
+        let text = text.unwrap_or_default();
         let text = String::from_utf8_lossy(&text);
         let lines: Vec<&str> = text.lines().collect();
         lines[lines.len().saturating_sub(count)..].join("\n")
     }
 
-    /// Writes a round's checkpoint: its model and what the optimizer remembers, images as they lie in their slots. Gives
-    /// its description's path, from which a top can begin.
+    /// Writes a round's checkpoint, from which a top can begin: its model and what the optimizer remembers, images as
+    /// they lie in their slots.
     ///
     /// # Errors
     /// If the disk is full, or the folder is gone; nothing of it is left then.
-    pub(super) fn checkpoint(
-        &self,
-        round: u32,
-        model: &[u8],
-        state: Option<&[u8]>,
-    ) -> anyhow::Result<PathBuf> {
+    pub(super) fn checkpoint(&self, round: u32, model: &[u8], state: Option<&[u8]>) -> anyhow::Result<()> {
         let names = [checkpoint::model_name(round), checkpoint::state_name(round)];
         let description = checkpoint::description_name(round);
         let write = || -> anyhow::Result<()> {
@@ -189,10 +213,9 @@ impl RunFolder {
         };
         write().inspect_err(|_| {
             for name in [&description].into_iter().chain(&names) {
-                let _ = fs::remove_file(self.path.join(name));
+                let _ = self.dir.remove(name);
             }
-        })?;
-        Ok(self.path.join(description))
+        })
     }
 
     /// Removes checkpoints of rounds up to that one, but for so many of the newest of them.
@@ -205,7 +228,7 @@ impl RunFolder {
                 checkpoint::model_name(old),
                 checkpoint::state_name(old),
             ] {
-                let _ = fs::remove_file(self.path.join(name));
+                let _ = self.dir.remove(&name);
             }
         }
     }
@@ -218,11 +241,10 @@ impl RunFolder {
         let mut skipped = Vec::new();
         let mut other_jobs = None;
         for round in self.rounds() {
-            let path = self.path.join(checkpoint::description_name(round));
-            match self.whole(&path) {
+            match self.whole(round) {
                 Ok(()) => {
                     return Ok(Latest {
-                        checkpoint: Some((round, path)),
+                        checkpoint: Some(round),
                         skipped,
                     });
                 }
@@ -239,8 +261,8 @@ impl RunFolder {
             bail!(
                 "{} was changed since the checkpoint of round {round} was made: put it back as it was, or begin another run \
                  with {} as its baseModel",
-                self.path.join("job.json").display(),
-                self.path.join(checkpoint::model_name(round)).display()
+                self.path().join(JOB).display(),
+                self.path().join(checkpoint::model_name(round)).display()
             );
         }
         Ok(Latest {
@@ -250,12 +272,12 @@ impl RunFolder {
     }
 
     /// Whether a checkpoint is whole, and this job's.
-    fn whole(&self, description: &Path) -> Result<(), CheckpointError> {
-        let checkpoint = Checkpoint::read(description)?;
+    fn whole(&self, round: u32) -> Result<(), CheckpointError> {
+        let checkpoint = Checkpoint::read(&self.dir, round)?;
         if checkpoint.job != self.job_sha256 {
             return Err(CheckpointError::OtherJob);
         }
-        checkpoint.verify(&self.path)
+        checkpoint.verify(&self.dir)
     }
 
     /// Makes the last model `model.safetensors`; `checkpointed` if that round's [checkpoint](Self::checkpoint) has just
@@ -265,31 +287,25 @@ impl RunFolder {
     /// As [`checkpoint`](Self::checkpoint).
     pub(super) fn last_model(&self, round: u32, image: &[u8], checkpointed: bool) -> anyhow::Result<()> {
         if !(checkpointed && self.link_last_model(round)) {
-            self.write_image("model.safetensors", image)?;
+            self.write_image(LAST_MODEL, image)?;
         }
         self.sync()
     }
 
     /// Makes a checkpoint's model the last one: the same bytes need no second copy on the disk. Says whether it did.
     pub(super) fn link_last_model(&self, round: u32) -> bool {
-        let beside = self.path.join(".model.safetensors.part");
-        let _ = fs::remove_file(&beside);
-        let linked = fs::hard_link(self.path.join(checkpoint::model_name(round)), &beside);
-        linked
-            .and_then(|()| fs::rename(&beside, self.last_model_path()))
-            .is_ok()
-    }
-
-    /// Where the last model is when the run is done.
-    pub(super) fn last_model_path(&self) -> PathBuf {
-        self.path.join("model.safetensors")
+        let beside = beside(LAST_MODEL);
+        let _ = self.dir.remove(&beside);
+        let linked = self.dir.link(&checkpoint::model_name(round), &beside);
+        linked.and_then(|()| self.dir.rename(&beside, LAST_MODEL)).is_ok()
     }
 
     /// The rounds of which there are checkpoints, whole or not, the newest first.
     fn rounds(&self) -> Vec<u32> {
-        let entries = fs::read_dir(&self.path).into_iter().flatten().flatten();
-        let mut rounds: Vec<u32> = entries
-            .filter_map(|entry| checkpoint::round_of(entry.file_name().to_str()?))
+        let names = self.dir.names().unwrap_or_default();
+        let mut rounds: Vec<u32> = names
+            .iter()
+            .filter_map(|name| checkpoint::round_of(name))
             .collect();
         rounds.sort_unstable_by(|a, b| b.cmp(a));
         rounds
@@ -297,11 +313,9 @@ impl RunFolder {
 
     /// Removes what a process that was killed was writing.
     fn sweep(&self) {
-        for entry in fs::read_dir(&self.path).into_iter().flatten().flatten() {
-            let name = entry.file_name();
-            let name = name.to_string_lossy();
+        for name in self.dir.names().unwrap_or_default() {
             if name.starts_with('.') && name.ends_with(".part") {
-                let _ = fs::remove_file(entry.path());
+                let _ = self.dir.remove(&name);
             }
         }
     }
@@ -323,23 +337,25 @@ impl RunFolder {
     /// Writes beside, syncs and renames, so that a file is whole or not there. Its name is only sure to last after
     /// [`sync`](Self::sync).
     fn write(&self, name: &str, parts: &[&[u8]]) -> anyhow::Result<Part> {
-        let (path, beside) = (self.path.join(name), self.path.join(format!(".{name}.part")));
+        let beside = beside(name);
         let bytes: u64 = parts.iter().map(|part| part.len() as u64).sum();
         let write = || -> io::Result<String> {
-            let mut file = File::create(&beside)?;
+            // What a process that was killed has left of it.
+            let _ = self.dir.remove(&beside);
+            let mut file = self.dir.create_new(&beside)?;
             let mut hash = Hash::new();
             for piece in parts.iter().flat_map(|part| part.chunks(PIECE_BYTES)) {
                 hash.update(piece);
                 file.write_all(piece)?;
             }
             file.sync_all()?;
-            fs::rename(&beside, &path)?;
+            self.dir.rename(&beside, name)?;
             Ok(hash.hex())
         };
         // Asked before the half-written file is removed, and gives its room back.
-        let written = write().map_err(|error| self.explain(&path, bytes, error));
+        let written = write().map_err(|error| self.explain(name, bytes, error));
         let sha256 = written.inspect_err(|_| {
-            let _ = fs::remove_file(&beside);
+            let _ = self.dir.remove(&beside);
         })?;
         Ok(Part {
             file: name.to_owned(),
@@ -349,16 +365,15 @@ impl RunFolder {
     }
 
     /// Why a file could not be written, with the numbers and what helps.
-    fn explain(&self, path: &Path, bytes: u64, error: io::Error) -> anyhow::Error {
-        let what = format!("cannot write {} ({bytes} bytes)", path.display());
-        let part = self.path.join(format!(
-            ".{}.part",
-            path.file_name().unwrap_or_default().display()
-        ));
-        let written = fs::metadata(part).map_or(0, |metadata| metadata.len());
+    fn explain(&self, name: &str, bytes: u64, error: io::Error) -> anyhow::Error {
+        let what = format!(
+            "cannot write {} ({bytes} bytes)",
+            self.path().join(name).display()
+        );
+        let written = self.dir.length(&beside(name)).unwrap_or(0);
         let remedy = match Errno::from_raw(error.raw_os_error().unwrap_or(0)) {
             Errno::ENOSPC => {
-                let free = nix::sys::statvfs::statvfs(&self.path);
+                let free = nix::sys::statvfs::fstatvfs(&self.dir);
                 let free = free.map_or(0, |disk| disk.blocks_available() * disk.fragment_size());
                 format!(
                     "its file system is full, {} bytes were free for it: make room there, or keep fewer checkpoints \
@@ -377,21 +392,15 @@ impl RunFolder {
 
     /// Makes names last.
     fn sync(&self) -> anyhow::Result<()> {
-        let synced = File::open(&self.path).and_then(|folder| folder.sync_all());
-        synced.with_context(|| format!("cannot sync {}", self.path.display()))
+        let synced = self.dir.sync();
+        synced.with_context(|| format!("cannot sync {}", self.path().display()))
     }
 }
 
 /// Locks a run's folder until the process ends.
-fn lock(folder: &Path) -> anyhow::Result<Flock<File>> {
-    let path = folder.join(LOCK);
-    let mut options = File::options();
-    let file = options
-        .read(true)
-        .write(true)
-        .create(true)
-        .truncate(false)
-        .open(&path);
+fn lock(folder: &Dir) -> anyhow::Result<Flock<File>> {
+    let path = folder.path().join(LOCK);
+    let file = folder.open_or_create(LOCK);
     let mut file = file.with_context(|| format!("cannot open {}", path.display()))?;
     let begun = Instant::now();
     loop {
@@ -408,10 +417,10 @@ fn lock(folder: &Path) -> anyhow::Result<Flock<File>> {
             }
             Err((mut file, Errno::EWOULDBLOCK)) => {
                 let mut pid = String::new();
-                let _ = file.read_to_string(&mut pid);
+                let _ = (&mut file).take(20).read_to_string(&mut pid);
                 bail!(
                     "another `lifl run` works in {} (process {}): wait for its end, or stop it",
-                    folder.display(),
+                    folder.path().display(),
                     pid.trim()
                 );
             }
@@ -423,12 +432,14 @@ fn lock(folder: &Path) -> anyhow::Result<Flock<File>> {
 }
 
 /// The job of a run, and its file's SHA-256.
-fn read_job(path: &Path) -> anyhow::Result<(JobSpec, String)> {
+fn read_job(folder: &Dir) -> anyhow::Result<(JobSpec, String)> {
     #[derive(serde::Deserialize)]
     struct Version {
         version: Option<u32>,
     }
-    let text = fs::read(path).with_context(|| format!("cannot read {}", path.display()))?;
+    let path = folder.path().join(JOB);
+    let text = folder.read(JOB, JOB_BYTES);
+    let text = text.with_context(|| format!("cannot read {}", path.display()))?;
     let damaged = || format!("{} is damaged: this run cannot be resumed", path.display());
     let Version { version } = serde_json::from_slice(&text).with_context(damaged)?;
     match version {
@@ -446,6 +457,7 @@ fn read_job(path: &Path) -> anyhow::Result<(JobSpec, String)> {
     if job.top().is_none() || job.trainers().next().is_none() || job.rounds == 0 {
         return Err(anyhow!("it has no top, no trainer or no round")).with_context(damaged);
     }
+    check_job(&job).with_context(damaged)?;
     Ok((job, Hash::of(&text)))
 }
 
@@ -470,13 +482,39 @@ fn anchored(job: &JobSpec, here: &Path) -> JobSpec {
     job
 }
 
-/// A path in `parent` that is not there yet.
-fn fresh(parent: &Path, name: &str) -> PathBuf {
-    let numbered = (2..).map(|n| parent.join(format!("{name}-{n}")));
-    let mut paths = std::iter::once(parent.join(name)).chain(numbered);
-    paths
-        .find(|path| !path.exists())
-        .unwrap_or_else(|| parent.join(name))
+/// Whether a job that was read is one that [`config::load`] makes, as far as files and times go.
+fn check_job(job: &JobSpec) -> anyhow::Result<()> {
+    let mut names = HashSet::new();
+    for worker in &job.workers {
+        let name = &worker.name;
+        if !config::is_name(name) {
+            bail!("{name:?} is not the name of a worker");
+        }
+        if !names.insert(name) {
+            bail!("two workers are called {name:?}");
+        }
+    }
+    let seconds = [Some(job.grace_time_s), job.round_timeout_s];
+    for seconds in seconds.into_iter().flatten() {
+        if Duration::try_from_secs_f64(seconds).is_err() {
+            bail!("{seconds} s is no time to wait");
+        }
+    }
+    Ok(())
+}
+
+fn make_logs(dir: &Dir) -> anyhow::Result<Dir> {
+    let logs = dir.make_folder("logs");
+    logs.with_context(|| format!("cannot use {}/logs", dir.path().display()))
+}
+
+fn log_name(worker: &str) -> String {
+    format!("{worker}.log")
+}
+
+/// The name under which a file is written until it is whole.
+fn beside(name: &str) -> String {
+    format!(".{name}.part")
 }
 
 /// A job's name as part of a file's.

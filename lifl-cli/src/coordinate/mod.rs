@@ -41,6 +41,7 @@ use self::rounds::Rounds;
 use self::workers::Workers;
 use crate::base_model;
 use crate::data::{self, DataError};
+use crate::dir::Trust;
 use crate::exit::{Because, Cause, Failure, Outcome};
 use crate::learn;
 use crate::memory;
@@ -52,6 +53,8 @@ pub struct RunOptions {
     pub node: NodeOptions,
     /// The run's folder.
     pub destination: Destination,
+    /// Whose folders may be used for it.
+    pub trust: Trust,
     /// A checkpoint every so many rounds, and of the last; 0 for the last model only.
     pub checkpoint_every: u32,
     /// How many checkpoints stay; all when not given.
@@ -170,15 +173,15 @@ async fn with_node(
     check_room(job, &schema, node)?;
     let (folder, from) = match &options.destination {
         Destination::New(out) => {
-            let folder = RunFolder::create(out.as_deref(), job).because(Cause::Config)?;
-            reporter.keep_metrics(folder.path()).because(Cause::Config)?;
+            let folder = RunFolder::create(out.as_deref(), job, &options.trust).because(Cause::Config)?;
+            reporter.keep_metrics(folder.dir()).because(Cause::Config)?;
             (folder, None)
         }
         Destination::Resumed(resumed) => {
             let folder = resumed.folder.clone();
-            reporter.keep_metrics(folder.path()).because(Cause::Config)?;
+            reporter.keep_metrics(folder.dir()).because(Cause::Config)?;
             reporter.event(&resumed.event()).because(Cause::Job)?;
-            (folder, resumed.from.as_ref())
+            (folder, resumed.from)
         }
     };
     if let Some(note) = &node.passed_over {
@@ -191,8 +194,7 @@ async fn with_node(
         .await
         .because(Cause::Machine)?;
     let gateway = Gateway::open(job, &schema, &mut client).await?;
-    let start = from.map(|(_, checkpoint)| checkpoint.as_path());
-    let workers = Workers::start(job, job_id, &node.socket, &folder, &gateway, start).because(Cause::Job)?;
+    let workers = Workers::start(job, job_id, &node.socket, &folder, &gateway, from).because(Cause::Job)?;
     let mut run = Run {
         job,
         schema,
@@ -202,7 +204,7 @@ async fn with_node(
         frames: registration.frames,
         id: registration.worker,
         started,
-        first_round: from.map_or(1, |(round, _)| round + 1),
+        first_round: from.map_or(1, |round| round + 1),
         checkpoint_every: options.checkpoint_every,
         keep_checkpoints: options.keep_checkpoints,
     };

@@ -1,8 +1,7 @@
 //! What a run tells: events for programs, lines and a bar for people, and the same events in the run's folder.
 
-use std::fs::{self, File};
-use std::io::{self, IsTerminal, Write};
-use std::path::Path;
+use std::fs::File;
+use std::io::{self, IsTerminal, Read, Seek, SeekFrom, Write};
 use std::sync::{Mutex, PoisonError};
 
 use anyhow::Context;
@@ -10,7 +9,14 @@ use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use lifl_common::plane::PlaneKind;
 use serde::Serialize;
 
+use crate::dir::Dir;
 use crate::output;
+
+/// The file of a run's events in its folder.
+const METRICS: &str = "metrics.jsonl";
+
+/// How far back from the end of that file a line is looked for.
+const LONGEST_LINE_BYTES: u64 = 16 << 20;
 
 /// One thing that happened, as `lifl run --json` prints it.
 #[derive(Clone, Debug, Serialize)]
@@ -182,9 +188,9 @@ impl Reporter {
     ///
     /// # Errors
     /// If that file cannot be made.
-    pub fn keep_metrics(&mut self, run: &Path) -> anyhow::Result<()> {
-        let path = run.join("metrics.jsonl");
-        let metrics = Metrics::open(&path).with_context(|| format!("cannot open {}", path.display()))?;
+    pub fn keep_metrics(&mut self, run: &Dir) -> anyhow::Result<()> {
+        let metrics = Metrics::open(run);
+        let metrics = metrics.with_context(|| format!("cannot open {}/{METRICS}", run.path().display()))?;
         self.metrics = Some(metrics);
         Ok(())
     }
@@ -338,17 +344,19 @@ struct Metrics {
 
 impl Metrics {
     /// Opens it to add to it; the part of a line at its end, which a process left that was killed, goes.
-    fn open(path: &Path) -> io::Result<Self> {
-        let text = match fs::read(path) {
-            Ok(text) => text,
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Vec::new(),
-            Err(error) => return Err(error),
+    fn open(run: &Dir) -> io::Result<Self> {
+        let file = run.append(METRICS)?;
+        let end = file.metadata()?.len();
+        let from = end.saturating_sub(LONGEST_LINE_BYTES);
+        let mut text = Vec::new();
+        (&file).seek(SeekFrom::Start(from))?;
+        (&file).take(LONGEST_LINE_BYTES).read_to_end(&mut text)?;
+        let last = text.iter().rposition(|byte| *byte == b'\n');
+        let length = match last {
+            Some(at) => from + at as u64 + 1,
+            None if from == 0 => 0,
+            None => return Err(io::Error::other("its last line has no end: move it away")),
         };
-        let length = text
-            .iter()
-            .rposition(|byte| *byte == b'\n')
-            .map_or(0, |at| at + 1) as u64;
-        let file = File::options().create(true).append(true).open(path)?;
         file.set_len(length)?;
         Ok(Self {
             file,

@@ -3,14 +3,16 @@
 //! Nothing else is needed: aggregators have no state over rounds but the optimizer's, which is in the checkpoint, and
 //! whatever is drawn by chance (data, order, selection) comes from the seed and the round's number.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use anyhow::Context;
 use lifl_common::config::JobSpec;
 use lifl_common::update::{Schema, image};
 
-use super::folder::{Latest, RunFolder};
+use super::folder::{LAST_MODEL, Latest, RunFolder};
 use super::report::Event;
+use crate::checkpoint;
+use crate::dir::{Dir, Trust};
 use crate::exit::{Because, Cause, Outcome};
 use crate::learn;
 
@@ -18,8 +20,8 @@ use crate::learn;
 #[derive(Debug)]
 pub struct Resumed {
     pub(super) folder: RunFolder,
-    /// The last round that is done, and the description of its checkpoint; `None` to begin at the first.
-    pub(super) from: Option<(u32, PathBuf)>,
+    /// The last round that is done and has a checkpoint; `None` to begin at the first.
+    pub(super) from: Option<u32>,
     /// What was found not to be whole.
     pub(super) skipped: Vec<String>,
     rounds: u32,
@@ -30,11 +32,11 @@ impl Resumed {
     /// Opens a run's folder; nobody else can from then on. Gives the run's job too.
     ///
     /// # Errors
-    /// If it is no run's folder, its job cannot be read, or another run works in it.
-    pub fn open(path: &Path) -> Outcome<(Self, JobSpec)> {
-        let (folder, job) = RunFolder::open(path).because(Cause::Config)?;
+    /// If it is no run's folder, not to be used, its job cannot be read, or another run works in it.
+    pub fn open(path: &Path, trust: &Trust) -> Outcome<(Self, JobSpec)> {
+        let (folder, job) = RunFolder::open(path, trust).because(Cause::Config)?;
         let schema = learn::schema(&job.model).because(Cause::Config)?;
-        let last = whole_model(&folder.last_model_path(), &schema);
+        let last = whole_model(folder.dir(), &schema);
         let mut resumed = Self {
             folder,
             from: None,
@@ -51,7 +53,7 @@ impl Resumed {
         let Latest { checkpoint, skipped } = resumed.folder.latest().because(Cause::Config)?;
         resumed.skipped.extend(skipped);
         // All rounds were done, and only the end was missing.
-        if let Some((round, _)) = checkpoint
+        if let Some(round) = checkpoint
             && round >= job.rounds
         {
             resumed.finished = resumed.folder.link_last_model(round);
@@ -70,20 +72,19 @@ impl Resumed {
 
     /// What there is to say of one that goes on.
     pub(super) fn event(&self) -> Event {
-        let from = self.from.as_ref();
-        let name = from.and_then(|(_, path)| path.file_name());
         Event::Resumed {
             run: self.folder.path().display().to_string(),
-            round: from.map_or(1, |(round, _)| round + 1),
-            checkpoint: name.map(|name| name.to_string_lossy().into_owned()),
+            round: self.from.map_or(1, |round| round + 1),
+            checkpoint: self.from.map(checkpoint::description_name),
             skipped: self.skipped.clone(),
         }
     }
 }
 
 /// Whether a run's last model is there; an error if it is and is not what a run leaves.
-fn whole_model(path: &Path, schema: &Schema) -> anyhow::Result<bool> {
-    let file = match std::fs::read(path) {
+fn whole_model(folder: &Dir, schema: &Schema) -> anyhow::Result<bool> {
+    let path = folder.path().join(LAST_MODEL);
+    let file = match folder.read(LAST_MODEL, image::image_bytes(schema) as u64) {
         Ok(file) => file,
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(false),
         Err(error) => return Err(error).with_context(|| format!("cannot read {}", path.display())),

@@ -480,7 +480,8 @@ impl<'r, 'j> Rounds<'r, 'j> {
                     frame.round,
                     arena.object(frame.key, frame.length)?,
                     state.transpose()?,
-                )
+                )?;
+                anyhow::Ok(frame.round)
             });
             let written = written.await.context("the top's successor has no model");
             let checkpoint = written.and_then(|written| written.context("the top's successor has no model"));

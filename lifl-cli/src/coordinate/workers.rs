@@ -1,7 +1,6 @@
 //! The run's worker processes: started, watched, ended.
 
 use std::collections::HashMap;
-use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::process::{ExitStatus, Stdio};
 use std::time::Duration;
@@ -30,8 +29,8 @@ pub(super) struct Workers {
     specs: Vec<WorkerSpec>,
     /// How each gets in that comes through the gateway.
     access: Vec<Option<(String, JobToken)>>,
-    /// The checkpoint that the top begins from.
-    start: Option<PathBuf>,
+    /// The round of the checkpoint that the top begins from.
+    start: Option<u32>,
     /// Trainers work all at once: between them they get each core about once.
     trainer_threads: String,
     processes: JoinSet<(usize, std::io::Result<ExitStatus>)>,
@@ -50,7 +49,7 @@ impl Workers {
         socket: &Path,
         folder: &RunFolder,
         gateway: &Gateway,
-        start: Option<&Path>,
+        start: Option<u32>,
     ) -> anyhow::Result<Self> {
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
         let trainers = job.trainers().count();
@@ -60,12 +59,12 @@ impl Workers {
             folder: folder.clone(),
             specs: job.workers.clone(),
             access: job.workers.iter().map(|spec| gateway.access(spec)).collect(),
-            start: start.map(Path::to_owned),
+            start,
             trainer_threads: (cores / trainers.max(1)).max(1).to_string(),
             processes: JoinSet::new(),
             running: HashMap::new(),
         };
-        Tasks::of(job).write(folder.path())?;
+        Tasks::of(job).write_into(folder.dir())?;
         for index in 0..workers.specs.len() {
             workers.start_one(index)?;
         }
@@ -78,10 +77,8 @@ impl Workers {
     /// If the process cannot be started.
     pub(super) fn start_one(&mut self, index: usize) -> anyhow::Result<()> {
         let spec = &self.specs[index];
-        let log = self.folder.log(&spec.name);
-        // A run that goes on, and a successor, add to what was said before.
-        let file = File::options().create(true).append(true).open(&log);
-        let file = file.with_context(|| format!("cannot make {}", log.display()))?;
+        let log = self.folder.open_log(&spec.name)?;
+        let run = self.folder.dir().descriptor();
         let mut command = Command::from(program::command()?);
         command
             .arg("worker")
@@ -91,11 +88,11 @@ impl Workers {
             .arg(self.job_id.0.to_string());
         command
             .arg("--run")
-            .arg(self.folder.path())
+            .arg(self.folder.dir().path())
             .arg("--name")
             .arg(&spec.name);
-        if let Some(checkpoint) = self.start.as_ref().filter(|_| spec.kind == Kind::Top) {
-            command.arg("--start").arg(checkpoint);
+        if let Some(round) = self.start.filter(|_| spec.kind == Kind::Top) {
+            command.arg("--start").arg(round.to_string());
         }
         if let Some((address, token)) = &self.access[index] {
             command.arg("--gateway").arg(address);
@@ -104,7 +101,9 @@ impl Workers {
         if spec.kind == Kind::Trainer {
             command.env("RAYON_NUM_THREADS", &self.trainer_threads);
         }
-        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(file);
+        // The folder itself: whatever is at its path by now.
+        command.stdin(run.context("the run's folder cannot be handed on")?);
+        command.stdout(Stdio::null()).stderr(log);
         // Out of the terminal's process group: Ctrl-C is for the coordinator, which ends the job in order.
         command.process_group(0).kill_on_drop(true);
         let child = command
@@ -152,9 +151,9 @@ impl Workers {
         self.running.values().map(|(pid, _)| *pid)
     }
 
-    /// Has the next top begin from that checkpoint.
-    pub(super) fn begin_from(&mut self, checkpoint: PathBuf) {
-        self.start = Some(checkpoint);
+    /// Has the next top begin from that round's checkpoint.
+    pub(super) fn begin_from(&mut self, round: u32) {
+        self.start = Some(round);
     }
 
     /// Kills one, if it runs; that it has ended is told as of any other.

@@ -49,6 +49,7 @@ use super::ground::Ground;
 use super::link::Incoming;
 use super::{Place, join, ready, uplink};
 use crate::aggregate::{Accumulator, Threads};
+use crate::dir::Dir;
 use crate::task::Task;
 
 /// Updates that are kept which came before they can be taken; who sends more is refused.
@@ -122,14 +123,14 @@ struct Aggregator<G> {
 }
 
 /// Plays the role until the job ends.
-pub(super) async fn play(place: Place, task: Task, schema: Schema) -> anyhow::Result<()> {
+pub(super) async fn play(place: Place, run: &Dir, task: Task, schema: Schema) -> anyhow::Result<()> {
     let link = join(&place, &task, &schema).await?;
     let up = Up::new(uplink(&place, &task.worker)?);
     let threads = Threads::new(std::thread::available_parallelism().map_or(1, usize::from))?;
     let mut aggregator = Aggregator::new(link, up, threads, task, schema);
     if aggregator.at_top() {
-        match &place.start {
-            Some(checkpoint) => aggregator.restore(checkpoint)?,
+        match place.start {
+            Some(round) => aggregator.restore(run, round)?,
             None => aggregator.first_model()?,
         }
     }

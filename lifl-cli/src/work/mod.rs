@@ -7,6 +7,8 @@ mod remote_trainer;
 mod trainer;
 mod uplink;
 
+use std::io;
+use std::os::fd::AsFd;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -18,6 +20,7 @@ use lifl_common::id::JobId;
 use lifl_common::session::{JobToken, TOKEN_VARIABLE};
 use lifl_common::update::Schema;
 
+use crate::dir::Dir;
 use crate::memory;
 use crate::task::Task;
 use crate::work::ground::Ground;
@@ -31,14 +34,24 @@ pub struct Place {
     pub socket: PathBuf,
     /// The job, as the daemon numbers it.
     pub job: JobId,
-    /// The run's folder, with the worker's task.
+    /// The run's folder, with the worker's task: standard input is the folder itself where `lifl run` has started the
+    /// worker, and this is its name in messages.
     pub run: PathBuf,
     /// The worker's name in the job.
     pub name: String,
     /// Where the gateway is, for a worker whose way up leaves the node.
     pub gateway: Option<String>,
-    /// The description of the checkpoint that the top begins from; without it, from the job's first model.
-    pub start: Option<PathBuf>,
+    /// The round of the checkpoint that the top begins from; without it, from the job's first model.
+    pub start: Option<u32>,
+}
+
+impl Place {
+    fn folder(&self) -> io::Result<Dir> {
+        let given = io::stdin().as_fd().try_clone_to_owned();
+        given
+            .and_then(|given| Dir::of(given, &self.run))
+            .or_else(|_| Dir::at(&self.run))
+    }
 }
 
 /// Plays one worker's role until the job ends.
@@ -46,14 +59,17 @@ pub struct Place {
 /// # Errors
 /// If the task cannot be read, the daemon is gone, or the role cannot be played.
 pub async fn play(place: Place) -> anyhow::Result<()> {
-    let task = Task::read(&place.run, &place.name)?;
+    let run = place
+        .folder()
+        .with_context(|| format!("cannot open {}", place.run.display()))?;
+    let task = Task::read(&run, &place.name)?;
     let schema = crate::learn::schema(&task.job.model)?;
     match task.worker.kind {
         Kind::Trainer => match uplink(&place, &task.worker)? {
             Some(up) => remote_trainer::play(up, task, schema).await,
             None => trainer::play(place, task, schema).await,
         },
-        Kind::Top | Kind::Aggregator => aggregator::play(place, task, schema).await,
+        Kind::Top | Kind::Aggregator => aggregator::play(place, &run, task, schema).await,
     }
 }
 

@@ -384,11 +384,17 @@ fn same_channel(first: &mut ChannelDraft, next: &ChannelDraft, findings: &mut Fi
     same
 }
 
-/// Names go into the names of files and processes.
-fn check_name(what: &str, name: &str, place: &Place, findings: &mut Findings) {
-    const LONGEST_BYTES: usize = 64;
+/// The longest name of a worker.
+const LONGEST_NAME_BYTES: usize = 64;
+
+/// Whether a worker may be called that: names go into the names of files and processes.
+pub fn is_name(name: &str) -> bool {
     let bad = |c: char| c == '/' || c == '\\' || c.is_control();
-    if name.is_empty() || name.len() > LONGEST_BYTES || name.starts_with('.') || name.contains(bad) {
+    !name.is_empty() && name.len() <= LONGEST_NAME_BYTES && !name.starts_with('.') && !name.contains(bad)
+}
+
+fn check_name(what: &str, name: &str, place: &Place, findings: &mut Findings) {
+    if !is_name(name) {
         findings
             .add(
                 ProblemKind::Invalid,
@@ -396,7 +402,7 @@ fn check_name(what: &str, name: &str, place: &Place, findings: &mut Findings) {
                 format!("{what} name {:?}", shorten(name)),
             )
             .expected(format!(
-                "1 to {LONGEST_BYTES} bytes without '/', '\\' and control characters, not starting with '.'"
+                "1 to {LONGEST_NAME_BYTES} bytes without '/', '\\' and control characters, not starting with '.'"
             ));
     }
 }

@@ -46,6 +46,7 @@ use problem::{Findings, Place};
 use settings::{Settings, Sources};
 use tree::Tree;
 
+pub use draft::is_name;
 pub use problem::{ConfigError, Problem, ProblemKind};
 pub use spec::{
     Adaptive, Brokers, DataSource, Group, JobSpec, Kind, ModelSpec, Optimizer, Partition, Timing,

@@ -1,6 +1,9 @@
 //! What checkpoints a folder has, whatever was done to their files.
 
-use lifl_common::config;
+use std::fs;
+use std::os::unix::fs::symlink;
+use std::path::PathBuf;
+
 use lifl_common::update::{DType, Schema, TensorSpec};
 use proptest::prelude::*;
 use tempfile::TempDir;
@@ -10,7 +13,7 @@ use super::*;
 /// A run's new folder.
 fn folder() -> (TempDir, RunFolder) {
     let outer = tempfile::tempdir().expect("a folder");
-    let folder = RunFolder::create(Some(&outer.path().join("run")), &job()).expect("made");
+    let folder = RunFolder::create(Some(&outer.path().join("run")), &job(), &Trust::new(&[])).expect("made");
     (outer, folder)
 }
 
@@ -36,7 +39,7 @@ fn slot(number: u32) -> Vec<u8> {
 
 fn latest(folder: &RunFolder) -> (Option<u32>, Vec<String>) {
     let Latest { checkpoint, skipped } = folder.latest().expect("the job is the same");
-    (checkpoint.map(|(round, _)| round), skipped)
+    (checkpoint, skipped)
 }
 
 #[test]
@@ -44,11 +47,9 @@ fn the_newest_is_found_and_is_what_was_lent() {
     let (_outer, folder) = folder();
     assert_eq!(latest(&folder), (None, vec![]));
     for round in [1, 2, 10] {
-        let path = folder.checkpoint(round, &slot(round), Some(&slot(round + 100)));
-        assert_eq!(
-            path.expect("room").file_name().expect("a name").to_str(),
-            Some(&*format!("checkpoint-{round}.json"))
-        );
+        let written = folder.checkpoint(round, &slot(round), Some(&slot(round + 100)));
+        written.expect("room");
+        assert!(folder.path().join(format!("checkpoint-{round}.json")).exists());
     }
     assert_eq!(latest(&folder), (Some(10), vec![]));
     let model = fs::read(folder.path().join("model-10.safetensors")).expect("a model");
@@ -113,7 +114,7 @@ fn the_last_model_is_the_checkpoints_only_if_that_is_this_rounds() {
     // Left by a process that was killed before its checkpoint was one.
     fs::write(folder.path().join("model-3.safetensors"), "half").expect("written");
     folder.last_model(3, &slot(3), false).expect("room");
-    let model = fs::read(folder.last_model_path()).expect("a model");
+    let model = fs::read(folder.path().join(LAST_MODEL)).expect("a model");
     assert_eq!(model.len(), slot(3).len());
     folder.checkpoint(3, &slot(4), None).expect("room");
     folder.last_model(3, &slot(4), true).expect("room");
@@ -128,13 +129,15 @@ fn a_folder_is_locked_as_long_as_anybody_has_it() {
     let clone = folder.clone();
     let path = folder.path().to_owned();
     drop(folder);
-    let error = RunFolder::open(&path).expect_err("it is in use").to_string();
+    let error = RunFolder::open(&path, &Trust::new(&[]))
+        .expect_err("it is in use")
+        .to_string();
     assert!(
         error.contains("another `lifl run`") && error.contains(&std::process::id().to_string()),
         "{error}"
     );
     drop(clone);
-    let (_folder, read) = RunFolder::open(&path).expect("nobody has it");
+    let (_folder, read) = RunFolder::open(&path, &Trust::new(&[])).expect("nobody has it");
     assert_eq!(
         read,
         anchored(&job(), &std::env::current_dir().expect("a folder"))
@@ -187,4 +190,104 @@ proptest! {
         prop_assert_eq!(skipped.len(), 1);
         prop_assert!(skipped[0].contains("round 2 is not whole"), "{}", skipped[0]);
     }
+}
+
+/// Links under all names that a run writes, whoever has put them there: what they lead to stays as it is.
+#[test]
+fn planted_links_are_replaced_or_refused() {
+    let (outer, folder) = folder();
+    let victim = outer.path().join("victim");
+    fs::write(&victim, "precious").expect("written");
+    let at = |name: &str| folder.path().join(name);
+    for name in [
+        ".model-1.safetensors.part",
+        "model-1.safetensors",
+        ".state-1.safetensors.part",
+        "state-1.safetensors",
+        ".checkpoint-1.json.part",
+        "checkpoint-1.json",
+        ".model.safetensors.part",
+        "model.safetensors",
+        "logs/trainer-1.log",
+    ] {
+        symlink(&victim, at(name)).expect("linked");
+    }
+    fs::hard_link(&victim, at("logs/trainer-2.log")).expect("linked");
+    folder.checkpoint(1, &slot(1), Some(&slot(2))).expect("room");
+    assert_eq!(latest(&folder), (Some(1), vec![]));
+    folder.last_model(1, &slot(1), true).expect("room");
+    assert!(!at("model.safetensors").is_symlink());
+    for worker in ["trainer-1", "trainer-2"] {
+        let error = folder.open_log(worker).expect_err("a link");
+        assert!(
+            format!("{error:#}").contains(&format!("logs/{worker}.log")),
+            "{error:#}"
+        );
+    }
+    assert_eq!(folder.log_tail("trainer-1", 1), "");
+    assert_eq!(fs::read(&victim).expect("there"), b"precious");
+}
+
+/// What a folder's `job.json` may say or be that would lead out of the folder, or be a panic later.
+#[test]
+fn a_job_that_was_changed_is_refused_by_name() {
+    let (_outer, folder) = folder();
+    let path = folder.path().to_owned();
+    drop(folder);
+    let text = fs::read(path.join("job.json")).expect("a job");
+    let job: serde_json::Value = serde_json::from_slice(&text).expect("JSON");
+    let last = job["workers"].as_array().expect("workers").len() - 1;
+    let refused = |text: &[u8], what: &str| {
+        fs::write(path.join("job.json"), text).expect("written");
+        let error = RunFolder::open(&path, &Trust::new(&[])).expect_err(what);
+        assert!(format!("{error:#}").contains(what), "{error:#}");
+    };
+    for name in [
+        "../../escaped",
+        "/escaped",
+        "a/b",
+        "",
+        ".",
+        "..",
+        ".lock",
+        "a\n",
+        "top-aggregator-1",
+    ] {
+        let mut job = job.clone();
+        job["workers"][last]["name"] = name.into();
+        refused(job.to_string().as_bytes(), &format!("{name:?}"));
+    }
+    for field in ["grace_time_s", "round_timeout_s"] {
+        let mut job = job.clone();
+        job[field] = (-1.0).into();
+        refused(job.to_string().as_bytes(), "no time to wait");
+    }
+    refused(&vec![b'['; 1 << 20], "is damaged");
+    let huge = File::create(path.join("job.json")).expect("made");
+    huge.set_len(1 << 42).expect("sparse");
+    assert!(
+        format!(
+            "{:#}",
+            RunFolder::open(&path, &Trust::new(&[])).expect_err("huge")
+        )
+        .contains("bytes")
+    );
+    fs::remove_file(path.join("job.json")).expect("removed");
+    nix::unistd::mkfifo(&path.join("job.json"), nix::sys::stat::Mode::S_IRWXU).expect("made");
+    assert!(
+        format!(
+            "{:#}",
+            RunFolder::open(&path, &Trust::new(&[])).expect_err("a FIFO")
+        )
+        .contains("FIFO")
+    );
+    fs::remove_file(path.join("job.json")).expect("removed");
+    fs::create_dir(path.join("job.json")).expect("made");
+    assert!(
+        format!(
+            "{:#}",
+            RunFolder::open(&path, &Trust::new(&[])).expect_err("a folder")
+        )
+        .contains("job.json")
+    );
 }

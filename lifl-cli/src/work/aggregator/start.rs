@@ -1,36 +1,31 @@
 //! A top that begins where another was: from a checkpoint.
 
-use std::fs::File;
 use std::io::Read;
-use std::path::Path;
 
 use anyhow::{Context, bail, ensure};
 use lifl_common::arena::WritableSlot;
 use lifl_common::update::{Metadata, Schema, image};
 
 use super::Aggregator;
-use crate::checkpoint::Checkpoint;
+use crate::checkpoint::{self, Checkpoint};
+use crate::dir::Dir;
 use crate::work::ground::Ground;
 
 impl<G: Ground> Aggregator<G> {
-    /// Takes the checkpoint of that description for the top's model and its optimizer's state. Whoever chose it has
+    /// Takes that round's checkpoint in the run's folder for the top's model and its optimizer's state. Whoever chose it has
     /// found it whole.
     ///
     /// # Errors
     /// If it cannot be read, or is of another job.
-    pub(super) fn restore(&mut self, description: &Path) -> anyhow::Result<()> {
-        let checkpoint = Checkpoint::read(description)?;
-        let folder = description.parent().context("a checkpoint without a folder")?;
+    pub(super) fn restore(&mut self, folder: &Dir, round: u32) -> anyhow::Result<()> {
+        let checkpoint = Checkpoint::read(folder, round)?;
+        let description = folder.path().join(checkpoint::description_name(round));
         let mut slot = self
             .ground
             .arena()
             .begin()
             .context("a new arena has no free slot")?;
-        let model = fill(
-            &mut slot,
-            &self.shared.schema,
-            &folder.join(&checkpoint.model.file),
-        )?;
+        let model = fill(&mut slot, &self.shared.schema, folder, &checkpoint.model.file)?;
         let key = self.ground.arena().publish(slot);
         self.current = Some(self.own(key));
         let server = self
@@ -42,14 +37,14 @@ impl<G: Ground> Aggregator<G> {
         match (&checkpoint.state, due) {
             (None, None) => {}
             (Some(state), Some(schema)) => {
-                let path = folder.join(&state.file);
                 let arena = self.ground.state().context("the top has no second arena")?;
                 let mut slot = arena.begin().context("a new arena has no free slot")?;
-                let state = fill(&mut slot, schema, &path)?;
+                let file = &state.file;
+                let state = fill(&mut slot, schema, folder, file)?;
                 ensure!(
                     state.round == model.round,
-                    "{} is of round {}, its model of {}",
-                    path.display(),
+                    "{}/{file} is of round {}, its model of {}",
+                    folder.path().display(),
                     state.round,
                     model.round
                 );
@@ -68,9 +63,10 @@ impl<G: Ground> Aggregator<G> {
 }
 
 /// Reads an image of ours into a slot, and makes it the slot's own.
-fn fill(slot: &mut WritableSlot, schema: &Schema, path: &Path) -> anyhow::Result<Metadata> {
+fn fill(slot: &mut WritableSlot, schema: &Schema, folder: &Dir, name: &str) -> anyhow::Result<Metadata> {
+    let path = folder.path().join(name);
     let read = || format!("cannot read {}", path.display());
-    let mut file = File::open(path).with_context(read)?;
+    let mut file = folder.open(name).with_context(read)?;
     let (found, expected) = (
         file.metadata().with_context(read)?.len(),
         image::image_bytes(schema),
