@@ -7,8 +7,10 @@
 // Such a macro panics, or waits for a reader: `logging` has what does neither.
 #![deny(clippy::print_stdout, clippy::print_stderr)]
 
+mod accounts;
 mod chain;
 mod ebpf;
+mod errands;
 pub mod flame;
 mod gateway;
 mod limits;
@@ -16,6 +18,7 @@ pub mod logging;
 pub mod plane;
 pub mod pool;
 pub mod privileges;
+mod refusals;
 mod registry;
 mod server;
 pub mod signals;
@@ -231,8 +234,8 @@ impl Daemon {
         };
         let pool = Pool::new(pool_bytes, options.huge_pages);
         let gateway_stop = CancellationToken::new();
-        let (handle, opened, gateway) =
-            gateway::gateway(options.socket.clone(), &options.gateway, gateway_stop.clone());
+        let (lobby, own) = server::lobby();
+        let (handle, opened, gateway) = gateway::gateway(lobby, &options.gateway, gateway_stop.clone());
         let mut registry = Registry::new(
             facts,
             host.quotas.clone(),
@@ -249,6 +252,7 @@ impl Daemon {
             Beside {
                 dead_letters: chosen.dead_letters,
                 opened,
+                own,
                 flame: flame.as_ref().map(Flame::desk),
                 watch: host.watch,
             },

@@ -35,10 +35,13 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::Watch;
+use crate::accounts;
 use crate::chain::error_chain;
+use crate::errands::{self, Foreign};
 use crate::flame::Desk;
 use crate::gateway::Opened;
 use crate::limits;
+use crate::refusals::{may_log, plain};
 use crate::registry::quota::{Quotas, Use, Want};
 use crate::registry::reattach::CHECK;
 use crate::registry::{ConnId, Outgoing, Peer, Registry};
@@ -179,7 +182,7 @@ impl Listener {
         &self.path
     }
 
-    async fn accept(&self) -> io::Result<(PacketSocket, Peer)> {
+    async fn accept(&self) -> io::Result<(Line, Peer)> {
         let fd = loop {
             let mut ready = self.fd.readable().await?;
             let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
@@ -199,10 +202,63 @@ impl Listener {
         // SAFETY: accept4 has just made this descriptor for this call; nobody else knows it.
         let fd = unsafe { OwnedFd::from_raw_fd(fd) };
         let credentials = getsockopt(&fd.as_fd(), sockopt::PeerCredentials)?;
-        Ok((
-            PacketSocket::new(fd)?,
-            Peer::new(credentials.pid(), credentials.uid()),
-        ))
+        let peer = Peer::new(credentials.pid(), credentials.uid());
+        Ok((Line::new(PacketSocket::new(fd)?, peer), peer))
+    }
+}
+
+/// The daemon's end of a client's connection. What lies unread in it when it is closed is the client's to wait for.
+struct Line {
+    /// `None` only once it is being dropped.
+    socket: Option<PacketSocket>,
+    uid: u32,
+}
+
+impl Line {
+    fn new(socket: PacketSocket, peer: Peer) -> Self {
+        Self {
+            socket: Some(socket),
+            uid: peer.uid,
+        }
+    }
+
+    fn socket(&self) -> &PacketSocket {
+        self.socket.as_ref().expect("there until it is dropped")
+    }
+}
+
+impl Drop for Line {
+    fn drop(&mut self) {
+        if let Some(socket) = self.socket.take() {
+            errands::close(self.uid, socket.into_inner());
+        }
+    }
+}
+
+/// The way to the registry for this process's own proxies. Nothing beyond the process has it: whoever comes through it need
+/// not show who it is.
+#[derive(Clone, Debug)]
+pub(crate) struct Lobby(mpsc::Sender<PacketSocket>);
+
+/// Connections of the daemon's own that wait to be accepted.
+const LOBBY: usize = 64;
+
+/// The way in, and where those come out that took it.
+pub(crate) fn lobby() -> (Lobby, mpsc::Receiver<PacketSocket>) {
+    let (enter, entered) = mpsc::channel(LOBBY);
+    (Lobby(enter), entered)
+}
+
+impl Lobby {
+    /// A connection with the registry.
+    ///
+    /// # Errors
+    /// If the process is out of descriptors, or the daemon ends.
+    pub(crate) async fn enter(&self) -> io::Result<PacketSocket> {
+        let (near, far) = PacketSocket::pair()?;
+        let sent = self.0.send(far).await;
+        sent.map_err(|_| io::Error::other("the daemon is stopping"))?;
+        Ok(near)
     }
 }
 
@@ -281,7 +337,7 @@ fn make_folder(folder: &Path) -> io::Result<()> {
 
 enum Command {
     Connected(ConnId, Peer, mpsc::Sender<Outgoing>, CancellationToken),
-    Request(ConnId, Request, Vec<OwnedFd>),
+    Request(ConnId, Request, Vec<Foreign>),
     /// What somebody else than the registry answers.
     Answer(ConnId, Reply),
     Closed(ConnId),
@@ -291,6 +347,8 @@ enum Command {
 pub(crate) struct Beside {
     /// Frames that the plane did not deliver.
     pub(crate) dead_letters: mpsc::Receiver<Frame>,
+    /// Proxies that have come through the lobby.
+    pub(crate) own: mpsc::Receiver<PacketSocket>,
     /// Doors that the gateway has opened, or could not.
     pub(crate) opened: mpsc::UnboundedReceiver<Opened>,
     /// Flame's workers, where they are served.
@@ -321,7 +379,7 @@ impl Connections {
     /// Why there is none, for the one who asks.
     fn admit(&self, peer: Peer) -> Result<Place, String> {
         // The daemon's own, which come of its gateway, are as many as a job has workers there.
-        let uid = (!peer.is_own()).then_some(peer.uid);
+        let uid = (!peer.is_own()).then_some(peer.account);
         let mut of = self.of.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(uid) = uid {
             if of.values().sum::<u32>() >= self.max {
@@ -381,6 +439,7 @@ pub(crate) async fn serve(
     Beside {
         mut dead_letters,
         mut opened,
+        own,
         flame,
         watch,
     }: Beside,
@@ -391,7 +450,14 @@ pub(crate) async fn serve(
     let tasks = TaskTracker::new();
     let accepting = shutdown.child_token();
     let answers = commands.downgrade();
-    tasks.spawn(accept(listener, commands, tasks.clone(), connections, accepting));
+    tasks.spawn(accept(
+        listener,
+        own,
+        commands,
+        tasks.clone(),
+        connections,
+        accepting,
+    ));
     let mut queues: HashMap<ConnId, (mpsc::Sender<Outgoing>, CancellationToken)> = HashMap::new();
     let mut draining = false;
     let mut jobs_stay = false;
@@ -442,7 +508,12 @@ pub(crate) async fn serve(
                     tell(&registry.vitals());
                 }
             }
-            now = check.tick(), if registry.awaits() => registry.check_awaited(now),
+            now = check.tick() => {
+                errands::retry();
+                if registry.awaits() {
+                    registry.check_awaited(now);
+                }
+            }
             () = &mut drained, if draining => {
                 tracing::warn!(left = registry.connections(), "clients did not leave in time");
                 break;
@@ -475,6 +546,7 @@ pub(crate) async fn serve(
 
 async fn accept(
     listener: Listener,
+    mut own: mpsc::Receiver<PacketSocket>,
     commands: mpsc::Sender<Command>,
     tasks: TaskTracker,
     connections: Connections,
@@ -486,26 +558,29 @@ async fn accept(
         let accepted = tokio::select! {
             () = shutdown.cancelled() => return,
             accepted = listener.accept() => accepted,
+            Some(socket) = own.recv() => {
+                let peer = Peer::own();
+                Ok((Line::new(socket, peer), peer))
+            }
         };
-        let (socket, peer) = match accepted {
+        accounts::refresh();
+        let (line, peer) = match accepted {
             Ok(accepted) => accepted,
             Err(error) if is_out_of_descriptors(&error) && spare.0.is_some() => {
                 // Who waits to be accepted would wait for ever: it is told, with the descriptor that was kept for this.
                 spare.0 = None;
-                let Ok(Ok((socket, peer))) = tokio::time::timeout(TURNED_AWAY, listener.accept()).await
-                else {
+                let Ok(Ok((line, peer))) = tokio::time::timeout(TURNED_AWAY, listener.accept()).await else {
                     spare = Spare::new();
                     continue;
                 };
                 spare = Spare::new();
                 if spare.0.is_none() {
-                    turn_away(&socket, peer, limits::descriptors()).await;
-                    drop(socket);
+                    turn_away(line, peer, limits::descriptors()).await;
                     spare = Spare::new();
                     continue;
                 }
                 // Some have become free meanwhile.
-                (socket, peer)
+                (line, peer)
             }
             Err(error) => {
                 // What is connected must go on, so wait for somebody to leave.
@@ -520,7 +595,7 @@ async fn accept(
         let place = match connections.admit(peer) {
             Ok(place) => place,
             Err(why) => {
-                turn_away(&socket, peer, why).await;
+                turn_away(line, peer, why).await;
                 continue;
             }
         };
@@ -539,10 +614,10 @@ async fn accept(
         tasks.spawn(async move {
             tokio::select! {
                 () = kick.cancelled() => {}
-                () = converse(&socket, id, peer, &commands, outgoing) => {}
+                () = converse(line.socket(), id, peer, &commands, outgoing) => {}
             }
             // Who hears that there is room again finds it.
-            drop((socket, place));
+            drop((line, place));
             let _ = commands.send(Command::Closed(id)).await;
         });
     }
@@ -553,11 +628,50 @@ fn is_out_of_descriptors(error: &io::Error) -> bool {
 }
 
 /// Tells somebody who cannot be let in why. It does not wait for anybody: there is room for one packet.
-async fn turn_away(socket: &PacketSocket, peer: Peer, message: String) {
-    tracing::warn!(pid = peer.pid, uid = peer.uid, "connection refused: {message}");
+async fn turn_away(line: Line, peer: Peer, message: String) {
+    if let Some(dropped) = may_log(peer.uid) {
+        tracing::warn!(
+            pid = peer.pid,
+            uid = peer.uid,
+            dropped,
+            "connection refused: {}",
+            plain(&message)
+        );
+    }
     let code = ErrorCode::Full;
     let reply = Message::Reply(Reply::Error { code, message });
-    let _ = tokio::time::timeout(TURNED_AWAY, socket.send(&reply, &[])).await;
+    let _ = tokio::time::timeout(TURNED_AWAY, line.socket().send(&reply, &[])).await;
+}
+
+/// A client's request, or what is wrong with its packet, and the descriptors beside it. From here on whoever drops those does
+/// not wait for them.
+type Asked = (Result<Request, PacketError>, Vec<Foreign>);
+
+/// Waits for a client's next packet; `None` when it has left. Cancel-safe.
+async fn next_packet(socket: &PacketSocket, peer: Peer) -> io::Result<Option<Asked>> {
+    socket.readable().await?;
+    errands::until_closed(peer.uid).await;
+    let mut packet = socket.recv_packet().await?;
+    let fds = packet.fds.len();
+    let request = if packet.is_end() {
+        None
+    } else {
+        Some(packet.message())
+    };
+    let foreign = packet
+        .fds
+        .drain(..)
+        .map(|fd| Foreign::new(peer.uid, fd))
+        .collect();
+    if fds > 0 && request.is_none() {
+        tracing::debug!(uid = peer.uid, fds, "descriptors without a message");
+    }
+    Ok(request.map(|request| (request, foreign)))
+}
+
+/// Whether descriptors belong beside a request.
+fn takes_descriptors(request: &Request) -> bool {
+    matches!(request, Request::Register { .. } | Request::Reattach { .. })
 }
 
 /// Carries one client's packets until it leaves or misbehaves. One request is under way at a time, so that answers
@@ -583,32 +697,45 @@ async fn converse(
                 }
                 unanswered &= !matches!(message, Message::Reply(_));
             }
-            packet = socket.recv::<Request>(), if !unanswered => match packet {
-                Ok(Some((request, fds))) => {
+            packet = next_packet(socket, peer), if !unanswered => match packet {
+                Ok(Some((Ok(request), fds))) => {
                     silent = false;
                     unanswered = true;
-                    if commands.send(Command::Request(id, request, fds)).await.is_err() {
+                    let command = match takes_descriptors(&request) || fds.is_empty() {
+                        true => Command::Request(id, request, fds),
+                        false => {
+                            let code = ErrorCode::BadRequest;
+                            let message = "this request takes no descriptor beside it".to_owned();
+                            Command::Answer(id, Reply::Error { code, message })
+                        }
+                    };
+                    if commands.send(command).await.is_err() {
                         return;
                     }
                 }
                 Ok(None) => return,
-                Err(PacketError::Io(error)) => {
+                Err(error) => {
                     tracing::debug!(pid = peer.pid, "control socket: {error}");
                     return;
                 }
-                Err(error) => {
+                Ok(Some((Err(error), _))) => {
                     let (code, message) = match error {
                         PacketError::NoDescriptors => (ErrorCode::Full, limits::descriptors()),
                         error => (ErrorCode::BadPacket, error.told()),
                     };
-                    tracing::warn!(pid = peer.pid, uid = peer.uid, "bad packet: {message}");
+                    if let Some(dropped) = may_log(peer.uid) {
+                        let message = plain(&message);
+                        tracing::warn!(pid = peer.pid, uid = peer.uid, dropped, "bad packet: {message}");
+                    }
                     let reply = Message::Reply(Reply::Error { code, message });
                     let _ = tokio::time::timeout(Duration::from_secs(1), socket.send(&reply, &[])).await;
                     return;
                 }
             },
             () = &mut hello, if silent => {
-                tracing::warn!(pid = peer.pid, uid = peer.uid, "said nothing: disconnected");
+                if let Some(dropped) = may_log(peer.uid) {
+                    tracing::warn!(pid = peer.pid, uid = peer.uid, dropped, "said nothing: disconnected");
+                }
                 return;
             }
         }

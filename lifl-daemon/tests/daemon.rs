@@ -1,5 +1,6 @@
 //! A whole daemon and its clients, over a real control socket, on both planes.
 
+use std::io::IoSlice;
 use std::os::fd::AsRawFd;
 use std::path::PathBuf;
 use std::time::Duration;
@@ -12,8 +13,12 @@ use lifl_common::id::{ArenaId, JobId};
 use lifl_common::plane::PlaneKind;
 use lifl_daemon::plane::{PlaneError, Request};
 use lifl_daemon::pool::HugePages;
-use lifl_daemon::{Daemon, GatewayOptions, ListenError, Options, StartError};
-use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockType, UnixAddr, connect, recv, send, socket};
+use lifl_daemon::{Daemon, GatewayOptions, Host, ListenError, Options, Quota, Quotas, StartError};
+use nix::libc;
+use nix::sys::socket::{
+    AddressFamily, ControlMessage, MsgFlags, SockFlag, SockType, UnixAddr, connect, recv, send, sendmsg,
+    setsockopt, socket, sockopt,
+};
 use tokio_util::sync::CancellationToken;
 
 /// How long a test waits for what should come at once.
@@ -94,6 +99,123 @@ impl Node {
     }
 }
 
+/// A connection on which a test says everything itself.
+struct Raw(std::os::fd::OwnedFd);
+
+impl Raw {
+    fn connect(path: &std::path::Path) -> Self {
+        let flags = SockFlag::SOCK_CLOEXEC;
+        let socket = socket(AddressFamily::Unix, SockType::SeqPacket, flags, None).expect("a socket");
+        connect(socket.as_raw_fd(), &UnixAddr::new(path).expect("short")).expect("connected");
+        Self(socket)
+    }
+
+    fn say(&self, packet: &[u8], fds: &[i32]) {
+        let rights = [ControlMessage::ScmRights(fds)];
+        let rights = if fds.is_empty() { &[][..] } else { &rights[..] };
+        let sent = sendmsg::<()>(
+            self.0.as_raw_fd(),
+            &[IoSlice::new(packet)],
+            rights,
+            MsgFlags::MSG_NOSIGNAL,
+            None,
+        );
+        assert_eq!(sent, Ok(packet.len()));
+    }
+
+    /// The answer; without words when the connection is closed.
+    async fn hear(self) -> (Self, String) {
+        let heard = tokio::task::spawn_blocking(move || {
+            let mut bytes = vec![0; 64 << 10];
+            let length = recv(self.0.as_raw_fd(), &mut bytes, MsgFlags::empty()).unwrap_or(0);
+            let heard = String::from_utf8_lossy(&bytes[..length]).into_owned();
+            (self, heard)
+        });
+        within(heard).await.expect("heard")
+    }
+
+    async fn hello(path: &std::path::Path) -> Self {
+        let raw = Self::connect(path);
+        raw.say(br#"{"request":"hello","protocol":4}"#, &[]);
+        let (raw, heard) = raw.hear().await;
+        assert!(heard.contains("welcome"), "{heard}");
+        raw
+    }
+}
+
+/// Where a descriptor can be passed that nobody has a use for.
+#[derive(Clone, Copy, Debug)]
+enum Place {
+    BeforeHello,
+    BesideNothing,
+    BesideGarbage,
+    BesideTooMuch,
+    BesideAnotherRequest,
+    BesideARefusedRequest,
+    /// Which takes it, where the plane is one for such sockets.
+    BesideRegister,
+}
+
+impl Place {
+    const ALL: [Self; 7] = [
+        Self::BeforeHello,
+        Self::BesideNothing,
+        Self::BesideGarbage,
+        Self::BesideTooMuch,
+        Self::BesideAnotherRequest,
+        Self::BesideARefusedRequest,
+        Self::BesideRegister,
+    ];
+
+    /// Passes them there; the connection, which may be open still.
+    async fn pass(self, path: &std::path::Path, fds: &[i32]) -> Raw {
+        let mut raw = match self {
+            Self::BeforeHello => Raw::connect(path),
+            _ => Raw::hello(path).await,
+        };
+        match self {
+            Self::BeforeHello => raw.say(br#"{"request":"traffic"}"#, fds),
+            Self::BesideNothing => raw.say(b"", fds),
+            Self::BesideGarbage => raw.say(b"{}", fds),
+            Self::BesideTooMuch => raw.say(&[b' '; (64 << 10) + 1], fds),
+            Self::BesideAnotherRequest => raw.say(br#"{"request":"status","job":null,"after":null}"#, fds),
+            Self::BesideARefusedRequest => {
+                raw.say(br#"{"request":"register","job":77,"role":"r","name":"n"}"#, fds);
+            }
+            Self::BesideRegister => {
+                raw.say(br#"{"request":"create_job","name":"j"}"#, &[]);
+                let (answered, reply) = raw.hear().await;
+                raw = answered;
+                let job = reply
+                    .rsplit_once(':')
+                    .expect("a job")
+                    .1
+                    .trim_end_matches('}')
+                    .to_owned();
+                let register = format!(r#"{{"request":"register","job":{job},"role":"r","name":"n"}}"#);
+                raw.say(register.as_bytes(), fds);
+            }
+        }
+        raw
+    }
+}
+
+/// A connection of this machine with unsent data, whose `close` takes so long; and its other end.
+fn lingering(seconds: i32) -> (std::net::TcpStream, std::net::TcpStream) {
+    use std::io::Write;
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("a listener");
+    let mut near = std::net::TcpStream::connect(listener.local_addr().expect("bound")).expect("connected");
+    let (far, _) = listener.accept().expect("accepted");
+    near.set_nonblocking(true).expect("set");
+    while near.write(&[0; 64 << 10]).is_ok() {}
+    let linger = libc::linger {
+        l_onoff: 1,
+        l_linger: seconds,
+    };
+    setsockopt(&near, sockopt::Linger, &linger).expect("set");
+    (near, far)
+}
+
 async fn event(client: &mut Client) -> Event {
     within(client.event()).await.expect("an event")
 }
@@ -131,6 +253,51 @@ macro_rules! on_both_planes {
 }
 
 on_both_planes! {
+    /// The read end of a pipe tells when nobody has the other one any more.
+    async fn descriptors_that_nobody_wants_are_closed_wherever_they_are_passed(node: Node) {
+        for place in Place::ALL {
+            for count in [1, 8, 9, 253] {
+                let (reader, writer) = nix::unistd::pipe().expect("a pipe");
+                let raw = place.pass(&node.socket, &vec![writer.as_raw_fd(); count]).await;
+                drop(writer);
+                let ended = tokio::task::spawn_blocking(move || nix::unistd::read(&reader, &mut [0; 1]));
+                assert_eq!(within(ended).await.expect("read"), Ok(0), "{place:?}, {count}");
+                drop(raw);
+            }
+        }
+        node.daemon.stop().await.expect("stopped");
+    }
+
+    /// Whoever has the last descriptor of such a socket waits in `close` for a minute; here that is the daemon.
+    async fn a_socket_that_lingers_makes_nobody_wait(node: Node) {
+        const LINGER: i32 = 60;
+        let begun = std::time::Instant::now();
+        let mut held = Vec::new();
+        for place in Place::ALL {
+            for _ in 0..4 {
+                let (near, far) = lingering(LINGER);
+                held.push((place.pass(&node.socket, &[near.as_raw_fd()]).await, far));
+                // If the daemon was first, it is this process that waits.
+                std::thread::spawn(move || drop(near));
+            }
+        }
+        // In packets that nobody reads, on connections that end.
+        for _ in 0..4 {
+            let (near, far) = lingering(LINGER);
+            let raw = Raw::connect(&node.socket);
+            raw.say(b"{}", &[]);
+            raw.say(b"{}", &[near.as_raw_fd()]);
+            held.push((raw, far));
+            std::thread::spawn(move || drop(near));
+        }
+        for _ in 0..20 {
+            let (mut client, _, _) = node.job().await;
+            within(client.status(None)).await.expect("a status");
+        }
+        node.daemon.stop().await.expect("stopped");
+        assert!(begun.elapsed() < Duration::from_secs(LINGER as u64 / 2), "{:?}", begun.elapsed());
+    }
+
     async fn an_update_is_lent_by_frame_and_read_in_place(node: Node) {
         let (mut parent, job, mut up) = node.job().await;
         let (mut child, mut down) = node.worker(job, "trainer-1").await;
@@ -481,4 +648,28 @@ async fn of_many_that_start_at_once_one_listens_and_the_others_say_so() {
     assert_eq!(winners.len(), 1);
     Client::connect(&socket).await.expect("the winner answers");
     winners.pop().expect("one").stop().await.expect("stopped");
+}
+
+/// The number of a process says nothing: this test's is the daemon's own.
+#[tokio::test]
+async fn who_has_the_daemons_pid_is_a_client_like_any_other() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let path = folder.path().join("lifl.sock");
+    let host = Host {
+        quotas: Quotas {
+            default: Quota {
+                connections: 1,
+                ..Quota::UNLIMITED
+            },
+            ..Quotas::unlimited()
+        },
+        ..Host::default()
+    };
+    let options = options(path.clone(), Request::Relay);
+    let daemon = Daemon::start_in(host, options, CancellationToken::new()).expect("started");
+    let client = Client::connect(&path).await.expect("connected");
+    let (code, message) = refused(Client::connect(&path).await);
+    assert_eq!(code, ErrorCode::Full, "{message}");
+    drop(client);
+    daemon.stop().await.expect("stopped");
 }

@@ -33,6 +33,15 @@ pub fn create(name: &str, bytes: u64, huge: bool) -> io::Result<File> {
     Ok(file)
 }
 
+/// Opens a memfd once more: a description of its own, which the kernel counts apart from the one that it was made with.
+///
+/// # Errors
+/// What `open(2)` answers: `EACCES` for another user's.
+pub fn reopen(memfd: BorrowedFd<'_>) -> io::Result<File> {
+    let path = format!("/proc/self/fd/{}", memfd.as_raw_fd());
+    File::options().read(true).write(true).open(path)
+}
+
 /// Seals an arena for good. Its owner must have mapped it before: mappings made later cannot be written.
 ///
 /// # Errors

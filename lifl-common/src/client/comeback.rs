@@ -179,6 +179,11 @@ async fn connect(path: &Path) -> Result<PacketSocket, ClientError> {
 /// Connects and says hello.
 pub(super) async fn greet(path: &Path) -> Result<(PacketSocket, Welcome), ClientError> {
     let socket = connect(path).await?;
+    greet_over(socket).await
+}
+
+/// Says hello.
+pub(super) async fn greet_over(socket: PacketSocket) -> Result<(PacketSocket, Welcome), ClientError> {
     let hello = Request::Hello { protocol: PROTOCOL };
     // A daemon that lets nobody more in says why and closes, perhaps before it could hear this: then that is what counts.
     let said = socket.send(&hello, &[]).await;

@@ -12,7 +12,7 @@ use std::time::Duration;
 use tokio::time::Instant;
 
 use super::FrameSocket;
-use super::comeback::{Back, ComingBack, Identity, PATIENCE, greet};
+use super::comeback::{Back, ComingBack, Identity, PATIENCE, greet, greet_over};
 use crate::arena::{ArenaError, Layout, OwnedArena, PeerArena};
 use crate::control::packet::{PacketError, PacketSocket};
 use crate::control::{
@@ -134,6 +134,8 @@ pub struct Client {
     waits: bool,
     job_name: Option<String>,
     identity: Option<Arc<Identity>>,
+    /// Whether this process may come back to a daemon that is started next.
+    returns: bool,
     /// Why nothing of this process outlives the daemon.
     mortal: &'static str,
 }
@@ -188,13 +190,29 @@ impl Client {
     /// If nobody listens at `path`, this user may not connect, or the daemon is of another version.
     pub async fn connect(path: &Path) -> Result<Self, ClientError> {
         let (socket, welcome) = greet(path).await?;
+        Ok(Self::welcomed(path.to_owned(), socket, welcome))
+    }
+
+    /// Says hello over a connection that is there already, of a process with itself: it ends with the daemon.
+    ///
+    /// # Errors
+    /// If the daemon refuses.
+    pub async fn over(socket: PacketSocket) -> Result<Self, ClientError> {
+        let (socket, welcome) = greet_over(socket).await?;
+        let mut client = Self::welcomed(PathBuf::new(), socket, welcome);
+        client.returns = false;
+        client.mortal = "it is of the daemon's own process";
+        Ok(client)
+    }
+
+    fn welcomed(path: PathBuf, socket: PacketSocket, welcome: Welcome) -> Self {
         let mortal = match (welcome.plane, welcome.pinned) {
             (PlaneKind::Relay, _) => "frames on the relay plane lie in the daemon's memory",
             (_, false) => "its maps are not pinned",
             (_, true) => "this process is not a worker yet",
         };
-        Ok(Self {
-            path: path.to_owned(),
+        Self {
+            path,
             line: Line::Up(socket),
             events: VecDeque::new(),
             welcome,
@@ -202,8 +220,9 @@ impl Client {
             waits: true,
             job_name: None,
             identity: None,
+            returns: true,
             mortal,
-        })
+        }
     }
 
     /// How long to wait for the next daemon when this one is gone: a minute, unless this says otherwise.
@@ -248,7 +267,7 @@ impl Client {
         let fds = [to_daemon.as_raw_fd()];
         let (worker, owner) =
             expect_reply!(self, request, &fds, (Reply::Registered { worker, owner }, _) => (worker, owner));
-        if self.welcome.pinned {
+        if self.welcome.pinned && self.returns {
             self.identity = Some(Arc::new(Identity {
                 worker,
                 role: role.to_owned(),

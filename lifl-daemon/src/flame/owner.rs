@@ -4,13 +4,16 @@
 use std::fs;
 use std::io;
 use std::net::SocketAddrV4;
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::sync::LazyLock;
 
-use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockProtocol, SockType, recv, send, socket};
+use nix::sys::socket::{
+    AddressFamily, MsgFlags, SockFlag, SockProtocol, SockType, getsockopt, recv, send, socket, sockopt,
+};
 use nix::sys::stat::{SFlag, fstat};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
+use crate::errands::Foreign;
 use crate::plane::support;
 
 /// A socket, as the kernel describes it.
@@ -208,7 +211,9 @@ pub(super) fn descriptor(pid: u32, fd: u32) -> Descriptor {
         // The folder is its user's alone: CAP_DAC_READ_SEARCH would open it. What takes the descriptor later can tell as
         // well, and asks for CAP_SYS_PTRACE only.
         Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
-            return duplicate(pid, fd).map_or(Descriptor::Missing, |copy| what_is(&copy));
+            let uid = process(pid).map_or(u32::MAX, |process| process.uid);
+            let copy = duplicate(pid, fd).map(|copy| Foreign::new(uid, copy));
+            return copy.map_or(Descriptor::Missing, |copy| what_is(copy.as_fd()));
         }
         Err(_) => return Descriptor::Missing,
     };
@@ -218,7 +223,11 @@ pub(super) fn descriptor(pid: u32, fd: u32) -> Descriptor {
     inode.map_or(Descriptor::Other, |inode| Descriptor::Socket { inode })
 }
 
-fn what_is(descriptor: &OwnedFd) -> Descriptor {
+/// What a descriptor is. Of what is no socket nothing more is asked: the server of a file could take its time to answer.
+pub(super) fn what_is(descriptor: BorrowedFd<'_>) -> Descriptor {
+    if getsockopt(&descriptor, sockopt::SockType).is_err() {
+        return Descriptor::Other;
+    }
     let Ok(stat) = fstat(descriptor) else {
         return Descriptor::Missing;
     };
@@ -277,9 +286,9 @@ mod tests {
         assert_eq!(descriptor(pid, fd), Descriptor::Socket { inode: owner.inode });
         assert_eq!(descriptor(pid, 9999), Descriptor::Missing);
         let copy = duplicate(pid, fd).expect("one's own");
-        assert_eq!(what_is(&copy), Descriptor::Socket { inode: owner.inode });
+        assert_eq!(what_is(copy.as_fd()), Descriptor::Socket { inode: owner.inode });
         let file = fs::File::open("/dev/null").expect("open");
-        assert_eq!(what_is(&file.into()), Descriptor::Other);
+        assert_eq!(what_is(file.as_fd()), Descriptor::Other);
         let elsewhere = SocketAddrV4::new(*local.ip(), local.port() ^ 1);
         assert_eq!(table.at(elsewhere, remote).expect("asked"), None);
     }

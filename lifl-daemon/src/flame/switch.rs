@@ -17,13 +17,12 @@
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::net::SocketAddrV4;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
 
 use lifl_common::control::{FlamePage, FlameWorkerStatus};
 use lifl_common::flame::{Address, Sender, Worker, is_gone};
 use lifl_common::plane::PlaneKind;
-use nix::sys::stat::fstat;
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
@@ -32,6 +31,7 @@ use super::owner::{self, Descriptor, Process};
 use super::rules::{Claim, Holder, Refusal, Ruling, judge, show_id};
 use super::wire::{Message, Registration};
 use crate::chain::error_chain;
+use crate::errands::Foreign;
 use crate::plane::connection;
 
 /// How long a connection may be without a registration.
@@ -221,11 +221,11 @@ impl Switch {
         if ruling == Ruling::Nothing {
             return Ok(());
         }
-        let inode = conn.inode;
+        let (uid, inode) = (conn.uid, conn.inode);
         let socket = self
             .kernel
             .is_some()
-            .then(|| take_socket(claim.registration, inode))
+            .then(|| take_socket(claim.registration, uid, inode))
             .transpose()?;
         if let Some(holder) = holder {
             self.unregister(holder);
@@ -254,7 +254,7 @@ impl Switch {
         id: ConnId,
         address: Address,
         process: Process,
-        socket: Option<OwnedFd>,
+        socket: Option<Foreign>,
     ) -> Result<(), Refusal> {
         self.changes += 1;
         let sender = Sender {
@@ -530,14 +530,14 @@ impl Switch {
 }
 
 /// The worker's socket, which must be the one that was judged: another descriptor may have taken its number since.
-fn take_socket(Registration { pid, fd, .. }: Registration, inode: u32) -> Result<OwnedFd, Refusal> {
+fn take_socket(Registration { pid, fd, .. }: Registration, uid: u32, inode: u32) -> Result<Foreign, Refusal> {
     let socket = owner::duplicate(pid, fd)
         .map_err(|error| Refusal::Kernel(format!("pidfd_getfd({pid}, {fd}) failed: {error}")))?;
-    let stat = fstat(&socket).map_err(|errno| Refusal::Kernel(format!("fstat failed: {errno}")))?;
-    if stat.st_ino != u64::from(inode) {
-        return Err(Refusal::NotConnectedHere);
+    let socket = Foreign::new(uid, socket);
+    match owner::what_is(socket.as_fd()) {
+        Descriptor::Socket { inode: found } if found == inode => Ok(socket),
+        _ => Err(Refusal::NotConnectedHere),
     }
-    Ok(socket)
 }
 
 /// One line for whoever wonders why a worker cannot be reached.

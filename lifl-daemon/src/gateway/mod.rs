@@ -21,7 +21,6 @@ mod proxy;
 
 use std::collections::{HashMap, HashSet};
 use std::net::{IpAddr, SocketAddr};
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -37,6 +36,7 @@ use self::broker::Service;
 use self::listener::Listener;
 use self::proxy::{Proxy, Stand};
 use crate::registry::ConnId;
+use crate::server::Lobby;
 
 /// How long a worker that is turned away has to take the answer.
 const FAREWELL: Duration = Duration::from_secs(1);
@@ -163,7 +163,7 @@ fn failed(conn: ConnId, job: JobId, message: String) -> Opened {
 }
 
 struct Gateway {
-    socket: PathBuf,
+    lobby: Lobby,
     grace: Duration,
     jobs: HashMap<JobId, OpenJob>,
     listeners: HashMap<SocketAddr, (Listener, HashSet<JobId>)>,
@@ -173,10 +173,10 @@ struct Gateway {
     stop: CancellationToken,
 }
 
-/// The gateway of the daemon that listens at `socket`: the registry's hold on it, its answers, and the task that is to be
-/// run. That ends when `stop` is cancelled, with everything that it started.
+/// The gateway, whose proxies come to the registry through `lobby`: the registry's hold on it, its answers, and the task that
+/// is to be run. That ends when `stop` is cancelled, with everything that it started.
 pub(crate) fn gateway(
-    socket: PathBuf,
+    lobby: Lobby,
     options: &GatewayOptions,
     stop: CancellationToken,
 ) -> (
@@ -187,7 +187,7 @@ pub(crate) fn gateway(
     let (commands, inbox) = mpsc::unbounded_channel();
     let (answers, opened) = mpsc::unbounded_channel();
     let gateway = Gateway {
-        socket,
+        lobby,
         grace: options.grace,
         jobs: HashMap::new(),
         listeners: HashMap::new(),
@@ -420,7 +420,7 @@ impl Gateway {
             leave: leave.clone(),
         });
         let stand = Stand {
-            socket: self.socket.clone(),
+            lobby: self.lobby.clone(),
             job: id,
             role: expected.role.clone(),
             name: hello.name,

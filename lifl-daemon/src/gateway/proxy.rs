@@ -12,7 +12,6 @@
 
 use std::collections::HashMap;
 use std::io;
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -31,11 +30,12 @@ use tokio_util::sync::CancellationToken;
 
 use super::FAREWELL;
 use crate::chain::error_chain;
+use crate::server::Lobby;
 
 /// Whom a proxy stands for, and what it needs for that.
 pub(super) struct Stand {
-    /// The daemon's control socket.
-    pub(super) socket: PathBuf,
+    /// The way to the daemon's registry.
+    pub(super) lobby: Lobby,
     pub(super) job: JobId,
     pub(super) role: String,
     pub(super) name: String,
@@ -53,6 +53,8 @@ pub(super) struct Stand {
 enum ProxyError {
     #[error("the daemon does not have it")]
     Client(#[from] ClientError),
+    #[error("no connection with the registry can be made")]
+    Lobby(#[source] io::Error),
     #[error("the frame socket failed")]
     Frames(#[source] io::Error),
     #[error("the frame socket was closed")]
@@ -123,7 +125,7 @@ impl Proxy {
             Ok(reason) => Message::End(reason),
             Err(error) => {
                 let reason = error_chain(&error);
-                tracing::warn!(job = %stand.job, worker = %stand.name, "the worker's proxy leaves: {reason}");
+                tracing::warn!(job = %stand.job, worker = ?stand.name, "the worker's proxy leaves: {reason}");
                 // Its peers need not wait.
                 proxy = None;
                 Message::Bye { last: true, reason }
@@ -182,7 +184,8 @@ impl Proxy {
     }
 
     async fn join(stand: &Stand) -> Result<Self, ProxyError> {
-        let mut client = Client::connect(&stand.socket).await?;
+        let line = stand.lobby.enter().await.map_err(ProxyError::Lobby)?;
+        let mut client = Client::over(line).await?;
         let registration = client
             .register(stand.job, &stand.role, &proxy_name(&stand.name))
             .await?;
@@ -213,7 +216,7 @@ impl Proxy {
 
     /// A connection of the worker, its first or the next.
     fn open(&mut self, mut wire: Wire) {
-        tracing::info!(worker = %self.name, "session open");
+        tracing::info!(worker = ?self.name, "session open");
         wire.send(&Message::Welcome(VERSION));
         if let Some((round, refusal)) = self.verdict {
             wire.send(&Message::Verdict { round, refusal });
@@ -227,9 +230,9 @@ impl Proxy {
         let wire = self.wire.take();
         if !matches!(broken, Broken::Malformed(_)) {
             // Often enough the end of a job, which its worker may hear of first. One that does not come back is warned of.
-            tracing::info!(worker = %self.name, "session broken: {reason}");
+            tracing::info!(worker = ?self.name, "session broken: {reason}");
         } else {
-            tracing::warn!(worker = %self.name, "session broken: {reason}");
+            tracing::warn!(worker = ?self.name, "session broken: {reason}");
             farewell(wire, &Message::Bye { last: false, reason }).await;
         }
         // The worker says again what it wanted.
@@ -466,7 +469,7 @@ impl Proxy {
             (header.object.length, header.object.schema) == (length, digest)
         });
         if !fits {
-            tracing::warn!(worker = %self.name, round, length = header.object.length, "an update of another shape");
+            tracing::warn!(worker = ?self.name, round, length = header.object.length, "an update of another shape");
             self.judge(round, Refusal::WrongShape as u16);
             return self.nothing(round).await;
         }

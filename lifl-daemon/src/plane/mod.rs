@@ -33,6 +33,8 @@ use lifl_common::plane::PlaneKind;
 use serde::{Deserialize, Serialize};
 use tokio::sync::mpsc;
 
+use crate::errands::Foreign;
+
 pub use bare::Bare;
 pub use pins::{PinError, reset};
 pub use recover::Recovered;
@@ -159,9 +161,19 @@ impl Plane {
     /// If the descriptor is not the socket that this plane needs, the worker or its socket is registered already, or
     /// the plane is full; everybody else's registration stands.
     pub fn register(&mut self, worker: WorkerId, member: Member, socket: OwnedFd) -> Result<(), PlaneError> {
+        self.register_foreign(worker, member, Foreign::new(member.uid, socket))
+    }
+
+    /// As [`register`](Self::register).
+    pub(crate) fn register_foreign(
+        &mut self,
+        worker: WorkerId,
+        member: Member,
+        socket: Foreign,
+    ) -> Result<(), PlaneError> {
         match self {
             Self::Sockmap(plane) => plane.register(worker, member, socket),
-            Self::Relay(plane) => plane.register(worker, member.job, socket),
+            Self::Relay(plane) => plane.register(worker, member, socket),
         }
     }
 

@@ -15,17 +15,20 @@
 
 use std::collections::HashMap;
 use std::io;
-use std::os::fd::{AsRawFd, OwnedFd};
-use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
-use std::sync::{Arc, PoisonError, RwLock};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering::Relaxed};
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::time::Duration;
 
+use lifl_common::control::packet::recv_with_fds;
 use lifl_common::frame::{Frame, FrameKind, Refusal};
-use lifl_common::id::{JobId, WorkerId};
+use lifl_common::id::WorkerId;
 use lifl_common::kernel::{self, Counters, Member, Sender};
-use nix::sys::socket::{Shutdown, shutdown};
+use lifl_common::watch::watch;
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
+use nix::sys::socket::{MsgFlags, Shutdown, send, shutdown};
 use nix::time::ClockId;
-use tokio::net::UnixStream;
+use tokio::io::unix::AsyncFd;
 use tokio::sync::mpsc;
 use tokio::sync::mpsc::error::TrySendError;
 use tokio_util::sync::CancellationToken;
@@ -34,9 +37,15 @@ use zerocopy::{FromBytes, IntoBytes};
 
 use super::socket::{SocketError, check_unix};
 use super::{DEAD_LETTERS, PlaneError};
+use crate::accounts;
+use crate::errands::{self, Foreign};
+use crate::refusals;
 
 /// Frames that wait for a worker that does not read.
 const INBOX_FRAMES: usize = 65_536;
+
+/// Frames that wait for all workers of one user together: 32 MiB of the daemon's memory.
+const USER_FRAMES: usize = 524_288;
 
 /// How long the reader of a worker that is gone has to come to its stream's end.
 const DRAIN: Duration = Duration::from_secs(1);
@@ -57,6 +66,8 @@ pub struct Relay {
 struct Table {
     /// Never locked across an `.await`.
     workers: RwLock<HashMap<WorkerId, Arc<Worker>>>,
+    /// Frames that wait for the workers of each user.
+    waiting: Mutex<HashMap<u32, Arc<AtomicUsize>>>,
     dead_letters: mpsc::Sender<Frame>,
 }
 
@@ -66,8 +77,12 @@ struct Worker {
     identity: Sender,
     /// The kernel's number of its stream.
     cookie: u64,
-    stream: Arc<UnixStream>,
+    /// Whose it is.
+    uid: u32,
+    stream: Arc<Stream>,
     inbox: mpsc::Sender<Frame>,
+    /// Frames that wait for its user's workers.
+    waiting: Arc<AtomicUsize>,
     sent: Sent,
     gone: CancellationToken,
 }
@@ -87,6 +102,7 @@ impl Relay {
         let (dead_letters, receiver) = mpsc::channel(DEAD_LETTERS);
         let table = Arc::new(Table {
             workers: RwLock::default(),
+            waiting: Mutex::default(),
             dead_letters,
         });
         (
@@ -102,8 +118,8 @@ impl Relay {
     pub(super) fn register(
         &mut self,
         worker: WorkerId,
-        job: JobId,
-        socket: OwnedFd,
+        Member { job, uid, .. }: Member,
+        socket: Foreign,
     ) -> Result<(), PlaneError> {
         if worker == WorkerId::NONE {
             return Err(PlaneError::Nobody);
@@ -125,14 +141,21 @@ impl Relay {
                 capacity: self.capacity,
             });
         }
-        let stream = Arc::new(into_stream(socket).map_err(in_socket)?);
+        let stream = Arc::new(Stream::new(socket, uid).map_err(in_socket)?);
         let (inbox, queued) = mpsc::channel(INBOX_FRAMES);
+        let waiting = self.table.waiting(uid);
+        let queued = Inbox {
+            frames: queued,
+            waiting: Arc::clone(&waiting),
+        };
         let gone = self.stop.child_token();
         let entry = Arc::new(Worker {
             identity: Sender { worker, job },
             cookie,
+            uid,
             stream: Arc::clone(&stream),
             inbox,
+            waiting,
             sent: Sent::default(),
             gone: gone.clone(),
         });
@@ -155,7 +178,7 @@ impl Relay {
         let mut workers = self.table.workers.write().unwrap_or_else(PoisonError::into_inner);
         if let Some(worker) = workers.remove(&worker) {
             // What it has written can still be read to its end; it can write no more.
-            if let Err(errno) = shutdown(worker.stream.as_raw_fd(), Shutdown::Both) {
+            if let Err(errno) = shutdown(worker.stream.as_fd().as_raw_fd(), Shutdown::Both) {
                 debug!(worker = %worker.identity.worker, %errno, "stream is closed");
             }
             worker.gone.cancel();
@@ -177,13 +200,103 @@ impl Drop for Relay {
     }
 }
 
-fn into_stream(socket: OwnedFd) -> Result<UnixStream, SocketError> {
-    let stream = std::os::unix::net::UnixStream::from(socket);
-    let failed = |call| move |source| SocketError::Syscall { call, source };
-    stream
-        .set_nonblocking(true)
-        .map_err(failed("fcntl(O_NONBLOCK)"))?;
-    UnixStream::from_std(stream).map_err(failed("epoll_ctl(EPOLL_CTL_ADD)"))
+/// The daemon's end of a worker's stream. What its worker puts beside the frames, and what of that lies unread in the stream
+/// when it is closed, is the worker's to wait for.
+#[derive(Debug)]
+struct Stream {
+    /// `None` only once it is being dropped.
+    fd: Option<AsyncFd<OwnedFd>>,
+    uid: u32,
+}
+
+impl Stream {
+    fn new(socket: Foreign, uid: u32) -> Result<Self, SocketError> {
+        let failed = |call| move |source| SocketError::Syscall { call, source };
+        fcntl(socket.as_fd(), FcntlArg::F_SETFL(OFlag::O_NONBLOCK))
+            .map_err(io::Error::from)
+            .map_err(failed("fcntl(O_NONBLOCK)"))?;
+        let Some(fd) = socket.into_inner() else {
+            return Err(SocketError::NotConnected);
+        };
+        let fd = watch(fd).map_err(failed("epoll_ctl(EPOLL_CTL_ADD)"))?;
+        Ok(Self { fd: Some(fd), uid })
+    }
+
+    fn watched(&self) -> &AsyncFd<OwnedFd> {
+        self.fd.as_ref().expect("there until it is dropped")
+    }
+
+    fn as_fd(&self) -> &OwnedFd {
+        self.watched().get_ref()
+    }
+
+    /// Reads what has come, 0 at the end.
+    async fn read(&self, room: &mut [u8]) -> io::Result<usize> {
+        loop {
+            let mut ready = self.watched().readable().await?;
+            // Descriptors beside frames are nobody's wish. Not received, they would be closed by the kernel within this very
+            // call, for as long as that takes.
+            let received = ready.try_io(|fd| recv_with_fds(fd.as_fd(), room));
+            let Ok(received) = received else { continue };
+            let received = received?;
+            for fd in received.fds {
+                errands::close(self.uid, fd);
+            }
+            errands::until_closed(self.uid).await;
+            return Ok(received.length);
+        }
+    }
+
+    async fn write_all(&self, mut bytes: &[u8]) -> io::Result<()> {
+        let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL;
+        while !bytes.is_empty() {
+            let mut ready = self.watched().writable().await?;
+            let written = ready.try_io(|fd| send(fd.as_raw_fd(), bytes, flags).map_err(io::Error::from));
+            match written {
+                Ok(written) => bytes = &bytes[written?..],
+                Err(_would_block) => {}
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Stream {
+    fn drop(&mut self) {
+        if let Some(fd) = self.fd.take() {
+            errands::close(self.uid, fd.into_inner());
+        }
+    }
+}
+
+/// Frames that wait for one worker. Dropped, they do not count any more.
+struct Inbox {
+    frames: mpsc::Receiver<Frame>,
+    waiting: Arc<AtomicUsize>,
+}
+
+impl Inbox {
+    async fn recv_many(&mut self, batch: &mut Vec<Frame>, most: usize) -> usize {
+        let count = self.frames.recv_many(batch, most).await;
+        self.waiting.fetch_sub(count, Relaxed);
+        count
+    }
+}
+
+impl Drop for Inbox {
+    fn drop(&mut self) {
+        self.frames.close();
+        let mut left = 0;
+        loop {
+            match self.frames.try_recv() {
+                Ok(_) => left += 1,
+                // Somebody is just putting one in.
+                Err(mpsc::error::TryRecvError::Empty) => std::hint::spin_loop(),
+                Err(mpsc::error::TryRecvError::Disconnected) => break,
+            }
+        }
+        self.waiting.fetch_sub(left, Relaxed);
+    }
 }
 
 /// Reads a worker's frames until its stream ends.
@@ -192,7 +305,7 @@ async fn read(worker: Arc<Worker>, table: Arc<Table>) {
     let mut buffer = [0; BATCH_FRAMES * Frame::BYTES];
     let mut filled = 0;
     loop {
-        match read_some(&worker.stream, &mut buffer[filled..]).await {
+        match worker.stream.read(&mut buffer[filled..]).await {
             Ok(0) => break debug!(worker = %id, half_a_frame = filled != 0, "stream ended"),
             Ok(n) => filled += n,
             Err(error) => break debug!(worker = %id, %error, "stream failed"),
@@ -204,7 +317,9 @@ async fn read(worker: Arc<Worker>, table: Arc<Table>) {
             };
             if let Err(refusal) = table.deliver(&worker, frame) {
                 worker.sent.refuse();
-                warn!(sender = %id, from = %frame.from, to = %frame.to, %refusal, "refused a frame");
+                if let Some(dropped) = refusals::may_log(worker.uid) {
+                    warn!(sender = %id, from = %frame.from, to = %frame.to, %refusal, dropped, "refused a frame");
+                }
                 table.bury(frame, refusal, id).await;
             }
         }
@@ -214,18 +329,13 @@ async fn read(worker: Arc<Worker>, table: Arc<Table>) {
 }
 
 /// Writes a worker's inbox to its stream.
-async fn write(
-    stream: Arc<UnixStream>,
-    mut inbox: mpsc::Receiver<Frame>,
-    worker: WorkerId,
-    table: Arc<Table>,
-) {
+async fn write(stream: Arc<Stream>, mut inbox: Inbox, worker: WorkerId, table: Arc<Table>) {
     let mut batch = Vec::with_capacity(BATCH_FRAMES);
     while inbox.recv_many(&mut batch, BATCH_FRAMES).await > 0 {
-        if let Err(error) = write_all(&stream, batch.as_bytes()).await {
+        if let Err(error) = stream.write_all(batch.as_bytes()).await {
             debug!(%worker, %error, "stream is closed");
             // From here on `deliver` finds the inbox closed.
-            inbox.close();
+            inbox.frames.close();
             break;
         }
         batch.clear();
@@ -233,31 +343,12 @@ async fn write(
     for frame in batch {
         table.take_back(frame).await;
     }
-    while let Some(frame) = inbox.recv().await {
-        table.take_back(frame).await;
-    }
-}
-
-async fn read_some(stream: &UnixStream, room: &mut [u8]) -> io::Result<usize> {
-    loop {
-        stream.readable().await?;
-        match stream.try_read(room) {
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
-            read => return read,
+    let mut left = Vec::new();
+    while inbox.recv_many(&mut left, BATCH_FRAMES).await > 0 {
+        for frame in left.drain(..) {
+            table.take_back(frame).await;
         }
     }
-}
-
-async fn write_all(stream: &UnixStream, mut bytes: &[u8]) -> io::Result<()> {
-    while !bytes.is_empty() {
-        stream.writable().await?;
-        match stream.try_write(bytes) {
-            Ok(written) => bytes = &bytes[written..],
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
-            Err(error) => return Err(error),
-        }
-    }
-    Ok(())
 }
 
 impl Table {
@@ -267,6 +358,13 @@ impl Table {
             .unwrap_or_else(PoisonError::into_inner)
             .get(&worker)
             .cloned()
+    }
+
+    /// The count of frames that wait for a user's workers.
+    fn waiting(&self, uid: u32) -> Arc<AtomicUsize> {
+        let mut users = self.waiting.lock().unwrap_or_else(PoisonError::into_inner);
+        users.retain(|_, waiting| Arc::strong_count(waiting) > 1);
+        Arc::clone(users.entry(accounts::owner_of(uid)).or_default())
     }
 
     /// Puts a frame into its destination's inbox, and counts it before anybody can read it.
@@ -285,6 +383,10 @@ impl Table {
             TrySendError::Full(()) => Refusal::ReceiverFull,
             TrySendError::Closed(()) => Refusal::WorkerGone,
         })?;
+        if target.waiting.fetch_add(1, Relaxed) >= USER_FRAMES {
+            target.waiting.fetch_sub(1, Relaxed);
+            return Err(Refusal::ReceiverFull);
+        }
         sender.sent.take(&frame);
         place.send(frame);
         Ok(())

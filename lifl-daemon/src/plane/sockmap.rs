@@ -8,7 +8,7 @@
 
 use std::collections::HashMap;
 use std::fmt;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd};
 use std::path::Path;
 
 use aya::maps::{MapData, MapError};
@@ -31,6 +31,7 @@ use super::socket::{check_tcp, own_netns};
 use super::{DEAD_LETTERS, Options, PlaneError, support};
 use crate::chain::error_chain;
 use crate::ebpf::{LoadError, Program, is_missing};
+use crate::errands::Foreign;
 
 /// What `cargo xtask build-ebpf` made of `lifl-ebpf`.
 static OBJECT: &[u8] = aya::include_bytes_aligned!("../../../lifl-ebpf/lifl.bpf.o");
@@ -225,7 +226,7 @@ impl Sockmap {
         &mut self,
         worker: WorkerId,
         member: Member,
-        socket: OwnedFd,
+        socket: Foreign,
     ) -> Result<(), PlaneError> {
         if worker == WorkerId::NONE {
             return Err(PlaneError::Nobody);
@@ -262,7 +263,7 @@ impl Sockmap {
         worker: WorkerId,
         member: Member,
         connection: Connection,
-        socket: &OwnedFd,
+        socket: &Foreign,
     ) -> Result<(), PlaneError> {
         let action = "add an entry";
         let counters: CountersBytes = transmute!(Counters::default());
@@ -280,7 +281,7 @@ impl Sockmap {
             .insert(connection, sender, 0)
             .map_err(failed(MAP_SENDERS, action))?;
         self.sockets
-            .insert(worker.0, socket.as_raw_fd(), 0)
+            .insert(worker.0, socket.as_fd().as_raw_fd(), 0)
             .map_err(failed(MAP_SOCKETS, action))
     }
 
@@ -459,7 +460,7 @@ mod tests {
         };
         let (mut socket, registered) = FrameSocket::pair_for(PlaneKind::Sockmap).expect("a pair");
         plane
-            .register(WorkerId(1), member(), registered)
+            .register(WorkerId(1), member(), Foreign::new(0, registered))
             .expect("registered");
         let connection: ConnectionBytes = transmute!(plane.workers[&WorkerId(1)]);
         plane.senders.remove(&connection).expect("an entry");
@@ -479,11 +480,11 @@ mod tests {
         };
         let (mut one, registered) = FrameSocket::pair_for(PlaneKind::Sockmap).expect("a pair");
         plane
-            .register(WorkerId(1), member(), registered)
+            .register(WorkerId(1), member(), Foreign::new(0, registered))
             .expect("registered");
         let (mut two, registered) = FrameSocket::pair_for(PlaneKind::Sockmap).expect("a pair");
         plane
-            .register(WorkerId(2), member(), registered)
+            .register(WorkerId(2), member(), Foreign::new(0, registered))
             .expect("registered");
         plane.sockets.remove(&WorkerId::NONE.0).expect("an entry");
 

@@ -30,11 +30,14 @@ use lifl_common::session::Traffic;
 
 use self::quota::{Quotas, Use, Want};
 use self::reattach::Awaited;
+use crate::accounts;
 use crate::chain::error_chain;
+use crate::errands::Foreign;
 use crate::gateway::{self, GatewayOptions};
 use crate::limits;
 use crate::plane::{Plane, PlaneError};
 use crate::pool::{Pool, PoolError};
+use crate::refusals::{may_log, plain};
 
 /// The longest name of a job, a role or a worker.
 const MAX_NAME_BYTES: usize = 128;
@@ -51,19 +54,37 @@ const NOBODY: ConnId = ConnId(0);
 /// Who is at the other end, as the kernel says.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Peer {
+    /// For people alone. A process that has ended leaves its number to others: nothing is decided by it.
     pub(crate) pid: i32,
     pub(crate) uid: u32,
+    /// For whom its amounts count.
+    pub(crate) account: u32,
     own: bool,
 }
 
 impl Peer {
+    /// Who has connected to the control socket.
     pub(crate) fn new(pid: i32, uid: u32) -> Self {
-        // Asked here once: all connections are gone through again and again.
-        let own = pid.unsigned_abs() == std::process::id();
-        Self { pid, uid, own }
+        Self {
+            pid,
+            uid,
+            account: accounts::owner_of(uid),
+            own: false,
+        }
     }
 
-    /// Whether it is this process: a proxy, which the gateway lets in.
+    /// Who has come through the [lobby](crate::server::Lobby), to which nothing beyond this process has a way.
+    pub(crate) fn own() -> Self {
+        let uid = nix::unistd::geteuid().as_raw();
+        Self {
+            pid: std::process::id().cast_signed(),
+            uid,
+            account: uid,
+            own: true,
+        }
+    }
+
+    /// Whether it is a proxy, which the gateway lets in.
     pub(crate) fn is_own(&self) -> bool {
         self.own
     }
@@ -89,6 +110,8 @@ struct Conn {
 struct Job {
     name: String,
     uid: u32,
+    /// For whom its amounts count.
+    account: u32,
     maker: ConnId,
     ended: bool,
     arena_bytes: u64,
@@ -212,7 +235,7 @@ impl Registry {
     }
 
     /// A request, with the descriptors beside it.
-    pub(crate) fn request(&mut self, id: ConnId, request: Request, fds: Vec<OwnedFd>) {
+    pub(crate) fn request(&mut self, id: ConnId, request: Request, fds: Vec<Foreign>) {
         let Some(peer) = self.conns.get(&id).map(|conn| conn.peer) else {
             return;
         };
@@ -231,7 +254,16 @@ impl Registry {
         let (reply, fd) = match answer {
             Ok(answer) => answer,
             Err(Denial(code, message)) => {
-                tracing::warn!(pid = peer.pid, uid = peer.uid, ?code, "refused: {message}");
+                if let Some(dropped) = may_log(peer.uid) {
+                    let message = plain(&message);
+                    tracing::warn!(
+                        pid = peer.pid,
+                        uid = peer.uid,
+                        ?code,
+                        dropped,
+                        "refused: {message}"
+                    );
+                }
                 (Reply::Error { code, message }, None)
             }
         };
@@ -275,11 +307,13 @@ impl Registry {
         };
         let hostile = matches!(refusal, Refusal::ForgedSource | Refusal::OtherJob);
         if hostile {
-            let uid = self.conns.get(&sender.conn).map(|conn| conn.peer.uid);
-            tracing::warn!(
-                worker = %sender.name, pid = sender.pid, uid, from = %frame.from, to = %frame.to,
-                "frame refused: {refusal}"
-            );
+            let uid = self.jobs.get(&sender.job).map_or(u32::MAX, |job| job.uid);
+            if let Some(dropped) = may_log(uid) {
+                tracing::warn!(
+                    worker = ?sender.name, pid = sender.pid, uid, from = %frame.from, to = %frame.to, dropped,
+                    "frame refused: {refusal}"
+                );
+            }
         }
         let receiver = self
             .workers
@@ -326,7 +360,7 @@ impl Registry {
         self.plane
     }
 
-    fn answer(&mut self, id: ConnId, request: Request, fds: Vec<OwnedFd>) -> Answer {
+    fn answer(&mut self, id: ConnId, request: Request, fds: Vec<Foreign>) -> Answer {
         let Some(conn) = self.conns.get_mut(&id) else {
             return deny(ErrorCode::BadRequest, "no connection");
         };
@@ -376,17 +410,18 @@ impl Registry {
         if conn.job.is_some() || conn.worker.is_some() {
             return deny(ErrorCode::BadRequest, "this connection has a job already");
         }
-        let uid = conn.peer.uid;
-        self.admit(uid, Want::Job)?;
+        let Peer { uid, account, .. } = conn.peer;
+        self.admit(account, Want::Job)?;
         let job = JobId(self.last_job + 1);
         if let Err(error) = self.plane.note_job(job) {
             return deny(ErrorCode::Failed, error_chain(&error));
         }
         self.last_job = job.0;
-        tracing::info!(%job, %name, uid, "job created");
+        tracing::info!(%job, ?name, uid, "job created");
         let made = Job {
             name,
             uid,
+            account,
             maker: id,
             ended: false,
             arena_bytes: 0,
@@ -404,7 +439,7 @@ impl Registry {
         job_id: JobId,
         role: String,
         name: String,
-        fds: Vec<OwnedFd>,
+        fds: Vec<Foreign>,
     ) -> Answer {
         check_name("role", &role)?;
         check_name("worker", &name)?;
@@ -439,7 +474,7 @@ impl Registry {
                 format!("job {job_id} has a worker called {name} already"),
             );
         }
-        self.admit(job.uid, Want::Worker)?;
+        self.admit(job.account, Want::Worker)?;
         let mut fds = fds.into_iter();
         let (Some(socket), None) = (fds.next(), fds.next()) else {
             return deny(
@@ -454,7 +489,7 @@ impl Registry {
             uid: job.uid,
             flags: if maker == id { Member::MAKER } else { 0 },
         };
-        if let Err(error) = self.plane.register(worker, member, socket) {
+        if let Err(error) = self.plane.register_foreign(worker, member, socket) {
             let code = if matches!(error, PlaneError::Full { .. }) {
                 ErrorCode::Full
             } else {
@@ -463,7 +498,7 @@ impl Registry {
             return deny(code, error_chain(&error));
         }
         self.last_worker = worker.0;
-        tracing::info!(%worker, job = %job_id, %name, pid = peer.pid, "worker registered");
+        tracing::info!(%worker, job = %job_id, ?name, pid = peer.pid, "worker registered");
         let made = Worker {
             name: name.clone(),
             role,
@@ -499,7 +534,7 @@ impl Registry {
             let most = ArenaId::PER_WORKER;
             return deny(ErrorCode::Full, format!("a worker has at most {most} arenas"));
         };
-        let Some(uid) = self.jobs.get(&job_id).map(|job| job.uid) else {
+        let Some(uid) = self.jobs.get(&job_id).map(|job| job.account) else {
             return deny(ErrorCode::NotFound, "the job is gone");
         };
         let used = self.used(uid);
@@ -617,7 +652,7 @@ impl Registry {
         };
         job.ended = true;
         self.gateway.close(id);
-        tracing::info!(job = %id, name = %job.name, reason, "job ended");
+        tracing::info!(job = %id, name = ?job.name, reason = ?reason, "job ended");
         self.awaited.job_ended(id);
         for worker in self
             .workers
@@ -639,7 +674,7 @@ impl Registry {
         let Some(worker) = self.workers.remove(&id) else {
             return;
         };
-        tracing::info!(worker = %id, name = %worker.name, pid = worker.pid, "worker gone");
+        tracing::info!(worker = %id, name = ?worker.name, pid = worker.pid, "worker gone");
         if let Err(error) = self.plane.unregister(id) {
             tracing::error!(worker = %id, "cannot be taken off the plane: {}", error_chain(&error));
         }
@@ -671,12 +706,12 @@ impl Registry {
         }
     }
 
-    /// What a user has of the node. Counted afresh each time, so that it is what is there.
+    /// What an account has of the node. Counted afresh each time, so that it is what is there.
     fn used(&self, uid: u32) -> Use {
-        let jobs = self.jobs.values().filter(|job| job.uid == uid);
+        let jobs = self.jobs.values().filter(|job| job.account == uid);
         let workers = self.workers.values().filter(|worker| {
             let job = self.jobs.get(&worker.job);
-            job.is_some_and(|job| job.uid == uid)
+            job.is_some_and(|job| job.account == uid)
         });
         let connections = self.conns.values().filter(|conn| is_of(conn.peer, uid));
         Use {
@@ -719,9 +754,9 @@ impl Registry {
     }
 }
 
-/// Whether a connection counts for a user. The daemon's own, those of proxies, count for nobody.
-fn is_of(peer: Peer, uid: u32) -> bool {
-    peer.uid == uid && !peer.is_own()
+/// Whether a connection counts for an account. The daemon's own, those of proxies, count for nobody.
+fn is_of(peer: Peer, account: u32) -> bool {
+    peer.account == account && !peer.is_own()
 }
 
 fn check_name(what: &str, name: &str) -> Result<(), Denial> {

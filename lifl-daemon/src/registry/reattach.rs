@@ -12,19 +12,21 @@
 //! that worker's. Everything else that it says of itself is for people, or is checked here.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::fs::File;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::time::Duration;
 
 use lifl_common::arena::{Layout, memfd};
 use lifl_common::control::{ErrorCode, Event, HeldArena, Message, PeerLost, Reply};
 use lifl_common::id::{ArenaId, JobId, WorkerId};
 use lifl_common::kernel::Member;
+use nix::sys::stat::fstat;
 use nix::sys::statfs::{HUGETLBFS_MAGIC, fstatfs};
 use tokio::time::Instant;
 
 use super::{Answer, Arena, ConnId, Denial, Job, NOBODY, Outgoing, Registry, Worker, check_name, deny};
+use crate::accounts;
 use crate::chain::error_chain;
+use crate::errands::Foreign;
 use crate::plane::Recovered;
 
 /// How often the sockets of those who are awaited are looked at.
@@ -63,12 +65,15 @@ impl Awaited {
 
     /// How many, of a user's jobs.
     pub(super) fn of_user(&self, uid: u32) -> usize {
-        self.members.values().filter(|member| member.uid == uid).count()
+        self.members
+            .values()
+            .filter(|member| accounts::owner_of(member.uid) == uid)
+            .count()
     }
 
     /// Whose jobs they are in.
     pub(super) fn users(&self) -> impl Iterator<Item = u32> {
-        self.members.values().map(|member| member.uid)
+        self.members.values().map(|member| accounts::owner_of(member.uid))
     }
 
     /// Whether somebody of that job is awaited.
@@ -168,7 +173,7 @@ impl Registry {
         name: String,
         job_name: Option<String>,
         held: &[HeldArena],
-        fds: Vec<OwnedFd>,
+        fds: Vec<Foreign>,
     ) -> Answer {
         check_name("role", &role)?;
         check_name("worker", &name)?;
@@ -207,6 +212,7 @@ impl Registry {
         let job = self.jobs.entry(member.job).or_insert_with(|| Job {
             name: member.job.to_string(),
             uid: member.uid,
+            account: accounts::owner_of(member.uid),
             maker: NOBODY,
             ended: orphan,
             arena_bytes: 0,
@@ -226,7 +232,7 @@ impl Registry {
             }
         }
         let maker = job.maker;
-        tracing::info!(%worker, job = %member.job, %name, pid = peer.pid, "worker is back");
+        tracing::info!(%worker, job = %member.job, ?name, pid = peer.pid, "worker is back");
         let made = Worker {
             name: name.clone(),
             role,
@@ -267,7 +273,7 @@ impl Registry {
     }
 
     /// Whose a socket is, of those who are awaited.
-    fn prove(&self, socket: &OwnedFd) -> Result<(WorkerId, Member), Denial> {
+    fn prove(&self, socket: &Foreign) -> Result<(WorkerId, Member), Denial> {
         if self.plane.pinned().is_none() {
             let message = "this daemon keeps no workers of a daemon before it: its maps are not pinned";
             return deny(ErrorCode::Denied, message);
@@ -299,7 +305,7 @@ impl Registry {
         owner: WorkerId,
         job: JobId,
         held: &[HeldArena],
-        fds: Vec<OwnedFd>,
+        fds: Vec<Foreign>,
     ) -> Result<Vec<(ArenaId, Arena)>, Denial> {
         if held.len() != fds.len() {
             let message = format!(
@@ -314,8 +320,11 @@ impl Registry {
             if arena.owner() != owner {
                 return deny(ErrorCode::Denied, format!("arena {arena} is not {owner}'s"));
             }
-            let memfd = File::from(fd);
-            let (bytes, page_bytes) = check_memfd(&memfd, arena, layout)?;
+            let (bytes, page_bytes) = check_memfd(fd.as_fd(), arena, layout)?;
+            let memfd = memfd::reopen(fd.as_fd()).map_err(|error| {
+                let message = format!("the descriptor for arena {arena} cannot be opened: {error}");
+                Denial(ErrorCode::Failed, message)
+            })?;
             let entry = Arena {
                 owner,
                 job,
@@ -433,7 +442,9 @@ impl Registry {
 }
 
 /// That a descriptor is an arena as the pool makes and seals them; its bytes, and those of its pages.
-fn check_memfd(memfd: &File, arena: ArenaId, layout: Layout) -> Result<(u64, u64), Denial> {
+///
+/// Its seals are asked for first, which only files in memory have: whatever else it is could make the other calls wait.
+fn check_memfd(memfd: BorrowedFd<'_>, arena: ArenaId, layout: Layout) -> Result<(u64, u64), Denial> {
     let wrong = |what: String| {
         Denial(
             ErrorCode::BadRequest,
@@ -449,10 +460,10 @@ fn check_memfd(memfd: &File, arena: ArenaId, layout: Layout) -> Result<(u64, u64
         .map_err(|errno| wrong(format!("cannot be looked at: {errno}")))?
         .filesystem_type()
         == HUGETLBFS_MAGIC;
-    let found = memfd
-        .metadata()
-        .map_err(|error| wrong(format!("cannot be looked at: {error}")))?
-        .len();
+    let found = fstat(memfd)
+        .map_err(|errno| wrong(format!("cannot be looked at: {errno}")))?
+        .st_size
+        .unsigned_abs();
     let page_bytes = if huge {
         memfd::HUGE_PAGE_BYTES
     } else {

@@ -9,7 +9,7 @@ use lifl_common::control::{
 use lifl_common::id::{ArenaId, JobId, WorkerId};
 use lifl_common::kernel::Counters;
 
-use super::{Answer, ConnId, Denial, Job, Registry, Worker, deny};
+use super::{Answer, ConnId, Denial, Job, Peer, Registry, Worker, deny};
 use crate::Vitals;
 use crate::plane::support;
 
@@ -50,7 +50,7 @@ impl Registry {
     }
 
     pub(super) fn status(&self, id: ConnId, job: Option<JobId>, after: Option<WorkerId>) -> Answer {
-        let uid = self.known(id)?.peer.uid;
+        let Peer { uid, account, .. } = self.known(id)?.peer;
         let visible = |owner: u32| uid == 0 || uid == owner;
         let first_page = after.is_none();
         let jobs = self
@@ -88,7 +88,11 @@ impl Registry {
             jobs: jobs.take(STATUS_JOBS).collect(),
             workers: page,
             more,
-            users: if first_page { self.users(uid) } else { Vec::new() },
+            users: if first_page {
+                self.users(account)
+            } else {
+                Vec::new()
+            },
         };
         Ok((Reply::Status(status), None))
     }
@@ -98,8 +102,8 @@ impl Registry {
         let mut users = BTreeSet::from([asking]);
         if asking == 0 {
             let connected = self.conns.values().filter(|conn| !conn.peer.is_own());
-            users.extend(connected.map(|conn| conn.peer.uid));
-            users.extend(self.jobs.values().map(|job| job.uid));
+            users.extend(connected.map(|conn| conn.peer.account));
+            users.extend(self.jobs.values().map(|job| job.account));
             users.extend(self.awaited.users());
             users.extend(self.quotas.of.keys());
         }

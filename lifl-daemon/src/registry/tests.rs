@@ -34,7 +34,8 @@ impl Bench {
         let pool = Pool::new(1 << 20, HugePages::Never);
         let options = GatewayOptions::default();
         // Nobody runs it: what the registry lets through is not answered.
-        let (gateway, ..) = gateway::gateway("nowhere".into(), &options, CancellationToken::new());
+        let (lobby, _) = crate::server::lobby();
+        let (gateway, ..) = gateway::gateway(lobby, &options, CancellationToken::new());
         Self {
             registry: Registry::new(facts, Quotas::unlimited(), chosen.plane, pool, gateway, options),
             far: Vec::new(),
@@ -52,7 +53,7 @@ impl Bench {
         let mut fds = Vec::new();
         if matches!(request, Request::Register { .. }) {
             let (near, far) = UnixStream::pair().expect("a pair");
-            fds.push(far.into());
+            fds.push(Foreign::new(0, far.into()));
             self.far.push(near);
         }
         self.registry.request(ConnId(conn), request, fds);

@@ -1,0 +1,277 @@
+//! What may take as long as a client likes, on threads of its user's own: closing a client's descriptors, system calls on
+//! them, making an arena's memory.
+//!
+//! ```text
+//!   run, close ──▶ the user's errands, in order ──▶ its threads, at most 4 ── idle for 1 s ──▶ ended
+//! ```
+//!
+//! `close(2)` waits for the linger time of a socket (`SO_LINGER`), for the server of a FUSE or NFS file, and for whoever holds
+//! a socket's lock; and it purges a socket's queue, in which other descriptors may lie. A user whose errands hang makes
+//! nobody wait but itself. Subordinate users' errands are their owner's ([`accounts`](crate::accounts)).
+
+use std::collections::{HashMap, VecDeque};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::{Arc, Condvar, LazyLock, Mutex, MutexGuard, PoisonError};
+use std::thread::Builder;
+use std::time::Duration;
+
+use nix::sys::socket::{setsockopt, sockopt};
+
+use crate::accounts;
+
+/// Threads of one user.
+const THREADS_OF_USER: usize = 4;
+
+/// Threads of all users.
+const THREADS: usize = 256;
+
+/// How long a thread without errands stays.
+const IDLE: Duration = Duration::from_secs(1);
+
+/// Descriptors of one user that wait to be closed, above which nothing more is read from it.
+const CLOSING: usize = 512;
+
+type Errand = Box<dyn FnOnce() + Send>;
+
+/// All users' errands.
+#[derive(Default)]
+struct Table {
+    users: HashMap<u32, User>,
+    threads: usize,
+}
+
+#[derive(Default)]
+struct User {
+    waiting: VecDeque<Errand>,
+    threads: usize,
+    idle: usize,
+    /// Descriptors that are being closed or wait for it.
+    closing: usize,
+    wake: Arc<Condvar>,
+}
+
+static TABLE: LazyLock<Mutex<Table>> = LazyLock::new(Mutex::default);
+
+fn table() -> MutexGuard<'static, Table> {
+    // Nothing panics while it is locked.
+    TABLE.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Does something on a thread of that user's. It must not panic.
+#[cfg_attr(not(test), expect(dead_code, reason = "the next commit's"))]
+pub(crate) fn run(uid: u32, errand: impl FnOnce() + Send + 'static) {
+    submit(accounts::owner_of(uid), Box::new(errand), 0);
+}
+
+/// Closes a descriptor on a thread of that user's.
+pub(crate) fn close(uid: u32, fd: OwnedFd) {
+    let account = accounts::owner_of(uid);
+    let errand = move || {
+        dispose(fd);
+        if let Some(user) = table().users.get_mut(&account) {
+            user.closing = user.closing.saturating_sub(1);
+        }
+    };
+    submit(account, Box::new(errand), 1);
+}
+
+/// Waits while so many of a user's descriptors are still to be closed that it may pass no more.
+pub(crate) async fn until_closed(uid: u32) {
+    const LOOK: Duration = Duration::from_millis(5);
+    let account = accounts::owner_of(uid);
+    while closing(account) > CLOSING {
+        tokio::time::sleep(LOOK).await;
+    }
+}
+
+/// Descriptors of a user that are still to be closed.
+fn closing(account: u32) -> usize {
+    table().users.get(&account).map_or(0, |user| user.closing)
+}
+
+/// Starts threads for what could not have one before. To be called now and then.
+pub(crate) fn retry() {
+    let waiting: Vec<u32> = {
+        let table = table();
+        let stuck = |user: &User| !user.waiting.is_empty() && user.threads == 0;
+        let users = table.users.iter().filter(|(_, user)| stuck(user));
+        users.map(|(&account, _)| account).collect()
+    };
+    for account in waiting {
+        start_if_needed(account);
+    }
+}
+
+/// Closes a client's descriptor. Without its linger time, which is the client's choice, a socket's `close` returns at once.
+fn dispose(fd: OwnedFd) {
+    let now = libc::linger {
+        l_onoff: 0,
+        l_linger: 0,
+    };
+    // What is no socket has no such option.
+    let _ = setsockopt(&fd, sockopt::Linger, &now);
+    drop(fd);
+}
+
+fn submit(account: u32, errand: Errand, closing: usize) {
+    {
+        let mut table = table();
+        let user = table.users.entry(account).or_default();
+        user.waiting.push_back(errand);
+        user.closing += closing;
+        if user.idle >= user.waiting.len() {
+            user.wake.notify_one();
+            return;
+        }
+    }
+    start_if_needed(account);
+}
+
+/// One thread more for a user's errands, if it may have one. Without one they wait for [`retry`].
+fn start_if_needed(account: u32) {
+    {
+        let mut table = table();
+        let free = table.threads < THREADS;
+        let Some(user) = table.users.get_mut(&account) else {
+            return;
+        };
+        if user.waiting.is_empty() || user.threads >= THREADS_OF_USER || !free {
+            return;
+        }
+        user.threads += 1;
+        table.threads += 1;
+    }
+    let thread = Builder::new().name("errands".into()).stack_size(256 << 10);
+    if let Err(error) = thread.spawn(move || work(account)) {
+        tracing::warn!(uid = account, "no thread for this user's descriptors: {error}");
+        let mut table = table();
+        table.threads -= 1;
+        if let Some(user) = table.users.get_mut(&account) {
+            user.threads -= 1;
+        }
+    }
+}
+
+/// A thread: a user's errands, one after the other, until there are none for a while.
+fn work(account: u32) {
+    let mut all = table();
+    while let Some(user) = all.users.get_mut(&account) {
+        if let Some(errand) = user.waiting.pop_front() {
+            drop(all);
+            errand();
+            all = table();
+            continue;
+        }
+        user.idle += 1;
+        let wake = Arc::clone(&user.wake);
+        let (woken, waited) = wake
+            .wait_timeout(all, IDLE)
+            .unwrap_or_else(PoisonError::into_inner);
+        all = woken;
+        let Some(user) = all.users.get_mut(&account) else {
+            break;
+        };
+        user.idle -= 1;
+        if waited.timed_out() && user.waiting.is_empty() {
+            user.threads -= 1;
+            if user.threads == 0 && user.closing == 0 {
+                all.users.remove(&account);
+            }
+            break;
+        }
+    }
+    all.threads -= 1;
+}
+
+/// A descriptor that a client passed, or a socket whose other end is a client's. Dropped, it is closed on a thread of that
+/// user's.
+#[derive(Debug)]
+pub(crate) struct Foreign {
+    /// `None` only once it is being dropped.
+    fd: Option<OwnedFd>,
+    uid: u32,
+}
+
+impl Foreign {
+    /// Takes a descriptor of that user's.
+    pub(crate) fn new(uid: u32, fd: OwnedFd) -> Self {
+        Self { fd: Some(fd), uid }
+    }
+
+    /// The descriptor, for whoever sees to its end.
+    pub(crate) fn into_inner(mut self) -> Option<OwnedFd> {
+        self.fd.take()
+    }
+}
+
+impl AsFd for Foreign {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_ref().expect("there until it is dropped").as_fd()
+    }
+}
+
+impl Drop for Foreign {
+    fn drop(&mut self) {
+        if let Some(fd) = self.fd.take() {
+            close(self.uid, fd);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc;
+
+    use super::*;
+
+    const PATIENCE: Duration = Duration::from_secs(20);
+
+    #[test]
+    fn a_user_whose_errands_hang_makes_nobody_else_wait_and_its_own_go_on_in_order() {
+        let (hanging, other) = (4_300_001, 4_300_002);
+        let (release, gate) = mpsc::channel::<()>();
+        let gate = Arc::new(Mutex::new(gate));
+        let (tell, told) = mpsc::channel();
+        for _ in 0..2 * THREADS_OF_USER {
+            let (gate, tell) = (Arc::clone(&gate), tell.clone());
+            run(hanging, move || {
+                let gate = gate.lock().expect("no panic");
+                let _ = gate.recv();
+                let _ = tell.send(hanging);
+            });
+        }
+        for _ in 0..100 {
+            let tell = tell.clone();
+            run(other, move || {
+                let _ = tell.send(other);
+            });
+        }
+        for _ in 0..100 {
+            assert_eq!(told.recv_timeout(PATIENCE), Ok(other));
+        }
+        assert!(
+            table()
+                .users
+                .get(&hanging)
+                .is_some_and(|user| user.threads <= THREADS_OF_USER)
+        );
+        drop(release);
+        for _ in 0..2 * THREADS_OF_USER {
+            assert_eq!(told.recv_timeout(PATIENCE), Ok(hanging));
+        }
+    }
+
+    #[test]
+    fn what_was_passed_is_closed_and_counted_until_then() {
+        let uid = 4_300_003;
+        let (near, far) = nix::unistd::pipe().expect("a pipe");
+        drop(Foreign::new(uid, far));
+        // The last writer is gone.
+        assert_eq!(nix::unistd::read(&near, &mut [0; 1]), Ok(0));
+        let begun = std::time::Instant::now();
+        while closing(uid) > 0 {
+            assert!(begun.elapsed() < PATIENCE, "still counted");
+            std::thread::yield_now();
+        }
+    }
+}
