@@ -7,7 +7,7 @@ use std::path::Path;
 use flate2::Compression;
 use flate2::read::MultiGzDecoder;
 use flate2::write::GzEncoder;
-use lifl_cli::data::{self, CLASSES, DataError, PIXELS, Samples};
+use lifl_cli::data::{self, DataError, Samples};
 use lifl_common::config::{DataSource, Partition};
 use zip::write::SimpleFileOptions;
 use zip::{CompressionMethod, ZipWriter};
@@ -39,23 +39,31 @@ pub fn idx(data: &[u8]) {
 
     let Some(read) = read(folder.path()) else { return };
     // The test samples are held out from the end: together they are the file's.
-    let (pixels, values) = (&unpacked(images)[16..], &unpacked(labels)[8..]);
-    let samples = Samples::new(pixels.to_vec(), values.to_vec());
-    let in_file: Vec<Sample<'_>> = all(&samples).collect();
-    assert_eq!(
-        sorted(in_file),
-        sorted(all(&read.train).chain(all(&read.test)).collect())
-    );
+    let samples: Vec<Sample<'_>> = all(&read.train).chain(all(&read.test)).collect();
+    if let (Some(images), Some(labels)) = (unpacked(images), unpacked(labels))
+        && images.starts_with(&[0, 0, 8, 3])
+        && labels.starts_with(&[0, 0, 8, 1])
+    {
+        let (pixels, values) = (&images[16..], &labels[8..]);
+        let in_file = values
+            .iter()
+            .copied()
+            .zip(pixels.chunks(pixels.len() / values.len()));
+        assert_eq!(sorted(in_file.collect()), sorted(samples.clone()));
+    }
 
     let again = folder.path().join("again");
     fs::create_dir(&again).expect("a folder");
-    let count = (samples.len() as u32).to_be_bytes();
-    let side = 28_u32.to_be_bytes();
-    let header = [0x0803_u32.to_be_bytes(), count, side, side].concat();
-    let images = gzip(&[&header, pixels].concat());
-    fs::write(again.join("t10k-images.idx3-ubyte.gz"), images).expect("a file");
-    let header = [0x0801_u32.to_be_bytes(), count].concat();
-    fs::write(again.join("t10k-labels.idx1-ubyte"), [&header, values].concat()).expect("a file");
+    let shape = read.train.shape();
+    let count = samples.len() as u32;
+    let sides = [0x0804, count, shape.height, shape.width, shape.channels];
+    let header: Vec<u8> = sides.into_iter().flat_map(u32::to_be_bytes).collect();
+    let pixels: Vec<u8> = samples.iter().flat_map(|(_, image)| *image).copied().collect();
+    let values: Vec<u8> = samples.iter().map(|(label, _)| *label).collect();
+    let images = gzip(&[header, pixels].concat());
+    fs::write(again.join("t10k-images.idx4-ubyte.gz"), images).expect("a file");
+    let header = [0x0801_u32, count].map(u32::to_be_bytes).concat();
+    fs::write(again.join("t10k-labels.idx1-ubyte"), [header, values].concat()).expect("a file");
     read.is(&self::read(&again).expect("the same samples"));
 }
 
@@ -74,6 +82,9 @@ pub fn npz(data: &[u8]) {
     };
     fs::write(&path, bytes).expect("a file");
     let Some(read) = read(&path) else { return };
+    if read.test.is_empty() {
+        return;
+    }
     let array = |shape: String, data: &[u8]| {
         let header = format!("{{'descr': '|u1', 'fortran_order': False, 'shape': {shape}, }}\n");
         let length = (header.len() as u16).to_le_bytes();
@@ -83,7 +94,9 @@ pub fn npz(data: &[u8]) {
         let pixels: Vec<u8> = all(samples).flat_map(|(_, image)| image).copied().collect();
         let n = samples.len();
         let labels = array(format!("({n},)"), samples.labels());
-        (array(format!("({n}, 28, 28)"), &pixels), labels)
+        let shape = samples.shape();
+        let sides = format!("({n}, {}, {}, {})", shape.height, shape.width, shape.channels);
+        (array(sides, &pixels), labels)
     };
     let (x_train, y_train) = both(&read.train);
     let (x_test, y_test) = both(&read.test);
@@ -117,7 +130,7 @@ impl Dataset {
 /// The samples at a path, if they are sound and enough to learn from.
 fn read(path: &Path) -> Option<Dataset> {
     let source = DataSource {
-        dataset: path.to_str().expect("a name of ours").to_owned(),
+        dataset: path.to_str().expect("a name of ours").into(),
         sha256: None,
         train_samples: None,
         test_samples: None,
@@ -127,7 +140,7 @@ fn read(path: &Path) -> Option<Dataset> {
         Ok(opened) => opened,
         Err(error) => {
             assert!(!matches!(error, DataError::Io { .. }), "{error:?}");
-            assert!(error.to_string().contains(&source.dataset), "{error}");
+            assert!(error.to_string().contains(source.dataset.as_str()), "{error}");
             return None;
         }
     };
@@ -142,7 +155,8 @@ fn read(path: &Path) -> Option<Dataset> {
     };
     assert_eq!((train.len(), test.len()), (opened.train_len(), opened.test_len()));
     for (label, image) in all(&train).chain(all(&test)) {
-        assert!(usize::from(label) < CLASSES && image.len() == PIXELS);
+        let shape = opened.shape();
+        assert!(u32::from(label) < shape.classes && image.len() == shape.pixels());
     }
     Some(Dataset { train, test })
 }
@@ -162,16 +176,14 @@ fn gzip(bytes: &[u8]) -> Vec<u8> {
     encoder.finish().expect("memory")
 }
 
-/// What a file holds, read by the shortest way.
-fn unpacked(file: &[u8]) -> Vec<u8> {
+/// What a file holds, read by the shortest way; `None` if something stands behind what gzip made of it.
+fn unpacked(file: &[u8]) -> Option<Vec<u8>> {
     if !file.starts_with(&[0x1f, 0x8b]) {
-        return file.to_vec();
+        return Some(file.to_vec());
     }
     let mut bytes = Vec::new();
-    MultiGzDecoder::new(file)
-        .read_to_end(&mut bytes)
-        .expect("it was read before");
-    bytes
+    MultiGzDecoder::new(file).read_to_end(&mut bytes).ok()?;
+    Some(bytes)
 }
 
 fn arrays(mut input: &[u8]) -> [Vec<u8>; 4] {

@@ -11,9 +11,9 @@ use half::{bf16, f16};
 use lifl_common::update::{DType, Schema};
 use serde::Deserialize;
 use serde::de::{Deserializer, MapAccess, Visitor};
-use serde_json::json;
 
 use crate::foreign::{self, Foreign, Unopened};
+use crate::inputs;
 
 /// The longest header that safetensors' own reader takes.
 const MOST_HEADER_BYTES: u64 = 100_000_000;
@@ -597,22 +597,7 @@ impl BaseModelError {
         | Self::Format { path, .. }
         | Self::Tensors { path, .. }
         | Self::NotFinite { path, .. }) = self;
-        let kind = match self {
-            Self::Io { .. } => "unreadable",
-            _ => "invalid",
-        };
-        let cause = std::error::Error::source(self).map_or(String::new(), |source| format!(": {source}"));
-        json!({
-            "event": "problem",
-            "problem": {
-                "kind": kind,
-                "file": path.to_string_lossy(),
-                "path": "baseModel.name",
-                "found": format!("{self}{cause}"),
-                "expected": null,
-                "hint": null,
-            },
-        })
+        inputs::event("baseModel.name", &path.to_string_lossy(), self)
     }
 }
 

@@ -20,6 +20,7 @@ pub mod dir;
 pub mod doctor;
 pub mod exit;
 mod foreign;
+mod inputs;
 pub mod learn;
 pub mod memory;
 mod output;

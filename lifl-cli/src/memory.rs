@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 
 use lifl_common::arena::{Layout, memfd};
-use lifl_common::config::{Group, JobSpec, Kind, ModelSpec, Transport, WorkerSpec};
+use lifl_common::config::{Dataset, Group, JobSpec, Kind, ModelSpec, SampleShape, Transport, WorkerSpec};
 use lifl_common::session::proxy_name;
 use lifl_common::update::{Schema, image};
 use serde::Serialize;
@@ -168,7 +168,7 @@ impl Plan {
     /// Adds up what the job takes on huge or ordinary pages. Sums that overflow stand as `u64::MAX`.
     pub fn new(job: &JobSpec, schema: &Schema, huge_pages: bool) -> Self {
         let object_bytes = object_bytes(schema);
-        let datasets: HashMap<String, u32> = job
+        let datasets: HashMap<Dataset, u32> = job
             .datasets()
             .into_iter()
             .map(|(data, trainers)| (data.dataset, trainers))
@@ -253,17 +253,18 @@ fn learner_bytes(job: &JobSpec, schema: &Schema, shares: u64, batch: u64) -> u64
     // While a data set is read, all of it is in memory, whatever the share.
     let data = data_bytes(job).saturating_add(data_bytes(job) / shares.max(1));
     let models = LEARNER_MODELS.saturating_mul(schema.data_bytes() as u64);
-    let activations = SAMPLE_BYTES.saturating_mul(batch);
+    let larger = (job.samples.pixels() as u64).div_ceil(SampleShape::default().pixels() as u64);
+    let activations = SAMPLE_BYTES.saturating_mul(batch).saturating_mul(larger);
     [LEARNER_BYTES, models, activations, data]
         .into_iter()
         .fold(0, u64::saturating_add)
 }
 
-/// All samples of the largest data set that is known here, 70,000 images of 28 × 28 bytes, unless the job uses fewer.
+/// All samples of the largest data set that is known here, 70,000 images, unless the job uses fewer.
 fn data_bytes(job: &JobSpec) -> u64 {
-    const PIXELS: u64 = 28 * 28 + 1;
+    let pixels = (job.samples.pixels() as u64).saturating_add(1);
     let data = job.data.as_ref();
     let train = data.and_then(|data| data.train_samples).unwrap_or(60_000);
     let test = data.and_then(|data| data.test_samples).unwrap_or(10_000);
-    train.saturating_add(test).saturating_mul(PIXELS)
+    train.saturating_add(test).saturating_mul(pixels)
 }

@@ -5,19 +5,18 @@ use std::path::PathBuf;
 
 use lifl_common::config::{self, ConfigError, JobSpec, Loaded, Timing, Transport, UpdateKind};
 use lifl_common::control::Welcome;
-use lifl_common::update::Schema;
 use lifl_daemon::plane;
 use lifl_daemon::pool::HugePages;
 use serde_json::json;
 use tokio::runtime::Builder;
 
 use super::runtime;
-use crate::base_model;
 use crate::cli::{Choices, JobArgs, Report};
 use crate::coordinate::node::{DaemonChoice, Node, NodeOptions};
 use crate::coordinate::pairing::{Pair, pair};
 use crate::coordinate::report::human_bytes;
 use crate::exit::{Because, Cause, Failure, Outcome};
+use crate::inputs;
 use crate::learn;
 use crate::memory::{self, Plan};
 use crate::output::outln;
@@ -40,25 +39,22 @@ fn print_problems(error: &ConfigError) -> Outcome {
     Ok(())
 }
 
-/// Looks at the job's base model, if it has one; what is wrong with it is an event too where those were asked for.
-fn check_base_model(job: &JobSpec, schema: &Schema, report: Report) -> Outcome {
-    let Some(path) = &job.base_model else {
-        return Ok(());
-    };
-    base_model::check(path, schema).map_err(|error| {
+/// Looks at the job's data and base model; what is wrong with them is an event too where those were asked for.
+fn look(job: &mut JobSpec, notes: &mut Vec<String>, report: Report) -> Outcome {
+    let problem = |event: &serde_json::Value| {
         if report.json {
             // What is wrong counts for more than that this could not be said.
-            let _ = outln!("{}", error.event());
+            let _ = outln!("{event}");
         }
-        Failure::new(Cause::Config, error)
-    })
+    };
+    notes.extend(inputs::look(job, problem)?);
+    Ok(())
 }
 
 /// Says whether a job could run, without starting anything.
 pub(crate) fn validate(args: &JobArgs) -> Outcome {
-    let Loaded { job, notes } = load(&args.paths, &args.choices, args.report)?;
-    let schema = learn::schema(&job.model).because(Cause::Config)?;
-    check_base_model(&job, &schema, args.report)?;
+    let Loaded { mut job, mut notes } = load(&args.paths, &args.choices, args.report)?;
+    look(&mut job, &mut notes, args.report)?;
     if args.report.json {
         outln!("{}", json!({ "event": "valid", "job": job, "notes": notes }))?;
         return Ok(());
@@ -78,9 +74,9 @@ pub(crate) fn validate(args: &JobArgs) -> Outcome {
 
 /// Shows the tree, the memory and the plane.
 pub(crate) fn plan(args: &JobArgs) -> Outcome {
-    let Loaded { job, notes } = load(&args.paths, &args.choices, args.report)?;
-    let schema = learn::schema(&job.model).because(Cause::Config)?;
-    check_base_model(&job, &schema, args.report)?;
+    let Loaded { mut job, mut notes } = load(&args.paths, &args.choices, args.report)?;
+    look(&mut job, &mut notes, args.report)?;
+    let schema = learn::schema(&job).because(Cause::Config)?;
     let daemon = daemon_for(&job)?;
     let plan = Plan::new(&job, &schema, daemon.huge_pages);
     let pairs = pair(&job.workers, |_| true);

@@ -16,7 +16,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, anyhow, bail};
-use lifl_common::config::{self, JobSpec};
+use lifl_common::config::{self, Dataset, JobSpec};
 use lifl_common::id::Generation;
 use lifl_common::update::{Metadata, image};
 use nix::errno::Errno;
@@ -465,11 +465,11 @@ fn read_job(folder: &Dir) -> anyhow::Result<(JobSpec, String)> {
 fn anchored(job: &JobSpec, here: &Path) -> JobSpec {
     let mut job = job.clone();
     // Without normalizing: names that differ stay different.
-    let dataset = |dataset: &mut String| {
-        if let Some(path) = here.join(&*dataset).to_str()
-            && data::is_path(dataset)
+    let dataset = |dataset: &mut Dataset| {
+        if let Some(path) = here.join(dataset.as_str()).to_str()
+            && data::is_path(dataset.as_str())
         {
-            *dataset = path.to_owned();
+            *dataset = path.into();
         }
     };
     job.base_model = job.base_model.map(|path| here.join(path));

@@ -23,11 +23,12 @@ mod workers;
 
 use std::num::NonZeroU32;
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, anyhow};
 use lifl_common::client::{Client, FrameSocket};
-use lifl_common::config::JobSpec;
+use lifl_common::config::{Dataset, JobSpec, SampleShape};
 use lifl_common::id::{JobId, WorkerId};
 use lifl_common::update::Schema;
 use tokio_util::sync::CancellationToken;
@@ -40,9 +41,10 @@ pub use self::resume::Resumed;
 use self::rounds::Rounds;
 use self::workers::Workers;
 use crate::base_model;
-use crate::data::{self, DataError};
+use crate::data::{self, Progress};
 use crate::dir::Trust;
 use crate::exit::{Because, Cause, Failure, Outcome};
+use crate::inputs;
 use crate::learn;
 use crate::memory;
 
@@ -100,10 +102,35 @@ pub async fn run(
     shutdown: &CancellationToken,
 ) -> Outcome {
     let started = Instant::now();
-    let schema = learn::schema(&job.model).because(Cause::Config)?;
-    prepare_data(job, reporter, shutdown).await?;
+    let samples = in_time(job, started, shutdown, prepare_data(job, reporter)).await;
+    // A download that was given up leaves its bar.
+    reporter.end();
+    let samples = samples?;
+    let job = &match &options.destination {
+        // As it was when the run began, though its data may have changed since.
+        Destination::Resumed(_)
+            if job.samples.same_image(&samples) && samples.classes <= job.samples.classes =>
+        {
+            job.clone()
+        }
+        Destination::Resumed(_) => {
+            let error = anyhow!(
+                "the data set has images of {samples} pixels and {} classes now, it had {} and {} when the run began: put it back as \
+                 it was",
+                samples.classes,
+                job.samples,
+                job.samples.classes
+            );
+            return Err(Failure::new(Cause::Config, error));
+        }
+        Destination::New(_) => JobSpec {
+            samples,
+            ..job.clone()
+        },
+    };
+    let schema = learn::schema(job).because(Cause::Config)?;
     if !matches!(&options.destination, Destination::Resumed(resumed) if resumed.from.is_some()) {
-        check_base_model(job, &schema, reporter, shutdown).await?;
+        in_time(job, started, shutdown, check_base_model(job, &schema, reporter)).await?;
     }
     let node = Node::find(&options.node).await?;
     let outcome = with_node(job, schema, options, &node, started, reporter, shutdown).await;
@@ -113,52 +140,124 @@ pub async fn run(
     outcome.and(stopped)
 }
 
-/// Makes sure that the data is there before anything starts.
-async fn prepare_data(job: &JobSpec, reporter: &Reporter, shutdown: &CancellationToken) -> Outcome {
-    let mut datasets = job.datasets();
-    // Models are judged on its test samples, whether anybody trains on it or not.
-    if let Some(data) = &job.data
-        && !datasets.iter().any(|(known, _)| known == data)
-    {
-        datasets.push((data.clone(), 1));
-    }
-    for (data, trainers) in datasets {
-        if data.dataset.starts_with("http") {
-            reporter.say(&format!("dataset {}", data.dataset));
+/// Makes sure that the data is there before anything starts. Gives what the job's networks take in and give out.
+async fn prepare_data(job: &JobSpec, reporter: &mut Reporter) -> Outcome<SampleShape> {
+    let mut found = Vec::new();
+    for (source, trainers) in inputs::sources(job) {
+        if data::is_url(&source.dataset) {
+            reporter.say(&format!("dataset {}", source.dataset));
         }
-        let prepared = tokio::task::spawn_blocking(move || data::prepare(&data, trainers));
-        let prepared = tokio::select! {
-            prepared = prepared => prepared.context("the data could not be looked at").because(Cause::Job)?,
-            () = shutdown.cancelled() => return Err(interrupted()),
+        let progress = Arc::new(Progress::default());
+        let (data, watched) = (source.clone(), Arc::clone(&progress));
+        let mut prepared = tokio::task::spawn_blocking(move || data::prepare(&data, trainers, &watched));
+        let mut shown = Shown::default();
+        let mut ticks = tokio::time::interval(TICK);
+        let prepared = loop {
+            tokio::select! {
+                prepared = &mut prepared => break prepared,
+                _ = ticks.tick() => shown.show(&source.dataset, &progress, reporter),
+            }
         };
-        prepared.map_err(|error| {
-            let no_network = matches!(error, DataError::Download { .. });
-            Failure::new(if no_network { Cause::Machine } else { Cause::Config }, error)
-        })?;
+        shown.show(&source.dataset, &progress, reporter);
+        reporter.end();
+        let prepared = prepared
+            .context("the data could not be looked at")
+            .because(Cause::Job)?
+            .map_err(|error| {
+                reporter.problem(&inputs::event("dataset", source.dataset.as_str(), &error));
+                inputs::data_failure(error)
+            })?;
+        found.push((source, prepared.shape));
     }
-    Ok(())
+    inputs::shape(job, &found)
+}
+
+/// How often a download's progress is looked at.
+const TICK: Duration = Duration::from_millis(250);
+
+/// How often it is told where there is no terminal.
+const TOLD_EVERY: Duration = Duration::from_secs(10);
+
+/// What has been shown of a download.
+#[derive(Default)]
+struct Shown {
+    bar: bool,
+    waiting: bool,
+    told: Option<Instant>,
+}
+
+impl Shown {
+    fn show(&mut self, dataset: &Dataset, progress: &Progress, reporter: &mut Reporter) {
+        for note in progress.notes() {
+            reporter.say(&note);
+        }
+        if progress.is_waiting() && !self.waiting {
+            reporter.say(&format!("another lifl downloads {dataset}: waiting for it"));
+            self.waiting = true;
+        }
+        let Some((received, total)) = progress.downloaded() else {
+            return;
+        };
+        if !self.bar {
+            reporter.begin("download", total.unwrap_or(0));
+            self.bar = true;
+        }
+        let of = total.map_or_else(String::new, |total| format!(" of {}", human_bytes(total)));
+        let text = format!("{}{of}", human_bytes(received));
+        reporter.position(received, text.clone());
+        let told = self.told.get_or_insert_with(Instant::now);
+        if told.elapsed() >= TOLD_EVERY && !reporter.has_bar() {
+            reporter.say(&format!("dataset {dataset}: {text}"));
+            *told = Instant::now();
+        }
+    }
 }
 
 /// Makes sure that the model to start from is one, before anything starts.
-async fn check_base_model(
-    job: &JobSpec,
-    schema: &Schema,
-    reporter: &Reporter,
-    shutdown: &CancellationToken,
-) -> Outcome {
+async fn check_base_model(job: &JobSpec, schema: &Schema, reporter: &Reporter) -> Outcome {
     let Some(path) = job.base_model.clone() else {
         return Ok(());
     };
     let schema = schema.clone();
-    let checked = tokio::task::spawn_blocking(move || base_model::check(&path, &schema));
-    let checked = tokio::select! {
-        checked = checked => checked.context("the base model could not be looked at").because(Cause::Job)?,
-        () = shutdown.cancelled() => return Err(interrupted()),
-    };
+    let checked = tokio::task::spawn_blocking(move || base_model::check(&path, &schema)).await;
+    let checked = checked
+        .context("the base model could not be looked at")
+        .because(Cause::Job)?;
     checked.map_err(|error| {
         reporter.problem(&error.event());
         Failure::new(Cause::Config, error)
     })
+}
+
+/// Does it, unless the job's time is up first, or somebody stops it.
+async fn in_time<T>(
+    job: &JobSpec,
+    started: Instant,
+    shutdown: &CancellationToken,
+    work: impl Future<Output = Outcome<T>>,
+) -> Outcome<T> {
+    let limit = Duration::from_secs(job.max_run_time_s);
+    tokio::select! {
+        outcome = work => outcome,
+        () = shutdown.cancelled() => Err(interrupted()),
+        () = after(started, limit) => Err(out_of_time(limit)),
+    }
+}
+
+/// Waits until so long after the start; a time that the clock cannot count never comes.
+async fn after(started: Instant, limit: Duration) {
+    match started.checked_add(limit) {
+        Some(end) => tokio::time::sleep_until(end.into()).await,
+        None => std::future::pending().await,
+    }
+}
+
+fn out_of_time(limit: Duration) -> Failure {
+    let error = anyhow!(
+        "the job ran past maxRunTime ({} s): raise it in the job file",
+        limit.as_secs()
+    );
+    Failure::new(Cause::Timeout, error)
 }
 
 async fn with_node(
@@ -233,15 +332,12 @@ async fn drive(
     shutdown: &CancellationToken,
 ) -> (Outcome, Workers) {
     let limit = Duration::from_secs(run.job.max_run_time_s);
-    let deadline = tokio::time::Instant::from_std(run.started) + limit;
+    let started = run.started;
     let mut rounds = Rounds::new(run, workers, reporter);
     let outcome = tokio::select! {
         outcome = rounds.all(node) => outcome,
         () = shutdown.cancelled() => Err(interrupted()),
-        () = tokio::time::sleep_until(deadline) => {
-            let error = anyhow!("the job ran past maxRunTime ({} s): raise it in the job file", limit.as_secs());
-            Err(Failure::new(Cause::Timeout, error))
-        }
+        () = after(started, limit) => Err(out_of_time(limit)),
     };
     (outcome, rounds.into_workers())
 }

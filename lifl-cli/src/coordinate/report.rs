@@ -219,6 +219,11 @@ impl Reporter {
         self.bar = Some(bar);
     }
 
+    /// Whether there is such a bar.
+    pub fn has_bar(&self) -> bool {
+        self.bar.is_some()
+    }
+
     /// Where it is.
     pub fn position(&self, position: u64, message: String) {
         if let Some(bar) = &self.bar {

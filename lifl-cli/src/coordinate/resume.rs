@@ -35,7 +35,7 @@ impl Resumed {
     /// If it is no run's folder, not to be used, its job cannot be read, or another run works in it.
     pub fn open(path: &Path, trust: &Trust) -> Outcome<(Self, JobSpec)> {
         let (folder, job) = RunFolder::open(path, trust).because(Cause::Config)?;
-        let schema = learn::schema(&job.model).because(Cause::Config)?;
+        let schema = learn::schema(&job).because(Cause::Config)?;
         let last = whole_model(folder.dir(), &schema);
         let mut resumed = Self {
             folder,

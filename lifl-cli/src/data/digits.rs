@@ -10,6 +10,7 @@ mod glyphs;
 
 use std::f32::consts::TAU;
 
+use lifl_common::config::SampleShape;
 use rand::Rng;
 use rand_chacha::ChaCha8Rng;
 
@@ -43,7 +44,7 @@ fn draw_all(seed: u64, of: Stream, which: impl IntoIterator<Item = usize>) -> Sa
         pixels.extend(draw(label(sample), &mut random));
         labels.push(label(sample));
     }
-    Samples::new(pixels, labels)
+    Samples::new(SampleShape::default(), pixels, labels)
 }
 
 /// One image of a digit.

@@ -3,6 +3,8 @@
 use std::io;
 use std::path::{Path, PathBuf};
 
+use lifl_common::config::Dataset;
+
 /// Why there are no samples.
 #[derive(Debug, thiserror::Error)]
 pub enum DataError {
@@ -28,13 +30,17 @@ pub enum DataError {
     },
     /// A folder without the usual files.
     #[error(
-        "{path}: no dataset in this folder: expected train-images-idx3-ubyte and train-labels-idx1-ubyte, \
-         the t10k pair, or both, plain or with .gz",
+        "{path}: no dataset in this folder, found {found}: expected train-images-idx3-ubyte and train-labels-idx1-ubyte, \
+         the t10k pair, or both, plain or with .gz, or {remedy}",
         path = path.display()
     )]
     EmptyFolder {
         /// The folder.
         path: PathBuf,
+        /// What is in it, shortened.
+        found: String,
+        /// What else would do.
+        remedy: &'static str,
     },
     /// An images file whose labels are not beside it.
     #[error("{images}: its labels are not beside it: expected {labels}", images = images.display(), labels = labels.display())]
@@ -98,10 +104,21 @@ pub enum DataError {
     )]
     Download {
         /// From where.
-        url: String,
+        url: Dataset,
         /// Why not.
         #[source]
         source: Box<dyn std::error::Error + Send + Sync>,
+    },
+    /// A download that is no data set; it is not kept.
+    #[error(
+        "what {url} gave is no data set: found {found}: open the URL in a browser to see what it is, or download the data set \
+         elsewhere and name the file with --data PATH"
+    )]
+    NoDataSet {
+        /// From where.
+        url: Dataset,
+        /// What came.
+        found: String,
     },
     /// A download that is not the file that the job names.
     #[error(
@@ -109,11 +126,24 @@ pub enum DataError {
     )]
     Checksum {
         /// From where.
-        url: String,
+        url: Dataset,
         /// The downloaded file's.
         found: String,
         /// The job's.
         expected: String,
+    },
+    /// A folder of downloads that cannot be written to.
+    #[error("{path}: cannot {what}: {remedy}", path = path.display())]
+    Cache {
+        /// Which file or folder.
+        path: PathBuf,
+        /// What was tried.
+        what: &'static str,
+        /// What helps.
+        remedy: &'static str,
+        /// Why not.
+        #[source]
+        source: io::Error,
     },
     /// No folder to download to.
     #[error("nowhere to keep downloads: set XDG_CACHE_HOME or HOME")]
@@ -125,6 +155,25 @@ impl DataError {
     pub(super) fn io(path: &Path, what: &'static str) -> impl FnOnce(io::Error) -> Self {
         let path = path.to_owned();
         move |source| Self::Io { path, what, source }
+    }
+
+    /// For `map_err` on what was tried with the folder of downloads or a file in it.
+    pub(super) fn cache(path: &Path, what: &'static str) -> impl FnOnce(io::Error) -> Self {
+        let path = path.to_owned();
+        move |source| Self::Cache {
+            path,
+            what,
+            remedy: match source.kind() {
+                io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded | io::ErrorKind::FileTooLarge => {
+                    "make room there, or set XDG_CACHE_HOME to a folder where there is some"
+                }
+                _ => {
+                    "set XDG_CACHE_HOME to a folder that this user can write to, or download the file elsewhere and name it with \
+                     --data PATH"
+                }
+            },
+            source,
+        }
     }
 
     /// For a file that is not what it should be.

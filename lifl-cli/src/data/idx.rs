@@ -1,163 +1,229 @@
-//! IDX files (LeCun's MNIST page): a big-endian header of magic and dimensions, then bytes. Plain or gzipped.
+//! IDX files (LeCun's MNIST page): a big-endian header of magic and dimensions, then numbers. Plain or gzipped.
 //!
 //! A header is a stranger's word: memory grows as bytes arrive, never by what the header says.
 
 use std::fs::File;
-use std::io::{self, BufReader, Read};
-use std::path::Path;
+use std::io::{self, BufRead, BufReader, Read};
+use std::path::{Path, PathBuf};
 
-use flate2::bufread::MultiGzDecoder;
+use flate2::bufread::GzDecoder;
 
+use super::array::{self, Array, Element, Header};
 use super::error::DataError;
-use super::samples::{CLASSES, PIXELS, SIDE, Samples};
+use super::samples::Samples;
+use crate::foreign::{self, Unopened};
 
-/// The first word of a file of bytes in three dimensions.
-const IMAGES_MAGIC: u32 = 0x0803;
-
-/// The first word of a file of bytes in one.
-const LABELS_MAGIC: u32 = 0x0801;
-
-/// More samples than this in one file are taken for a broken header: 0.8 GB of images.
+/// More samples than this in one file are taken for a broken header.
 pub(super) const MOST_SAMPLES: usize = 1_000_000;
+
+/// Dimensions that images and labels have at most.
+const MOST_DIMENSIONS: u8 = 4;
 
 /// Reads an images file and its labels file.
 ///
 /// # Errors
 /// If either cannot be read, is not what it should be, or they are not of the same samples.
 pub(super) fn read_pair(images: &Path, labels: &Path) -> Result<Samples, DataError> {
-    let pixels = parse_images(images, open(images)?)?;
-    let values = parse_labels(labels, open(labels)?)?;
-    pair(labels, pixels, values)
+    let [samples] = read_pairs([(images, labels)])?;
+    Ok(samples)
 }
 
-/// Puts images and labels together; `labels` names where the labels are from.
+/// Reads pairs of images files and labels files of one data set.
 ///
 /// # Errors
-/// If there are not as many labels as images.
-pub(super) fn pair(labels: &Path, pixels: Vec<u8>, values: Vec<u8>) -> Result<Samples, DataError> {
-    let images = pixels.len() / PIXELS;
-    if values.len() != images {
-        let expected = format!("{images}, one for each image");
-        return Err(DataError::format(
-            labels,
-            format!("{} labels", values.len()),
-            expected,
-        ));
+/// As [`read_pair`], or if the images are not of one shape.
+pub(super) fn read_pairs<const N: usize>(pairs: [(&Path, &Path); N]) -> Result<[Samples; N], DataError> {
+    let mut files = Vec::new();
+    for (images, labels) in pairs {
+        files.push((IdxFile::images(images)?, IdxFile::open(labels)?));
     }
-    Ok(Samples::new(pixels, values))
-}
-
-/// The file's bytes, unpacked when they begin as gzip's do.
-fn open(path: &Path) -> Result<Box<dyn Read>, DataError> {
-    let mut file = File::open(path).map_err(DataError::io(path, "open it"))?;
-    let mut magic = Vec::new();
-    (&mut file)
-        .take(2)
-        .read_to_end(&mut magic)
-        .map_err(DataError::io(path, "read it"))?;
-    let zipped = magic == [0x1f, 0x8b];
-    let whole = BufReader::new(io::Cursor::new(magic).chain(file));
-    Ok(if zipped {
-        Box::new(MultiGzDecoder::new(whole))
-    } else {
-        Box::new(whole)
-    })
-}
-
-/// The pixels of an images file.
-fn parse_images(path: &Path, mut file: impl Read) -> Result<Vec<u8>, DataError> {
-    check_magic(path, &mut file, IMAGES_MAGIC, "images")?;
-    let [count, rows, columns] = words(path, &mut file)?;
-    if (rows as usize, columns as usize) != (SIDE, SIDE) {
-        let found = format!("images of {rows} × {columns} pixels");
-        return Err(DataError::format(path, found, format!("{SIDE} × {SIDE}")));
-    }
-    body(path, file, count, PIXELS)
-}
-
-/// The labels of a labels file.
-fn parse_labels(path: &Path, mut file: impl Read) -> Result<Vec<u8>, DataError> {
-    check_magic(path, &mut file, LABELS_MAGIC, "labels")?;
-    let [count] = words(path, &mut file)?;
-    let labels = body(path, file, count, 1)?;
-    check_labels(path, &labels)?;
-    Ok(labels)
-}
-
-/// Asserts that all are digits.
-pub(super) fn check_labels(path: &Path, labels: &[u8]) -> Result<(), DataError> {
-    match labels.iter().position(|&label| usize::from(label) >= CLASSES) {
-        Some(at) => Err(DataError::format(
-            path,
-            format!("the label {} at {at}", labels[at]),
-            "0 to 9",
-        )),
-        None => Ok(()),
-    }
-}
-
-fn check_magic(path: &Path, file: &mut impl Read, expected: u32, of: &str) -> Result<(), DataError> {
-    let [found] = words(path, file)?;
-    if found == expected {
-        return Ok(());
-    }
-    let found = format!("a file that begins with {found:#010x}");
-    Err(DataError::format(
-        path,
-        found,
-        format!("{expected:#010x}, the start of an IDX file of {of}"),
-    ))
-}
-
-fn words<const N: usize>(path: &Path, file: &mut impl Read) -> Result<[u32; N], DataError> {
-    let header = bytes(path, file, 4 * N)?;
-    if header.len() < 4 * N {
-        return Err(DataError::format(
-            path,
-            "a file that ends in its header",
-            "an IDX file",
-        ));
-    }
-    Ok(std::array::from_fn(|i| {
-        u32::from_be_bytes(std::array::from_fn(|byte| header[4 * i + byte]))
+    let mut files = files.iter_mut();
+    array::samples(pairs.map(|_| {
+        let (images, labels) = files
+            .next()
+            .unwrap_or_else(|| unreachable!("as many as there are pairs"));
+        (images as &mut dyn Array, labels as &mut dyn Array)
     }))
 }
 
-/// The rest of the file, which has to be `count` samples of `each` bytes.
-fn body(path: &Path, mut file: impl Read, count: u32, each: usize) -> Result<Vec<u8>, DataError> {
-    let count = count as usize;
-    if count == 0 || count > MOST_SAMPLES {
-        let expected = format!("1 to {MOST_SAMPLES}");
-        return Err(DataError::format(
-            path,
-            format!("a header that promises {count} samples"),
-            expected,
-        ));
+/// An IDX file whose header has been read.
+struct IdxFile {
+    path: PathBuf,
+    header: Header,
+}
+
+impl IdxFile {
+    /// Reads the header.
+    fn open(path: &Path) -> Result<Self, DataError> {
+        let header = header(path, &mut open(path)?)?;
+        Ok(Self {
+            path: path.to_owned(),
+            header,
+        })
     }
-    let data = bytes(path, &mut file, count * each + 1)?;
-    match data.len() {
-        len if len == count * each => Ok(data),
-        len if len > count * each => {
-            let found = "more bytes than its header promises";
-            Err(DataError::format(
+
+    /// The same of a file of images, which are no labels.
+    fn images(path: &Path) -> Result<Self, DataError> {
+        let file = Self::open(path)?;
+        if file.header.shape.len() == 1 {
+            let found = format!("an IDX file of labels (its magic is {:#06x}…)", 0x0801);
+            return Err(DataError::format(
                 path,
                 found,
-                format!("{count} samples of {each} bytes"),
-            ))
+                "the images file that belongs to them",
+            ));
         }
-        len => {
-            let found = format!("{len} bytes of data: the file is cut off or its header is wrong");
-            Err(DataError::format(
-                path,
-                found,
-                format!("{count} samples of {each} bytes, {}", count * each),
-            ))
+        Ok(file)
+    }
+}
+
+impl Array for IdxFile {
+    fn path(&self) -> &Path {
+        &self.path
+    }
+
+    fn header(&self) -> &Header {
+        &self.header
+    }
+
+    fn open(&mut self) -> Result<Box<dyn Read + '_>, DataError> {
+        let mut file = open(&self.path)?;
+        self.header = header(&self.path, &mut file)?;
+        Ok(file)
+    }
+}
+
+/// The file's bytes, unpacked when they begin as gzip's do.
+///
+/// # Errors
+/// If it cannot be opened; a pipe is not waited for.
+pub(super) fn open(path: &Path) -> Result<Box<dyn Read>, DataError> {
+    let (file, _) = open_file(path)?;
+    unpacked(BufReader::new(file)).map_err(DataError::io(path, "read it"))
+}
+
+/// Opens a file for reading, if it is one.
+pub(super) fn open_file(path: &Path) -> Result<(File, std::fs::Metadata), DataError> {
+    foreign::open_file(path).map_err(|unopened| match unopened {
+        Unopened::NoFile(what) => DataError::format(path, what, "a file, or a folder with the usual files"),
+        Unopened::Io(error) => DataError::io(path, "open it")(error),
+    })
+}
+
+/// A reader's bytes, unpacked when they begin as gzip's do.
+///
+/// # Errors
+/// If it cannot be read.
+pub(super) fn unpacked(mut reader: impl BufRead + 'static) -> io::Result<Box<dyn Read>> {
+    let start = reader.fill_buf()?;
+    Ok(if start.starts_with(&[0x1f, 0x8b]) {
+        Box::new(Members::new(reader))
+    } else {
+        Box::new(reader)
+    })
+}
+
+/// The members of a gzip file, one after the other, as gzip itself reads them: what follows the last one, as a rule zeros that
+/// fill up a tape's or a disk's block, is passed over.
+struct Members<R: BufRead> {
+    decoder: Option<GzDecoder<R>>,
+    /// Whether a member has ended, so that what follows need not be one.
+    one_ended: bool,
+}
+
+impl<R: BufRead> Members<R> {
+    fn new(reader: R) -> Self {
+        Self {
+            decoder: Some(GzDecoder::new(reader)),
+            one_ended: false,
         }
     }
 }
 
+impl<R: BufRead> Read for Members<R> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        if buffer.is_empty() {
+            return Ok(0);
+        }
+        while let Some(mut decoder) = self.decoder.take() {
+            match decoder.read(buffer) {
+                Ok(0) => {
+                    self.one_ended = true;
+                    let mut rest = decoder.into_inner();
+                    if rest.fill_buf()?.first() == Some(&0x1f) {
+                        self.decoder = Some(GzDecoder::new(rest));
+                    }
+                }
+                Ok(n) => {
+                    self.decoder = Some(decoder);
+                    return Ok(n);
+                }
+                Err(_) if self.one_ended && decoder.header().is_none() => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(0)
+    }
+}
+
+/// Reads the header: two zeros, the type, the number of dimensions, then each dimension as 32 bits.
+fn header(path: &Path, file: &mut dyn Read) -> Result<Header, DataError> {
+    let start = bytes(path, file, 4)?;
+    let ends_early = || DataError::format(path, "a file that ends in its header", "an IDX file");
+    let &[0, 0, kind, dimensions] = start.as_slice() else {
+        if start.len() < 4 {
+            return Err(ends_early());
+        }
+        let found = format!("a file that begins with the bytes {start:02x?}");
+        return Err(DataError::format(
+            path,
+            found,
+            "an IDX file, which begins with [00, 00]",
+        ));
+    };
+    let element = match kind {
+        0x08 => Element::Unsigned(1),
+        0x09 => Element::Signed(1),
+        0x0b => Element::Signed(2),
+        0x0c => Element::Signed(4),
+        0x0d => Element::Float(4),
+        0x0e => Element::Float(8),
+        _ => {
+            let found = format!("elements of the type {kind:#04x}");
+            return Err(DataError::format(
+                path,
+                found,
+                "an IDX type: 0x08, 0x09 or 0x0b to 0x0e",
+            ));
+        }
+    };
+    if dimensions == 0 || dimensions > MOST_DIMENSIONS {
+        let found = format!("{dimensions} dimensions");
+        return Err(DataError::format(path, found, format!("1 to {MOST_DIMENSIONS}")));
+    }
+    let sides = bytes(path, file, 4 * usize::from(dimensions))?;
+    if sides.len() < 4 * usize::from(dimensions) {
+        return Err(ends_early());
+    }
+    let (sides, _) = sides.as_chunks::<4>();
+    let shape: Vec<usize> = sides
+        .iter()
+        .map(|side| u32::from_be_bytes(*side) as usize)
+        .collect();
+    if shape[0] == 0 || shape[0] > MOST_SAMPLES {
+        let found = format!("a header that promises {} samples", shape[0]);
+        return Err(DataError::format(path, found, format!("1 to {MOST_SAMPLES}")));
+    }
+    Ok(Header {
+        shape,
+        element,
+        big_endian: true,
+        fortran: false,
+    })
+}
+
 /// At most so many bytes. A stream that breaks off is the file's fault and said so.
-pub(super) fn bytes(path: &Path, file: &mut impl Read, most: usize) -> Result<Vec<u8>, DataError> {
+pub(super) fn bytes(path: &Path, file: &mut (impl Read + ?Sized), most: usize) -> Result<Vec<u8>, DataError> {
     let mut data = Vec::new();
     match file.take(most as u64).read_to_end(&mut data) {
         Ok(_) => Ok(data),
@@ -199,6 +265,10 @@ pub(super) mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use crate::data::samples::PIXELS;
+
+    const IMAGES_MAGIC: u32 = 0x0803;
+    const LABELS_MAGIC: u32 = 0x0801;
 
     /// An IDX file of that header and body.
     pub(in crate::data) fn file(header: &[u32], body: &[u8]) -> Vec<u8> {
@@ -228,25 +298,20 @@ pub(super) mod tests {
             .expect("memory")
     }
 
-    fn parse_error(images: &[u8]) -> String {
-        parse_images(Path::new("f"), images)
-            .expect_err("not a sound file")
-            .to_string()
+    /// Reads files of those bytes.
+    fn read(images: &[u8], labels: &[u8]) -> Result<Samples, DataError> {
+        let folder = tempfile::tempdir().expect("a folder");
+        let (i, l) = (folder.path().join("images"), folder.path().join("labels"));
+        std::fs::write(&i, images).expect("a file");
+        std::fs::write(&l, labels).expect("a file");
+        read_pair(&i, &l)
     }
 
     #[test]
     fn reads_plain_and_gzipped_files_alike() {
-        let folder = tempfile::tempdir().expect("a folder");
         let (images, labels) = pair_of(12);
-        let write = |name: &str, data: &[u8]| {
-            let path = folder.path().join(name);
-            std::fs::write(&path, data).expect("a file");
-            path
-        };
-        let plain = read_pair(&write("i", &images), &write("l", &labels)).expect("samples");
-        let zipped =
-            read_pair(&write("i.gz", &gzip(&images)), &write("l.gz", &gzip(&labels))).expect("samples");
-        assert_eq!(plain, zipped);
+        let plain = read(&images, &labels).expect("samples");
+        assert_eq!(plain, read(&gzip(&images), &gzip(&labels)).expect("samples"));
         assert_eq!(
             (plain.len(), plain.label(11), plain.image(1)[0]),
             (12, 1, (PIXELS % 251) as u8)
@@ -254,70 +319,133 @@ pub(super) mod tests {
     }
 
     #[test]
+    fn gzip_is_read_as_gzip_reads_it() {
+        let (images, labels) = pair_of(12);
+        let plain = read(&images, &labels).expect("samples");
+        let zipped = gzip(&images);
+        // Members one after the other, zeros that fill up a block, and what else stands behind.
+        let members = [gzip(&images[..100]), gzip(b""), gzip(&images[100..])].concat();
+        for behind in [&b""[..], &[0; 1], &[0; 5000], b"garbage", b"\x1f", b"\x1f\x8bno"] {
+            for packed in [&zipped, &members] {
+                let images = [&packed[..], behind].concat();
+                assert_eq!(
+                    read(&images, &gzip(&labels)).expect("samples"),
+                    plain,
+                    "{behind:?}"
+                );
+            }
+        }
+        // A member that is broken is not what stands behind the last one.
+        let mut broken = members.clone();
+        let last = broken.len() - 20;
+        broken[last] ^= 0xff;
+        read(&broken, &labels).expect_err("a broken member");
+        read(&members[..members.len() - 9], &labels).expect_err("a member that is cut off");
+    }
+
+    #[test]
     fn a_cut_off_gzip_file_is_named() {
-        let folder = tempfile::tempdir().expect("a folder");
-        let path = folder.path().join("images.gz");
-        let zipped = gzip(&pair_of(12).0);
-        std::fs::write(&path, &zipped[..zipped.len() / 2]).expect("a file");
-        let error = open(&path)
-            .and_then(|file| parse_images(&path, file))
+        let (images, labels) = pair_of(12);
+        let zipped = gzip(&images);
+        let error = read(&zipped[..zipped.len() / 2], &labels)
             .expect_err("cut off")
             .to_string();
-        assert!(
-            error.contains("images.gz") && error.contains("cut off"),
-            "{error}"
-        );
+        assert!(error.contains("images") && error.contains("cut off"), "{error}");
     }
 
     #[test]
     fn says_what_is_wrong_with_a_file() {
         let (images, labels) = pair_of(3);
         let says = |images: &[u8], what: &str| {
-            let error = parse_error(images);
+            let error = read(images, &labels).expect_err("not a sound file").to_string();
             assert!(error.contains(what), "{error}");
         };
         says(&[], "ends in its header");
         says(&images[..10], "ends in its header");
-        says(&labels, "0x00000801");
+        says(&labels, "IDX file of labels");
+        says(b"hello, I am no IDX file", "begins with the bytes [68, 65");
         says(&images[..images.len() - 1], "cut off");
         says(&[images.as_slice(), &[0]].concat(), "more bytes");
         says(
             &file(&[IMAGES_MAGIC, 1, u32::MAX, u32::MAX], &[]),
-            "4294967295 × 4294967295",
+            "[1, 4294967295, 4294967295]",
         );
         says(
             &file(&[IMAGES_MAGIC, u32::MAX, 28, 28], &[]),
             "promises 4294967295",
         );
         says(&file(&[IMAGES_MAGIC, 0, 28, 28], &[]), "promises 0");
-        let bad = file(&[LABELS_MAGIC, 2], &[3, 10]);
-        let error = parse_labels(Path::new("f"), bad.as_slice())
-            .expect_err("a label of 10")
-            .to_string();
-        assert!(error.contains("label 10 at 1"), "{error}");
-        assert!(pair(Path::new("f"), vec![0; 2 * PIXELS], vec![1]).is_err());
+        says(&file(&[0x0807, 1, 28, 28], &[]), "7 dimensions");
+        says(&file(&[0x0703, 1, 28, 28], &[]), "type 0x07");
+        let (two, _) = pair_of(2);
+        let labels = |header: &[u32], body: &[u8], what: &str| {
+            let error = read(&two, &file(header, body))
+                .expect_err("no labels")
+                .to_string();
+            assert!(error.contains(what), "{error}");
+        };
+        labels(&[0x0901, 2], &[3, 0xff], "label -1 at 1");
+        labels(&[0x0b01, 2], &[0, 3, 1, 0], "label 256 at 1");
+        labels(&[LABELS_MAGIC, 1], &[3], "1 labels, expected 2");
+        labels(&[0x0802, 2, 0], &[], "[2, 0]");
+    }
+
+    #[test]
+    fn reads_every_type_of_the_format_and_qmnists_labels() {
+        let (images, labels) = pair_of(3);
+        let plain = read(&images, &labels).expect("samples");
+        let wide = |kind: u32, labels: &[u8]| read(&images, &file(&[kind << 8 | 1, 3], labels));
+        let int = [0_i32, 1, 2].map(i32::to_be_bytes).concat();
+        let float = [0_f32, 1.0, 2.0].map(f32::to_be_bytes).concat();
+        let double = [0_f64, 1.0, 2.0].map(f64::to_be_bytes).concat();
+        for (kind, labels) in [
+            (0x09, &[0, 1, 2][..]),
+            (0x0b, &[0, 0, 0, 1, 0, 2]),
+            (0x0c, &int),
+            (0x0d, &float),
+            (0x0e, &double),
+        ] {
+            assert_eq!(wide(kind, labels).expect("samples"), plain, "{kind:#x}");
+        }
+        // The digit, then where and by whom it was written.
+        let rows = [
+            [0, 4, 2100, 7, 1, 9, 50, 3],
+            [1, 4, 2100, 7, 1, 9, 50, 3],
+            [2, 4, 2100, 7, 1, 9, 50, 3],
+        ];
+        let body: Vec<u8> = rows.concat().into_iter().flat_map(i32::to_be_bytes).collect();
+        assert_eq!(
+            read(&images, &file(&[0x0c02, 3, 8], &body)).expect("samples"),
+            plain
+        );
     }
 
     proptest! {
         #[test]
         fn any_bytes_give_samples_or_an_error(
-            header in prop::collection::vec(prop_oneof![Just(IMAGES_MAGIC), Just(28), 0_u32..4, any::<u32>()], 4),
+            header in prop::collection::vec(
+                prop_oneof![Just(IMAGES_MAGIC), Just(0x0d02), Just(28), 0_u32..4, any::<u32>()],
+                4,
+            ),
             body in prop::collection::vec(any::<u8>(), 0..3 * PIXELS),
         ) {
             let bytes = file(&header, &body);
-            if let Ok(pixels) = parse_images(Path::new("f"), bytes.as_slice()) {
-                prop_assert_eq!(pixels, body);
-            }
-            if let Ok(labels) = parse_labels(Path::new("f"), bytes.as_slice()) {
-                prop_assert!(labels.iter().all(|&label| label < 10));
+            for (images, labels) in [(&bytes, &pair_of(1).1), (&pair_of(2).0, &bytes)] {
+                if let Ok(samples) = read(images, labels) {
+                    let shape = samples.shape();
+                    prop_assert!((0..samples.len()).all(|i| samples.image(i).len() == shape.pixels()));
+                    prop_assert!(samples.labels().iter().all(|&label| u32::from(label) < shape.classes));
+                }
             }
         }
 
         #[test]
         fn what_is_written_is_read(n in 1_u32..4, cut in 0_usize..PIXELS) {
-            let (images, _) = pair_of(n);
-            prop_assert_eq!(parse_images(Path::new("f"), images.as_slice()).ok(), Some(images[16..].to_vec()));
-            prop_assert_eq!(parse_images(Path::new("f"), &images[..images.len() - cut]).is_ok(), cut == 0);
+            let (images, labels) = pair_of(n);
+            let samples = read(&images, &labels).expect("samples");
+            let pixels: Vec<u8> = (0..samples.len()).flat_map(|i| samples.image(i)).copied().collect();
+            prop_assert_eq!(pixels, images[16..].to_vec());
+            prop_assert_eq!(read(&images[..images.len() - cut], &labels).is_ok(), cut == 0);
         }
     }
 }

@@ -10,10 +10,12 @@
 //! builtin:digits ─digits, only what is asked for──▶ Samples ────┴─partition─▶ a trainer's
 //! ```
 
+mod array;
 mod digits;
 mod error;
 mod fetch;
 mod files;
+mod http;
 mod idx;
 mod npz;
 mod partition;
@@ -21,9 +23,10 @@ mod samples;
 
 use std::path::Path;
 
-use lifl_common::config::{DataSource, Partition};
+use lifl_common::config::{DataSource, Dataset, Partition, SampleShape};
 
 pub use self::error::DataError;
+pub use self::fetch::Progress;
 use self::files::Files;
 pub use self::samples::{CLASSES, PIXELS, SIDE, Samples};
 
@@ -46,20 +49,33 @@ pub struct Prepared {
     pub train_samples: u64,
     /// Test samples.
     pub test_samples: u64,
+    /// The images' shape, and how many classes all labels of the data set need.
+    pub shape: SampleShape,
 }
 
 /// Makes sure that the job's data is there, sound and enough for so many trainers; downloads it where it has to.
 ///
 /// # Errors
 /// If it is not.
-pub fn prepare(source: &DataSource, trainers: u32) -> Result<Prepared, DataError> {
+pub fn prepare(source: &DataSource, trainers: u32, progress: &Progress) -> Result<Prepared, DataError> {
     // Neither number depends on the seed.
-    let opened = open(source, 0)?;
+    let opened = open_watched(source, 0, progress)?;
     partition::check(opened.partition, opened.train_len(), trainers)?;
     Ok(Prepared {
         train_samples: opened.train_len() as u64,
         test_samples: opened.test_len() as u64,
+        shape: opened.shape(),
     })
+}
+
+/// Whether such a dataset is downloaded.
+pub(crate) fn is_url(dataset: &Dataset) -> bool {
+    fetch::is_url(dataset.as_str())
+}
+
+/// Whether the data can be had without a download.
+pub(crate) fn is_here(source: &DataSource) -> bool {
+    !is_url(&source.dataset) || fetch::is_kept(&source.dataset)
 }
 
 /// Whether such a dataset is a file or a folder.
@@ -72,11 +88,15 @@ pub(crate) fn is_path(dataset: &str) -> bool {
 /// # Errors
 /// If there is no such data, it is not sound, or it has fewer samples than the job asks for.
 pub fn open(source: &DataSource, seed: u64) -> Result<Source, DataError> {
+    open_watched(source, seed, &Progress::default())
+}
+
+fn open_watched(source: &DataSource, seed: u64, progress: &Progress) -> Result<Source, DataError> {
     let asked = Asked {
         train: source.train_samples,
         test: source.test_samples,
     };
-    let kind = if source.dataset == BUILTIN_DIGITS {
+    let kind = if source.dataset == *BUILTIN_DIGITS {
         let number = |asked: Option<u64>, default: usize| {
             asked.map_or(default, |n| usize::try_from(n).unwrap_or(usize::MAX))
         };
@@ -85,10 +105,10 @@ pub fn open(source: &DataSource, seed: u64) -> Result<Source, DataError> {
         limit("test", asked.test, idx::MOST_SAMPLES)?;
         Kind::Digits { train, test }
     } else {
-        let files = if fetch::is_url(&source.dataset) {
-            files::read(&fetch::cached(&source.dataset, source.sha256.as_deref())?)?
+        let files = if is_url(&source.dataset) {
+            fetch::read(&source.dataset, source.sha256.as_deref(), progress)?
         } else {
-            files::read(Path::new(&source.dataset))?
+            files::read(Path::new(source.dataset.reveal()))?
         };
         let (train, test) = asked.of(files)?;
         Kind::Loaded { train, test }
@@ -120,6 +140,17 @@ impl Source {
         match &self.kind {
             Kind::Digits { train, .. } => *train,
             Kind::Loaded { train, .. } => train.len(),
+        }
+    }
+
+    /// The images' shape, and how many classes the labels of training and test samples need.
+    pub fn shape(&self) -> SampleShape {
+        match &self.kind {
+            Kind::Digits { .. } => SampleShape::default(),
+            Kind::Loaded { train, test } => SampleShape {
+                classes: train.shape().classes.max(test.shape().classes),
+                ..train.shape()
+            },
         }
     }
 

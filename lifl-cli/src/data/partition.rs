@@ -107,7 +107,13 @@ fn dirichlet(
     })?;
     let order = shuffled(labels.len(), random);
     let mut parts = vec![Vec::new(); trainers];
-    for label in 0..CLASSES {
+    // A draw for each of ten classes, even where there are fewer: what is drawn next does not depend on it.
+    let classes = labels
+        .iter()
+        .max()
+        .map_or(0, |&label| usize::from(label) + 1)
+        .max(CLASSES);
+    for label in 0..classes {
         let of_label: Vec<usize> = order
             .iter()
             .copied()

@@ -22,12 +22,13 @@ fn one_lot_is_divided_four_to_one() {
     fs::write(folder.path().join("t10k-images-idx3-ubyte"), images).expect("a file");
     fs::write(folder.path().join("t10k-labels-idx1-ubyte"), labels).expect("a file");
     let mut source = source(folder.path().to_str().expect("a path"));
-    let whole = prepare(&source, 4).expect("samples");
+    let whole = prepare(&source, 4, &Progress::default()).expect("samples");
     assert_eq!(
         whole,
         Prepared {
             train_samples: 40,
-            test_samples: 10
+            test_samples: 10,
+            shape: SampleShape::default(),
         }
     );
     let test = open(&source, 1).expect("samples").test();
@@ -37,16 +38,17 @@ fn one_lot_is_divided_four_to_one() {
     );
 
     (source.train_samples, source.test_samples) = (Some(20), Some(15));
-    let part = prepare(&source, 20).expect("samples");
+    let part = prepare(&source, 20, &Progress::default()).expect("samples");
     assert_eq!(
         part,
         Prepared {
             train_samples: 20,
-            test_samples: 15
+            test_samples: 15,
+            shape: SampleShape::default(),
         }
     );
     assert!(matches!(
-        prepare(&source, 21),
+        prepare(&source, 21, &Progress::default()),
         Err(DataError::TooManyTrainers {
             samples: 20,
             trainers: 21
@@ -55,7 +57,7 @@ fn one_lot_is_divided_four_to_one() {
 
     source.train_samples = Some(36);
     assert!(matches!(
-        prepare(&source, 1),
+        prepare(&source, 1, &Progress::default()),
         Err(DataError::TooFew {
             part: "training",
             asked: 36,
@@ -64,7 +66,7 @@ fn one_lot_is_divided_four_to_one() {
     ));
     source.test_samples = Some(50);
     assert!(matches!(
-        prepare(&source, 1),
+        prepare(&source, 1, &Progress::default()),
         Err(DataError::TooFew {
             part: "test",
             asked: 50,
@@ -105,7 +107,7 @@ fn shares_of_generated_digits_are_the_whole_set() {
 
 #[test]
 fn what_is_not_there_is_named() {
-    let error = prepare(&source("no/such/folder"), 1)
+    let error = prepare(&source("no/such/folder"), 1, &Progress::default())
         .expect_err("nothing there")
         .to_string();
     assert!(
@@ -116,5 +118,8 @@ fn what_is_not_there_is_named() {
         train_samples: Some(u64::MAX),
         ..source(BUILTIN_DIGITS)
     };
-    assert!(matches!(prepare(&many, 1), Err(DataError::TooFew { .. })));
+    assert!(matches!(
+        prepare(&many, 1, &Progress::default()),
+        Err(DataError::TooFew { .. })
+    ));
 }

@@ -1,5 +1,6 @@
 //! What can be wrong with a learner before it trains.
 
+use lifl_common::config::SampleShape;
 use lifl_common::update::{DType, SchemaError};
 
 /// Why there is no learner or evaluator for a model.
@@ -11,6 +12,25 @@ pub enum LearnError {
     /// A model that has nothing to be tested on.
     #[error("a synthetic model has no samples, so it cannot be evaluated")]
     NothingToEvaluate,
+    /// Images that two convolutions and poolings leave nothing of.
+    #[error(
+        "images of {0} pixels are too small for the model cnn, which needs {least} × {least}: set lifl.model to mlp or softmax",
+        least = super::network::CNN_LEAST
+    )]
+    SmallImages(SampleShape),
+    /// Samples of another shape or of more classes than the job's model is for.
+    #[error(
+        "the samples are of {found} pixels and {} classes, the job's model is for {model} pixels and {} classes: the data set has \
+         changed since the job began",
+        found.classes,
+        model.classes
+    )]
+    OtherSamples {
+        /// The samples'.
+        found: SampleShape,
+        /// The model's.
+        model: SampleShape,
+    },
     /// Steps of no samples.
     #[error("batchSize is 0, expected at least 1")]
     EmptyBatch,

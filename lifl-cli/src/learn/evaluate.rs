@@ -1,12 +1,11 @@
 //! How good a model is on samples that no trainer has.
 
 use candle_core::Result;
-use lifl_common::config::ModelSpec;
 use lifl_common::update::Tensors;
 
 use super::lift;
 use super::network::{Network, Parameter};
-use super::{Evaluation, LearnError};
+use super::{Evaluation, LearnError, ModelOf, check_samples};
 use crate::data::Samples;
 
 /// Samples judged at once: enough for full-sized products, few enough to stay in the cache.
@@ -23,12 +22,13 @@ impl Evaluator {
     /// Judges models of that sort on `test`.
     ///
     /// # Errors
-    /// If there are no samples, or the model is synthetic.
-    pub fn new(model: &ModelSpec, test: Samples) -> std::result::Result<Self, LearnError> {
-        let network = Network::of(model).ok_or(LearnError::NothingToEvaluate)?;
+    /// If there are no samples or they are of another shape, or the model is synthetic.
+    pub fn new<'a>(model: impl Into<ModelOf<'a>>, test: Samples) -> std::result::Result<Self, LearnError> {
+        let network = Network::of(model.into()).ok_or(LearnError::NothingToEvaluate)?;
         if test.is_empty() {
             return Err(LearnError::NoSamples);
         }
+        check_samples(network, &test)?;
         Ok(Self {
             network,
             parameters: network.parameters(),

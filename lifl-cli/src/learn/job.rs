@@ -20,7 +20,7 @@ pub fn for_trainer(
         Some(source) => Some(data::open(&source, job.seed)?.train_share(part, parts)?),
         None => None,
     };
-    build(&job.model, &job.training, samples, share, job.seed).context("the model cannot be trained")
+    build(job, &job.training, samples, share, job.seed).context("the model cannot be trained")
 }
 
 /// What judges the job's models; `None` without data to judge by.
@@ -34,6 +34,6 @@ pub fn evaluator(job: &JobSpec) -> anyhow::Result<Option<Evaluator>> {
         return Ok(None);
     }
     Ok(Some(
-        Evaluator::new(&job.model, test).context("the model cannot be judged")?,
+        Evaluator::new(job, test).context("the model cannot be judged")?,
     ))
 }

@@ -6,7 +6,7 @@ use zerocopy::FromBytes;
 use zerocopy::little_endian::F32;
 
 use super::network::Parameter;
-use crate::data::{PIXELS, Samples};
+use crate::data::Samples;
 
 /// Copies the parameters out of `model`, in the order given. candle owns its memory, so this is one copy of the
 /// model: the only one that a trainer makes.
@@ -50,12 +50,13 @@ pub(super) fn lower(values: &[Tensor], parameters: &[Parameter], weights: &mut T
     Ok(())
 }
 
-/// Those samples' images `[n, 784]`, from 0 for black to 1 for white, and labels `[n]`.
+/// Those samples' images `[n, pixels]`, from 0 for black to 1 for white, and labels `[n]`.
 ///
 /// # Panics
 /// If there is no such sample.
 pub(super) fn batch(samples: &Samples, which: &[usize]) -> Result<(Tensor, Tensor)> {
-    let mut pixels = Vec::with_capacity(which.len() * PIXELS);
+    let each = samples.shape().pixels();
+    let mut pixels = Vec::with_capacity(which.len() * each);
     for &sample in which {
         pixels.extend(
             samples
@@ -65,6 +66,6 @@ pub(super) fn batch(samples: &Samples, which: &[usize]) -> Result<(Tensor, Tenso
         );
     }
     let labels: Vec<u32> = which.iter().map(|&sample| samples.label(sample).into()).collect();
-    let images = Tensor::from_vec(pixels, (which.len(), PIXELS), &Device::Cpu)?;
+    let images = Tensor::from_vec(pixels, (which.len(), each), &Device::Cpu)?;
     Ok((images, Tensor::from_vec(labels, which.len(), &Device::Cpu)?))
 }

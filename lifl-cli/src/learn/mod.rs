@@ -13,7 +13,7 @@ mod ops;
 mod sgd;
 mod synthetic;
 
-use lifl_common::config::{ModelSpec, TrainingSpec};
+use lifl_common::config::{JobSpec, ModelSpec, SampleShape, TrainingSpec};
 use lifl_common::update::{Schema, Tensors, TensorsMut};
 
 pub use self::error::LearnError;
@@ -63,23 +63,60 @@ pub trait Learner: Send {
     fn train(&mut self, round: u32, model: Tensors<'_>, weights: TensorsMut<'_>) -> anyhow::Result<Trained>;
 }
 
+/// A model and what it takes in and gives out: [28 × 28 grey pixels and ten classes](SampleShape::default), if only the model
+/// is given.
+#[derive(Clone, Copy, Debug)]
+pub struct ModelOf<'a> {
+    spec: &'a ModelSpec,
+    samples: SampleShape,
+}
+
+impl<'a> From<&'a ModelSpec> for ModelOf<'a> {
+    fn from(spec: &'a ModelSpec) -> Self {
+        Self {
+            spec,
+            samples: SampleShape::default(),
+        }
+    }
+}
+
+impl<'a> From<&'a JobSpec> for ModelOf<'a> {
+    fn from(job: &'a JobSpec) -> Self {
+        Self {
+            spec: &job.model,
+            samples: job.samples,
+        }
+    }
+}
+
+/// Makes sure that a network can take these samples in.
+fn check_samples(network: Network, samples: &Samples) -> Result<(), LearnError> {
+    let (found, model) = (samples.shape(), network.samples());
+    if found.same_image(&model) && found.classes <= model.classes {
+        return Ok(());
+    }
+    Err(LearnError::OtherSamples { found, model })
+}
+
 /// The learner of the trainer whose share of the data is `share`, which holds `data`.
 ///
 /// # Errors
-/// If a network is given no data or steps of no samples, or the model has no schema.
-pub fn build(
-    model: &ModelSpec,
+/// If a network is given no data, data of another shape or steps of no samples, or the model has no schema.
+pub fn build<'a>(
+    model: impl Into<ModelOf<'a>>,
     training: &TrainingSpec,
     data: Option<Samples>,
     share: u32,
     seed: u64,
 ) -> Result<Box<dyn Learner>, LearnError> {
+    let model = model.into();
     let schema = schema(model)?;
     Ok(match Network::of(model) {
         Some(network) => {
             let samples = data
                 .filter(|data| !data.is_empty())
                 .ok_or(LearnError::NoSamples)?;
+            check_samples(network, &samples)?;
             Box::new(SgdLearner::new(network, schema, *training, samples, share, seed)?)
         }
         None => Box::new(SyntheticLearner::new(schema, share, seed)),
@@ -89,9 +126,10 @@ pub fn build(
 /// The tensors of such a model.
 ///
 /// # Errors
-/// If it is too large, or of a type that cannot be averaged.
-pub fn schema(model: &ModelSpec) -> Result<Schema, LearnError> {
-    match (Network::of(model), model) {
+/// If it is too large, of a type that cannot be averaged, or not for so small images.
+pub fn schema<'a>(model: impl Into<ModelOf<'a>>) -> Result<Schema, LearnError> {
+    let model = model.into();
+    match (Network::of(model), model.spec) {
         (Some(network), _) => network.schema(),
         (None, ModelSpec::Synthetic { parameters, dtype }) => synthetic::schema(*parameters, *dtype),
         (None, _) => unreachable!("every model but the synthetic one is a network"),
@@ -102,8 +140,8 @@ pub fn schema(model: &ModelSpec) -> Result<Schema, LearnError> {
 ///
 /// # Panics
 /// If `weights` is not of the model's schema.
-pub fn initial(model: &ModelSpec, seed: u64, weights: TensorsMut<'_>) {
-    match Network::of(model) {
+pub fn initial<'a>(model: impl Into<ModelOf<'a>>, seed: u64, weights: TensorsMut<'_>) {
+    match Network::of(model.into()) {
         Some(network) => network.initial(seed, weights),
         None => synthetic::initial(seed, weights),
     }

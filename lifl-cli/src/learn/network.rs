@@ -4,23 +4,31 @@
 //! an image `[height, width, channels]`. So weights can be carried to and from Flame's Keras example by name alone.
 
 use candle_core::{Result, Tensor, bail};
-use lifl_common::config::ModelSpec;
+use lifl_common::config::{ModelSpec, SampleShape};
 use lifl_common::update::{DType, Schema, TensorSpec, TensorsMut};
 use rand::Rng;
 use zerocopy::FromBytes;
 use zerocopy::little_endian::F32;
 
-use super::LearnError;
 use super::ops::{conv2d, max_pool_relu};
-use crate::data::{CLASSES, PIXELS, SIDE};
+use super::{LearnError, ModelOf};
 use crate::random::{Stream, stream};
 
-/// What the flattened images are before the last layer of the convolution network: 5 × 5 pixels of 64 channels.
-const CNN_FEATURES: usize = 5 * 5 * 64;
+/// Channels after the convolution network's second convolution.
+const CNN_CHANNELS: usize = 64;
 
-/// A network of the built-in trainer.
+/// Pixels down and across the smallest images that leave the convolution network anything after its second pooling.
+pub(super) const CNN_LEAST: u32 = 10;
+
+/// A network of the built-in trainer, for samples of that shape.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Network {
+pub(super) struct Network {
+    layers: Layers,
+    samples: SampleShape,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Layers {
     /// One dense layer.
     Softmax,
     /// Two dense layers with a ReLU between them.
@@ -60,48 +68,72 @@ impl Parameter {
 
 impl Network {
     /// The network that the job names; `None` for a model that is none.
-    pub(super) fn of(model: &ModelSpec) -> Option<Self> {
-        match *model {
-            ModelSpec::Softmax => Some(Self::Softmax),
-            ModelSpec::Mlp { hidden } => Some(Self::Mlp {
+    pub(super) fn of(model: ModelOf<'_>) -> Option<Self> {
+        let layers = match *model.spec {
+            ModelSpec::Softmax => Layers::Softmax,
+            ModelSpec::Mlp { hidden } => Layers::Mlp {
                 hidden: hidden as usize,
-            }),
-            ModelSpec::Cnn => Some(Self::Cnn),
-            ModelSpec::Synthetic { .. } => None,
+            },
+            ModelSpec::Cnn => Layers::Cnn,
+            ModelSpec::Synthetic { .. } => return None,
+        };
+        Some(Self {
+            layers,
+            samples: model.samples,
+        })
+    }
+
+    /// What it takes in and gives out.
+    pub(super) fn samples(self) -> SampleShape {
+        self.samples
+    }
+
+    /// Numbers that the last layer takes in: of the convolution network, what is left of the pixels after two convolutions
+    /// without padding and two poolings.
+    fn features(self) -> usize {
+        let left = |side: u32| (side as usize).saturating_sub(2) / 2;
+        let left = |side: u32| left(side).saturating_sub(2) / 2;
+        match self.layers {
+            Layers::Softmax => self.samples.pixels(),
+            Layers::Mlp { hidden } => hidden,
+            Layers::Cnn => left(self.samples.height)
+                .saturating_mul(left(self.samples.width))
+                .saturating_mul(CNN_CHANNELS),
         }
     }
 
     /// The tensors, in the order in which [`forward`](Self::forward) takes them.
     pub(super) fn parameters(self) -> Vec<Parameter> {
-        let dense = |inputs| {
-            [
-                Parameter::new("dense.kernel", [inputs, CLASSES]),
-                Parameter::new("dense.bias", [CLASSES]),
-            ]
-        };
-        let mut parameters = match self {
-            Self::Softmax => Vec::new(),
-            Self::Mlp { hidden } => vec![
-                Parameter::new("hidden.kernel", [PIXELS, hidden]),
+        let classes = self.samples.classes as usize;
+        let mut parameters = match self.layers {
+            Layers::Softmax => Vec::new(),
+            Layers::Mlp { hidden } => vec![
+                Parameter::new("hidden.kernel", [self.samples.pixels(), hidden]),
                 Parameter::new("hidden.bias", [hidden]),
             ],
-            Self::Cnn => vec![
-                Parameter::new("conv1.kernel", [3, 3, 1, 32]),
+            Layers::Cnn => vec![
+                Parameter::new("conv1.kernel", [3, 3, self.samples.channels as usize, 32]),
                 Parameter::new("conv1.bias", [32]),
-                Parameter::new("conv2.kernel", [3, 3, 32, 64]),
-                Parameter::new("conv2.bias", [64]),
+                Parameter::new("conv2.kernel", [3, 3, 32, CNN_CHANNELS]),
+                Parameter::new("conv2.bias", [CNN_CHANNELS]),
             ],
         };
-        parameters.extend(dense(match self {
-            Self::Softmax => PIXELS,
-            Self::Mlp { hidden } => hidden,
-            Self::Cnn => CNN_FEATURES,
-        }));
+        parameters.extend([
+            Parameter::new("dense.kernel", [self.features(), classes]),
+            Parameter::new("dense.bias", [classes]),
+        ]);
         parameters
     }
 
     /// The tensors as an update holds them.
+    ///
+    /// # Errors
+    /// If the samples are too small for it, or the tensors too large.
     pub(super) fn schema(self) -> std::result::Result<Schema, LearnError> {
+        let SampleShape { height, width, .. } = self.samples;
+        if self.layers == Layers::Cnn && height.min(width) < CNN_LEAST {
+            return Err(LearnError::SmallImages(self.samples));
+        }
         let tensors = self
             .parameters()
             .into_iter()
@@ -133,10 +165,10 @@ impl Network {
 
     /// Activations for each sample that dropout leaves out some of; `None` for a network without it.
     pub(super) fn dropped(self) -> Option<usize> {
-        (self == Self::Cnn).then_some(CNN_FEATURES)
+        (self.layers == Layers::Cnn).then(|| self.features())
     }
 
-    /// The logits `[n, 10]` of `images` `[n, 784]` under the weights, given in the order of
+    /// The logits `[n, classes]` of `images` `[n, pixels]` under the weights, given in the order of
     /// [`parameters`](Self::parameters). In training, `mask` `[n, dropped]` is what dropout multiplies by.
     pub(super) fn forward(
         self,
@@ -144,15 +176,18 @@ impl Network {
         images: &Tensor,
         mask: Option<&Tensor>,
     ) -> Result<Tensor> {
-        let (features, kernel, bias) = match (self, weights) {
-            (Self::Softmax, [kernel, bias]) => (images.clone(), kernel, bias),
-            (Self::Mlp { .. }, [hidden, hidden_bias, kernel, bias]) => (
+        let (features, kernel, bias) = match (self.layers, weights) {
+            (Layers::Softmax, [kernel, bias]) => (images.clone(), kernel, bias),
+            (Layers::Mlp { .. }, [hidden, hidden_bias, kernel, bias]) => (
                 images.matmul(hidden)?.broadcast_add(hidden_bias)?.relu()?,
                 kernel,
                 bias,
             ),
-            (Self::Cnn, [conv1, bias1, conv2, bias2, kernel, bias]) => {
-                let images = images.reshape(((), SIDE, SIDE, 1))?;
+            (Layers::Cnn, [conv1, bias1, conv2, bias2, kernel, bias]) => {
+                let [height, width, channels] =
+                    [self.samples.height, self.samples.width, self.samples.channels]
+                        .map(|side| side as usize);
+                let images = images.reshape(((), height, width, channels))?;
                 let first = max_pool_relu(&conv2d(&images, conv1, false)?, bias1)?;
                 let second = max_pool_relu(&conv2d(&first, conv2, true)?, bias2)?;
                 (second.flatten_from(1)?, kernel, bias)

@@ -187,7 +187,7 @@ mod tests {
             weight_decay: 0.25,
             proximal_mu: 0.5,
         };
-        let network = Network::of(&ModelSpec::Softmax).expect("a network");
+        let network = Network::of((&ModelSpec::Softmax).into()).expect("a network");
         let schema = network.schema().expect("a schema");
         let learner =
             SgdLearner::new(network, schema, training, Samples::default(), 0, 1).expect("a learner");

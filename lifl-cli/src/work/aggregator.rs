@@ -235,7 +235,7 @@ impl<G: Ground> Aggregator<G> {
         let offset = image::data_offset(schema);
         let data = &mut slot.bytes_mut()[offset..offset + schema.data_bytes()];
         match &job.base_model {
-            None => crate::learn::initial(&job.model, job.seed, TensorsMut::new(schema, data)),
+            None => crate::learn::initial(job, job.seed, TensorsMut::new(schema, data)),
             Some(path) => {
                 let file = std::fs::read(path)
                     .with_context(|| format!("cannot read baseModel {}", path.display()))?;

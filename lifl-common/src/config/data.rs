@@ -132,7 +132,7 @@ pub(super) fn understand(
             .expected("at least one sample each");
     }
     Some(DataSource {
-        dataset: dataset.clone(),
+        dataset: dataset.as_str().into(),
         sha256: sha256
             .filter(|_| !replaced)
             .map(|(hash, _)| hash.to_ascii_lowercase()),

@@ -16,6 +16,7 @@
 
 mod brokers;
 mod data;
+mod dataset;
 mod datasets;
 mod document;
 mod draft;
@@ -46,11 +47,12 @@ use problem::{Findings, Place};
 use settings::{Settings, Sources};
 use tree::Tree;
 
+pub use dataset::{Dataset, mask};
 pub use draft::is_name;
 pub use problem::{ConfigError, Problem, ProblemKind};
 pub use spec::{
-    Adaptive, Brokers, DataSource, Group, JobSpec, Kind, ModelSpec, Optimizer, Partition, Timing,
-    TrainingSpec, Transport, UpdateKind, WorkerSpec,
+    Adaptive, Brokers, DataSource, Group, JobSpec, Kind, ModelSpec, Optimizer, Partition, SampleShape,
+    Timing, TrainingSpec, Transport, UpdateKind, WorkerSpec,
 };
 
 /// Bytes of the largest file that is read.
@@ -196,6 +198,7 @@ fn understand(paths: &[PathBuf], overrides: &Overrides, findings: &mut Findings)
         workers,
         brokers,
         model: settings.model,
+        samples: SampleShape::default(),
         base_model: settings.base_model,
         training: settings.training,
         optimizer: settings.optimizer,

@@ -57,7 +57,7 @@ pub(super) struct FlameFile {
     /// Where models are kept: `dummy`, which is the run's folder.
     pub(super) registry: Option<Registry>,
     /// Seconds after which the job is ended; 300 when not given.
-    #[schemars(range(min = 1))]
+    #[schemars(range(min = 1, max = 1_000_000_000))]
     pub(super) max_run_time: Option<u64>,
     /// Python packages; not used.
     pub(super) dependencies: Option<Vec<String>>,
@@ -274,10 +274,10 @@ pub(super) struct Lifl {
     #[schemars(range(min = 1))]
     pub(super) quorum: Option<u32>,
     /// Seconds after which a round goes on without those who have not answered, once there is a quorum; never when not given.
-    #[schemars(extend("exclusiveMinimum" = 0))]
+    #[schemars(extend("exclusiveMinimum" = 0, "maximum" = 1_000_000_000))]
     pub(super) round_timeout: Option<f64>,
     /// Seconds after which a worker is ended that does not stir; 30 when not given.
-    #[schemars(extend("exclusiveMinimum" = 0))]
+    #[schemars(extend("exclusiveMinimum" = 0, "maximum" = 1_000_000_000))]
     pub(super) grace_time: Option<f64>,
     /// Microseconds for which a worker that has nothing to do looks for frames before it sleeps; 0 when not given.
     #[schemars(range(max = 1000))]

@@ -54,7 +54,7 @@ pub(super) struct DesignJob {
     /// Where the transports `p2p` and `mqtt` are reached.
     pub(super) brokers: Option<Vec<Broker>>,
     /// Seconds after which the job is ended; 300 when not given.
-    #[schemars(range(min = 1))]
+    #[schemars(range(min = 1, max = 1_000_000_000))]
     pub(super) max_run_time: Option<u64>,
     /// The file that says who has which dataset, relative to this one.
     pub(super) data_spec_path: Option<String>,

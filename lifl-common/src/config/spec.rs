@@ -9,6 +9,7 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
+use super::dataset::Dataset;
 use crate::update::DType;
 
 /// One job, checked.
@@ -32,6 +33,9 @@ pub struct JobSpec {
     pub brokers: Brokers,
     /// The model.
     pub model: ModelSpec,
+    /// What a network takes in and gives out. A job's files do not say it: whoever runs a job sets it to what the data has.
+    #[serde(default, skip_serializing_if = "SampleShape::is_default")]
+    pub samples: SampleShape,
     /// A safetensors file to start from (`baseModel.name`), instead of a fresh model.
     pub base_model: Option<PathBuf>,
     /// What trainers do.
@@ -77,13 +81,13 @@ impl JobSpec {
     /// if somebody trains on it.
     pub fn datasets(&self) -> Vec<(DataSource, u32)> {
         let Some(data) = &self.data else { return Vec::new() };
-        let mut datasets: BTreeMap<&str, u32> = BTreeMap::new();
+        let mut datasets: BTreeMap<&Dataset, u32> = BTreeMap::new();
         for trainer in self.trainers() {
             let dataset = trainer.dataset.as_ref().unwrap_or(&data.dataset);
             *datasets.entry(dataset).or_default() += 1;
         }
-        let source = |(dataset, trainers): (&str, u32)| {
-            let dataset = dataset.to_owned();
+        let source = |(dataset, trainers): (&Dataset, u32)| {
+            let dataset = dataset.clone();
             (
                 DataSource {
                     dataset,
@@ -226,7 +230,7 @@ pub struct WorkerSpec {
     /// For a trainer: its number among the trainers, from 0.
     pub share: Option<u32>,
     /// For a trainer with data of its own: the dataset, where it is another than the [job's](JobSpec::data).
-    pub dataset: Option<String>,
+    pub dataset: Option<Dataset>,
 }
 
 /// Which model is trained, by its built-in trainer.
@@ -249,6 +253,59 @@ pub enum ModelSpec {
         /// Their type.
         dtype: DType,
     },
+}
+
+/// The shape of a sample and how many classes there are; 28 × 28 grey pixels of ten classes, as MNIST's, when not given.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SampleShape {
+    /// Pixels down an image.
+    pub height: u32,
+    /// Pixels across.
+    pub width: u32,
+    /// Numbers in a pixel: 1 for grey.
+    pub channels: u32,
+    /// Labels are below this.
+    pub classes: u32,
+}
+
+impl SampleShape {
+    /// Numbers in an image.
+    pub fn pixels(&self) -> usize {
+        [self.height, self.width, self.channels]
+            .into_iter()
+            .fold(1_usize, |n, side| n.saturating_mul(side as usize))
+    }
+
+    /// Whether samples of the other shape are of this one, whatever their classes.
+    pub fn same_image(&self, other: &Self) -> bool {
+        (self.height, self.width, self.channels) == (other.height, other.width, other.channels)
+    }
+
+    fn is_default(&self) -> bool {
+        *self == Self::default()
+    }
+}
+
+impl Default for SampleShape {
+    fn default() -> Self {
+        Self {
+            height: 28,
+            width: 28,
+            channels: 1,
+            classes: 10,
+        }
+    }
+}
+
+impl fmt::Display for SampleShape {
+    /// The image: `28 × 28`, `32 × 32 × 3`.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} × {}", self.height, self.width)?;
+        if self.channels != 1 {
+            write!(f, " × {}", self.channels)?;
+        }
+        Ok(())
+    }
 }
 
 /// What a trainer does in a round (Flame's `hyperparameters`).
@@ -312,7 +369,7 @@ impl Default for Adaptive {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct DataSource {
     /// Flame's `dataset`: an http(s) URL, a file or folder, or `builtin:digits`.
-    pub dataset: String,
+    pub dataset: Dataset,
     /// What the file at a URL must hash to, in hex.
     pub sha256: Option<String>,
     /// Training samples to use, from the front; all of them when not given.

@@ -8,6 +8,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use super::dataset::Dataset;
 use super::draft::{DEFAULT_GROUP, Draft, RoleDraft, WorkerDraft};
 use super::links::{Link, Links};
 use super::problem::{Findings, Place, ProblemKind, list, shorten};
@@ -155,7 +156,11 @@ impl<'d> Tree<'d> {
                         agg_goal: draft.rounds.agg_goal.filter(|_| kind != Kind::Trainer),
                         select: draft.rounds.select.filter(|_| kind != Kind::Trainer),
                         share: (kind == Kind::Trainer).then_some(count - 1),
-                        dataset: draft.dataset.clone().filter(|_| kind == Kind::Trainer),
+                        dataset: draft
+                            .dataset
+                            .as_deref()
+                            .filter(|_| kind == Kind::Trainer)
+                            .map(Dataset::from),
                     });
                 }
             }

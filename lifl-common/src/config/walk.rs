@@ -316,6 +316,11 @@ impl<'w> Walk<'w> {
                 if let (Some(minimum), Some(maximum)) = (schema.get("minimum"), schema.get("maximum")) {
                     return format!("{what} from {minimum} to {maximum}");
                 }
+                if let (Some(minimum), Some(maximum)) =
+                    (schema.get("exclusiveMinimum"), schema.get("maximum"))
+                {
+                    return format!("{what} above {minimum}, at most {maximum}");
+                }
                 match (
                     bound("minimum"),
                     schema.get("minimum"),

@@ -155,9 +155,15 @@ fn a_job_is_found_from_any_folder() {
         ("builtin:digits", "builtin:digits"),
         ("HTTPS://example.org/a.npz", "HTTPS://example.org/a.npz"),
     ] {
-        job.workers[trainer].dataset = Some(dataset.to_owned());
+        job.workers[trainer].dataset = Some(dataset.into());
         let anchored = anchored(&job, Path::new("/here"));
-        assert_eq!(anchored.workers[trainer].dataset.as_deref(), Some(found));
+        assert_eq!(
+            anchored.workers[trainer]
+                .dataset
+                .as_ref()
+                .map(|dataset| dataset.as_str()),
+            Some(found)
+        );
         assert_eq!(
             anchored.base_model.as_deref(),
             Some(Path::new("/here/models/first"))

@@ -17,7 +17,8 @@ use std::rc::Rc;
 
 use lifl_common::arena::{Layout, OwnedArena, PeerArena, memfd};
 use lifl_common::config::{
-    Brokers, Group, ModelSpec, Optimizer, Timing, TrainingSpec, Transport, UpdateKind, WorkerSpec,
+    Brokers, Group, ModelSpec, Optimizer, SampleShape, Timing, TrainingSpec, Transport, UpdateKind,
+    WorkerSpec,
 };
 use lifl_common::control::DeadLetter;
 use lifl_common::id::ArenaId;
@@ -618,6 +619,7 @@ fn job(levels: &[u32], timing: Timing, updates: UpdateKind) -> JobSpec {
             parameters: PARAMETERS as u64,
             dtype: DType::F32,
         },
+        samples: SampleShape::default(),
         base_model: None,
         training: TrainingSpec {
             epochs: 1,

@@ -101,7 +101,10 @@ fn trainers(job: &JobSpec) -> Vec<(String, String)> {
                 panic!("{trainer:?}")
             };
             let data = job.data_of(trainer).expect("data");
-            (group.clone(), data.dataset.replace("https://example.org/", ""))
+            (
+                group.clone(),
+                data.dataset.as_str().replace("https://example.org/", ""),
+            )
         })
         .collect()
 }

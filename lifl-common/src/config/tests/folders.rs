@@ -188,3 +188,39 @@ fn tags_of_flames_other_modes_are_not_supported_rather_than_unknown() {
         ],
     );
 }
+
+#[test]
+fn what_is_said_of_a_url_has_no_secret_in_it() {
+    let url = "http://bob:hunter2@data.example/mnist.npz?token=t0ken";
+    let file = with(job(), &[("/dataset", json!(url))]);
+    let job = spec(&file);
+    assert_eq!(job.data.as_ref().map(|data| data.dataset.reveal()), Some(url));
+    let mut said = vec![serde_json::to_string(&job).expect("JSON"), format!("{job:?}")];
+    for wrong in [
+        with(job_of("s3://id:hunter2@bucket/mnist?token=t0ken"), &[]),
+        with(job_of("builtin:digits"), &[("/datset", json!(url))]),
+        with(job_of("builtin:digits"), &[("/baseModel", json!({ "nam": url }))]),
+    ] {
+        said.extend(problems(&[wrong]));
+    }
+    for said in said {
+        assert!(!said.contains("hunter2") && !said.contains("t0ken"), "{said}");
+    }
+}
+
+fn job_of(dataset: &str) -> Value {
+    with(job(), &[("/dataset", json!(dataset))])
+}
+
+#[test]
+fn times_that_no_clock_can_count_are_refused() {
+    let lifl = json!({ "roundTimeout": 1e300, "graceTime": 1e20 });
+    assert_problems(
+        with(job(), &[("/lifl", lifl), ("/maxRunTime", json!(u64::MAX))]),
+        &[
+            "lifl.graceTime: 1e+20; expected a number above 0, at most 1000000000",
+            "lifl.roundTimeout: 1e+300; expected a number above 0, at most 1000000000",
+            "maxRunTime: 18446744073709551615; expected a whole number from 1 to 1000000000",
+        ],
+    );
+}

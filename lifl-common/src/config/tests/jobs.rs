@@ -125,7 +125,7 @@ fn every_setting_arrives() {
     };
     assert_eq!(job.training, training);
     let data = job.data.expect("data");
-    assert_eq!(data.dataset, "https://example.org/mnist.npz");
+    assert_eq!(data.dataset.as_str(), "https://example.org/mnist.npz");
     assert_eq!(data.sha256, Some("ab".repeat(32)));
     assert_eq!((data.train_samples, data.test_samples), (Some(1000), Some(100)));
     assert_eq!(data.partition, Partition::Shards { per_trainer: 2 });

@@ -214,7 +214,7 @@ fn trainers_may_have_datasets_of_their_own() {
         .trainers()
         .map(|trainer| {
             (
-                job.data_of(trainer).map(|data| data.dataset),
+                job.data_of(trainer).map(|data| data.dataset.to_string()),
                 job.part_of(trainer),
             )
         })
