@@ -42,6 +42,12 @@ struct Cli {
 enum Command {
     /// Run a job: start its aggregators and trainers, train, and leave a run folder
     Run(RunArgs),
+    /// Follow a run: what it has said since it began, and what it says until it ends
+    ///
+    /// Ends with the run, with its exit code; Ctrl-C ends the following, and not the run. A run that has ended is shown too.
+    Attach(AttachArgs),
+    /// Stop a run in order, as Ctrl-C does: its workers leave, its checkpoints stay, `lifl run --resume` goes on with it
+    Stop(StopArgs),
     /// Check a job's files and say everything that is wrong with them
     Validate(JobArgs),
     /// Show a job's tree, the memory that it will take, and the plane that it would get
@@ -155,6 +161,13 @@ pub(crate) struct RunArgs {
     pub(crate) choices: Choices,
     #[command(flatten)]
     pub(crate) report: Report,
+    /// Run in the background: come back when the first round begins. `lifl attach` follows it, `lifl stop` stops it, and its
+    /// lines go to run.log in its folder
+    #[arg(long)]
+    pub(crate) detach: bool,
+    /// What `--detach` starts
+    #[arg(long, hide = true, conflicts_with = "detach")]
+    pub(crate) detached: bool,
     /// The daemon: auto (one that listens, else one inside this command), own (inside this command), or its socket
     #[arg(long, value_name = "auto|own|SOCKET", default_value = "auto", value_parser = daemon_choice)]
     pub(crate) daemon: DaemonChoice,
@@ -179,6 +192,30 @@ pub(crate) struct RunArgs {
     /// Whether arenas get huge pages of 2 MiB, for an own daemon
     #[arg(long, value_enum, default_value_t = HugePages::Auto)]
     pub(crate) huge_pages: HugePages,
+}
+
+#[derive(Args, Clone, Debug)]
+pub(crate) struct AttachArgs {
+    /// The run's folder, or latest: the one in ./runs that began last
+    #[arg(value_name = "RUN_FOLDER|latest")]
+    pub(crate) run: Option<PathBuf>,
+    #[command(flatten)]
+    pub(crate) report: Report,
+}
+
+#[derive(Args, Clone, Debug)]
+pub(crate) struct StopArgs {
+    /// The run's folder, or latest: the one in ./runs that began last [default: the only one in ./runs that is under way]
+    #[arg(value_name = "RUN_FOLDER|latest")]
+    pub(crate) run: Option<PathBuf>,
+    /// How long to wait for its end, in seconds; without --kill it is left to end by itself then (exit code 4)
+    #[arg(long, value_name = "SECONDS", default_value_t = 30)]
+    pub(crate) timeout: u64,
+    /// If it has not ended by then, kill it
+    #[arg(long)]
+    pub(crate) kill: bool,
+    #[command(flatten)]
+    pub(crate) report: Report,
 }
 
 #[derive(Args, Clone, Debug)]
@@ -240,6 +277,12 @@ pub fn main() -> ExitCode {
     program::name_process();
     logging::tell_panics(output::log().clone());
     let code = match Cli::try_parse() {
+        Ok(Cli {
+            command: Command::Run(args),
+        }) if args.detach => match commands::detach::start(args.report) {
+            Ok(code) => ExitCode::from(code),
+            Err(failure) => ended(Err(failure)),
+        },
         Ok(cli) => ended(execute(cli.command)),
         // --help and --version are answers like any other.
         Err(error) if !error.use_stderr() => {
@@ -272,6 +315,8 @@ fn ended(outcome: Outcome) -> ExitCode {
 fn execute(command: Command) -> Outcome {
     match command {
         Command::Run(args) => commands::run(&args),
+        Command::Attach(args) => commands::attach(&args),
+        Command::Stop(args) => commands::stop(&args),
         Command::Validate(args) => commands::validate(&args),
         Command::Plan(args) => commands::plan(&args),
         Command::Schema => commands::schema(),

@@ -44,6 +44,23 @@ impl Failure {
     }
 }
 
+impl Cause {
+    /// The cause of that exit code, of another process of this program; [`Job`](Self::Job) for any that is none.
+    pub(crate) fn of(code: u8) -> Self {
+        let all = [
+            Self::Config,
+            Self::Machine,
+            Self::Timeout,
+            Self::Output,
+            Self::Interrupted,
+            Self::Pipe,
+        ];
+        all.into_iter()
+            .find(|cause| *cause as u8 == code)
+            .unwrap_or(Self::Job)
+    }
+}
+
 impl From<Cause> for ExitCode {
     fn from(cause: Cause) -> Self {
         Self::from(cause as u8)

@@ -26,5 +26,6 @@ pub mod memory;
 mod output;
 mod program;
 mod random;
+mod runs;
 pub mod task;
 pub mod work;

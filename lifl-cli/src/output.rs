@@ -25,11 +25,16 @@ static ERR: OnceLock<Sink> = OnceLock::new();
 
 /// Standard output, for lines that nobody waits for.
 pub(crate) fn told() -> &'static Sink {
-    OUT.get_or_init(|| {
-        Sink::direct(io::stdout(), TOLD_BYTES, |lost| {
-            format!("{lost} lines could not be written")
-        })
-    })
+    OUT.get_or_init(|| Sink::direct(io::stdout(), TOLD_BYTES, unwritten))
+}
+
+fn unwritten(lost: u64) -> String {
+    format!("{lost} lines could not be written")
+}
+
+/// Has [`told`] be lines for people again.
+pub(crate) fn tell_lines() {
+    told().tell_by(unwritten);
 }
 
 /// Has [`told`] be a stream of events.
@@ -39,11 +44,7 @@ pub(crate) fn tell_events() {
 
 /// Standard error.
 pub(crate) fn log() -> &'static Sink {
-    ERR.get_or_init(|| {
-        Sink::direct(io::stderr(), logging::LOG_BYTES, |lost| {
-            format!("{lost} lines could not be written")
-        })
-    })
+    ERR.get_or_init(|| Sink::direct(io::stderr(), logging::LOG_BYTES, unwritten))
 }
 
 /// Waits until what was told is written, or cannot be.

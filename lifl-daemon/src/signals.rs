@@ -87,6 +87,13 @@ pub fn survive_writes() {
     }
 }
 
+/// Has SIGTERM end this process, or be watched, though it was inherited as ignored.
+pub fn accept_termination() {
+    // SAFETY: no handler is installed, so no code runs in one.
+    // It fails for signals that cannot be changed only.
+    let _ = unsafe { set_disposition(Number::SIGTERM, SigHandler::SigDfl) };
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

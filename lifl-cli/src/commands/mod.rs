@@ -1,14 +1,19 @@
 //! One file a command, but for the smallest.
 
+mod attach;
 mod bench;
+pub(crate) mod detach;
 mod job;
 mod run;
 mod status;
+mod stop;
 
+pub(crate) use attach::attach;
 pub(crate) use bench::{bench, echo};
 pub(crate) use job::{plan, schema, validate};
 pub(crate) use run::run;
 pub(crate) use status::status;
+pub(crate) use stop::stop;
 
 use anyhow::{Context, anyhow};
 use serde_json::json;

@@ -4,6 +4,7 @@ use lifl_daemon::signals::Ending;
 use tokio::runtime::Builder;
 use tokio_util::sync::CancellationToken;
 
+use super::detach::Detachment;
 use super::job::load;
 use super::{log, runtime};
 use crate::cli::RunArgs;
@@ -16,9 +17,13 @@ use crate::memory;
 
 /// Runs a job until it is done, fails or is interrupted; the last event says which.
 pub(crate) fn run(args: &RunArgs) -> Outcome {
+    let detachment = args.detached.then(Detachment::prepare);
     // What an own daemon sends back is told to its sender; the program's own words are for a daemon's log.
     log("warn,lifl_verdict=error");
     let mut reporter = Reporter::new(args.report.json);
+    if let Some(detachment) = detachment {
+        reporter.detach(detachment);
+    }
     let outcome = run_with(args, &mut reporter);
     if let Err(failure) = &outcome {
         let (exit_code, error) = (failure.cause as u8, format!("{:#}", failure.error));

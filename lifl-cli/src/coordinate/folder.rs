@@ -31,7 +31,7 @@ use crate::dir::{Dir, FolderError, Trust};
 const JOB_VERSION: u32 = 1;
 
 /// The job.
-const JOB: &str = "job.json";
+pub(crate) const JOB: &str = "job.json";
 
 /// The most that it can have: the largest job that is loaded has a tenth of it.
 const JOB_BYTES: u64 = 64 << 20;
@@ -40,7 +40,7 @@ const JOB_BYTES: u64 = 64 << 20;
 pub(super) const LAST_MODEL: &str = "model.safetensors";
 
 /// The file that is locked.
-const LOCK: &str = ".lock";
+pub(crate) const LOCK: &str = ".lock";
 
 /// How much of a log's end its last lines are looked for in.
 const LOG_TAIL_BYTES: u64 = 64 << 10;

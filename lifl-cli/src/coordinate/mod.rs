@@ -34,6 +34,7 @@ use lifl_common::update::Schema;
 use tokio_util::sync::CancellationToken;
 
 use self::folder::RunFolder;
+pub(crate) use self::folder::{JOB, LOCK};
 use self::gateway::Gateway;
 use self::node::{Node, NodeOptions};
 use self::report::{Level, Reporter, human_bytes};
@@ -273,12 +274,12 @@ async fn with_node(
     let (folder, from) = match &options.destination {
         Destination::New(out) => {
             let folder = RunFolder::create(out.as_deref(), job, &options.trust).because(Cause::Config)?;
-            reporter.keep_metrics(folder.dir()).because(Cause::Config)?;
+            reporter.keep_metrics(&folder).because(Cause::Config)?;
             (folder, None)
         }
         Destination::Resumed(resumed) => {
             let folder = resumed.folder.clone();
-            reporter.keep_metrics(folder.dir()).because(Cause::Config)?;
+            reporter.keep_metrics(&folder).because(Cause::Config)?;
             reporter.event(&resumed.event()).because(Cause::Job)?;
             (folder, resumed.from)
         }

@@ -7,19 +7,21 @@ use std::sync::{Mutex, PoisonError};
 use anyhow::Context;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use lifl_common::plane::PlaneKind;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
+use super::folder::RunFolder;
+use crate::commands::detach::Detachment;
 use crate::dir::Dir;
 use crate::output;
 
 /// The file of a run's events in its folder.
-const METRICS: &str = "metrics.jsonl";
+pub(crate) const METRICS: &str = "metrics.jsonl";
 
 /// How far back from the end of that file a line is looked for.
 const LONGEST_LINE_BYTES: u64 = 16 << 20;
 
 /// One thing that happened, as `lifl run --json` prints it.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(tag = "event", rename_all = "snake_case")]
 pub enum Event {
     /// A run goes on in its folder. Rounds from `round` on that stand before it in `metrics.jsonl` are run again.
@@ -146,7 +148,7 @@ pub enum Event {
 }
 
 /// The workers of one role.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Level {
     /// The role.
     pub role: String,
@@ -155,7 +157,7 @@ pub struct Level {
 }
 
 /// When a level was done with a round.
-#[derive(Clone, Debug, PartialEq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct LevelTime {
     /// The role.
     pub role: String,
@@ -167,7 +169,10 @@ pub struct LevelTime {
 pub struct Reporter {
     json: bool,
     metrics: Option<Metrics>,
+    /// Held until the last event is in it: nobody takes a run for ended before.
+    folder: Option<RunFolder>,
     bar: Option<ProgressBar>,
+    detachment: Option<Detachment>,
 }
 
 impl Reporter {
@@ -180,7 +185,9 @@ impl Reporter {
         Self {
             json,
             metrics: None,
+            folder: None,
             bar: None,
+            detachment: None,
         }
     }
 
@@ -188,11 +195,17 @@ impl Reporter {
     ///
     /// # Errors
     /// If that file cannot be made.
-    pub fn keep_metrics(&mut self, run: &Dir) -> anyhow::Result<()> {
-        let metrics = Metrics::open(run);
+    pub(super) fn keep_metrics(&mut self, run: &RunFolder) -> anyhow::Result<()> {
+        let metrics = Metrics::open(run.dir());
         let metrics = metrics.with_context(|| format!("cannot open {}/{METRICS}", run.path().display()))?;
         self.metrics = Some(metrics);
+        self.folder = Some(run.clone());
         Ok(())
+    }
+
+    /// Has the run go to the background when it has begun.
+    pub(crate) fn detach(&mut self, detachment: Detachment) {
+        self.detachment = Some(detachment);
     }
 
     /// A line for people.
@@ -207,7 +220,7 @@ impl Reporter {
     /// Shows how far something of known length is: a bar on a terminal, nothing elsewhere.
     pub fn begin(&mut self, what: &'static str, length: u64) {
         self.end();
-        if self.json || !io::stdout().is_terminal() {
+        if self.json || self.detachment.is_some() || !io::stdout().is_terminal() {
             return;
         }
         let style = ProgressStyle::with_template("{prefix:>8} [{bar:32}] {pos}/{len}  {msg}");
@@ -265,6 +278,15 @@ impl Reporter {
             output::told().line(line + "\n");
         } else if let Some(text) = describe(event) {
             self.say(&text);
+        }
+        if let Event::JobStarted { .. } = event
+            && let Some(folder) = &self.folder
+            && let Some(detachment) = self.detachment.take()
+        {
+            detachment.complete(folder.dir());
+            // Its log is for people; events are in its metrics.
+            self.json = false;
+            output::tell_lines();
         }
         Ok(())
     }
@@ -390,7 +412,8 @@ impl Metrics {
     }
 }
 
-fn describe(event: &Event) -> Option<String> {
+/// An event in words for people; `None` if it is told otherwise.
+pub(crate) fn describe(event: &Event) -> Option<String> {
     let text = match event {
         Event::Resumed {
             run,

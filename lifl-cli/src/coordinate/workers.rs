@@ -77,7 +77,14 @@ impl Workers {
     /// If the process cannot be started.
     pub(super) fn start_one(&mut self, index: usize) -> anyhow::Result<()> {
         let spec = &self.specs[index];
-        let log = self.folder.open_log(&spec.name)?;
+        // Without a log, as where the disk has no room for one, it is of use all the same.
+        let log = self.folder.open_log(&spec.name).map_or_else(
+            |error| {
+                tracing::warn!("{} has no log: {error:#}", spec.name);
+                Stdio::null()
+            },
+            Stdio::from,
+        );
         let run = self.folder.dir().descriptor();
         let mut command = Command::from(program::command()?);
         command

@@ -1,6 +1,8 @@
 //! Where and how the program is started: signals that were ignored, folders that cannot be had, a program that is replaced,
 //! output that cannot be written.
 
+mod detach;
+#[path = "../support/mod.rs"]
 mod support;
 
 use std::env;
@@ -16,13 +18,13 @@ use nix::sys::signal::Signal;
 use support::{Job, PATIENCE, Place, Started, lifl, signal};
 
 /// A job that is still under way when a test has done what it does, and is soon over then.
-fn long() -> Place {
+pub(crate) fn long() -> Place {
     let mut job = Job::digits(&[1, 2], "softmax");
     job.rounds = 40;
     Place::new(&job.file())
 }
 
-fn short() -> Place {
+pub(crate) fn short() -> Place {
     Place::new(&Job::synthetic(&[1, 2], 100, "F32").file())
 }
 
