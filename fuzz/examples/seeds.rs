@@ -13,7 +13,8 @@ use lifl_common::control::packet;
 use lifl_common::control::{DeadLetter, ErrorCode, Event, PeerLost, RemoteWorker, Reply, Request};
 use lifl_common::frame::{Frame, FrameKind, Refusal};
 use lifl_common::id::{ArenaId, Generation, JobId, Key, WorkerId};
-use lifl_common::session::{Hello, JobToken, Message, Object, UpdateHeader};
+use lifl_common::session::handshake::{GatewayHandshake, Hello, Participant, WorkerHandshake};
+use lifl_common::session::{JobToken, Message, Object, UpdateHeader};
 use lifl_common::update::image::{data_offset, image_bytes, write_header};
 use lifl_common::update::{Cover, DType, Metadata, Schema, TensorSpec};
 use safetensors::tensor::TensorView;
@@ -473,8 +474,7 @@ fn session() {
         .concat()
     };
     let messages = [
-        Message::Hello(Hello::new(JobToken::from_bytes([9; 16]), "trainer-1".into(), 5)).encode(),
-        Message::Welcome(1).encode(),
+        Message::Welcome.encode(),
         Message::Ready.encode(),
         Message::Model(object).encode(),
         Message::Update(update).encode(),
@@ -503,8 +503,8 @@ fn session() {
         let stream: Vec<u8> = messages.iter().flat_map(framed).collect();
         [&[1], &sizes[..], &stream].concat()
     };
-    let [hello, welcome, ready, model, update, first, ping, second, .., bye] = &messages;
-    let worker = [hello, ready, update, first, ping, second, bye].map(Clone::clone);
+    let [welcome, ready, model, update, first, ping, second, .., bye] = &messages;
+    let worker = [ready, update, first, ping, second, bye].map(Clone::clone);
     seed("session", "worker", stream([255; 4], &worker));
     seed("session", "worker-cut", stream([3, 0, 19, 7], &worker));
     let gateway = [welcome, model, first, model, second].map(Clone::clone);
@@ -534,7 +534,7 @@ fn session() {
         parts(&[&publish])
     };
     let publishes = [
-        publish(7, 0, hello),
+        publish(7, 0, ready),
         publish(7, 1, update),
         publish(8, 2, ping),
         publish(7, 2, first),
@@ -543,6 +543,23 @@ fn session() {
         publish(7, 0, bye),
     ];
     seed("session", "publishes", [&[2][..], &publishes.concat()].concat());
+    let secret = JobToken::from_bytes([9; 16]).participant("trainer-1");
+    let participant = Participant {
+        name: "trainer-1".into(),
+        secret: secret.clone(),
+    };
+    let worker = WorkerHandshake::new(&secret, "trainer-1", 5, 0);
+    let hello = worker.hello();
+    let said = Hello::decode(&hello).expect("a hello");
+    let (_, challenge) = GatewayHandshake::answer(&said, Some(&participant), 0);
+    let (proof, _) = worker.answer(&challenge).expect("the gateway's");
+    for (name, message) in [
+        ("hello", &hello[..]),
+        ("challenge", &challenge),
+        ("proof", &proof),
+    ] {
+        seed("session", name, [&[3], message].concat());
+    }
     let gap = [publish(7, 0, model), publish(7, 2, first)];
     seed("session", "publishes-gap", [&[2][..], &gap.concat()].concat());
 }

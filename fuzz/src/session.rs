@@ -1,10 +1,13 @@
 //! Sessions: messages one by one, and what a gateway or a worker makes of whatever a connection brings.
 
-use lifl_common::session::{Broken, Buffer, Exchange, Happened, Message, Object, Room, Wire, mqtt, tcp};
+use lifl_common::session::handshake::{GatewayHandshake, HELLO_BYTES, Hello, Participant, WorkerHandshake};
+use lifl_common::session::{
+    Broken, Buffer, Exchange, Happened, JobToken, Message, Object, Room, SealKey, SessionKeys, Wire, mqtt,
+    tcp,
+};
 use nix::sys::socket::{setsockopt, sockopt};
 use tokio::io::AsyncWriteExt;
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::mpsc;
 use tokio::time::timeout;
 
 use crate::input::{PATIENCE, part, pieces, runtime};
@@ -15,8 +18,12 @@ const ROOM_BYTES: u64 = 64 << 10;
 /// The session over MQTT that is listened to.
 const SESSION: u64 = 7;
 
-/// The first byte says what the rest is. 0: a message. 1: four bytes of sizes and a stream, which a TCP connection brings
-/// in pieces of those sizes. Otherwise: publishes that a broker brings, each with its length in front, in two bytes.
+/// The number of a session's first sealed publish: what an input calls 0.
+const FIRST: u32 = 2;
+
+/// The first byte says what the rest is. 0: a message. 1: four bytes of sizes and a stream of messages, which a TCP connection
+/// brings sealed, in pieces of those sizes. 3: the first message of somebody who has proved nothing. Otherwise: publishes that
+/// a broker brings, each with its length in front, in two bytes.
 pub fn session(data: &[u8]) {
     let Some((how, rest)) = data.split_first() else {
         return;
@@ -25,17 +32,66 @@ pub fn session(data: &[u8]) {
         0 => decoded(rest),
         1 => {
             if let Some((sizes, stream)) = rest.split_first_chunk::<4>() {
-                let pieces = pieces(sizes, stream);
+                let sealed = sealed(stream);
+                let pieces = pieces(sizes, &sealed);
                 runtime().block_on(async {
                     let conversation = timeout(PATIENCE, over_tcp(&pieces, stream));
                     conversation.await.expect("the end of the stream");
                 });
             }
         }
+        3 => shaken(rest),
         _ => runtime().block_on(async {
             let conversation = timeout(PATIENCE, over_mqtt(rest));
             conversation.await.expect("the end of the publishes");
         }),
+    }
+}
+
+fn keys() -> SessionKeys {
+    SessionKeys {
+        up: SealKey::from_bytes(&[1; 32]),
+        down: SealKey::from_bytes(&[2; 32]),
+    }
+}
+
+/// A stream's messages as one who knows the key sends them; what is no whole message stays as it is.
+fn sealed(mut stream: &[u8]) -> Vec<u8> {
+    let mut sealed = Vec::new();
+    let mut number = 0;
+    while let Some((length, after)) = stream.split_first_chunk::<4>() {
+        let length = u32::from_le_bytes(*length) as usize;
+        let Some((message, after)) = after.split_at_checked(length).filter(|_| length > 0) else {
+            break;
+        };
+        sealed.extend(tcp::sealed(&keys().up, number, message));
+        number += 1;
+        stream = after;
+    }
+    sealed.extend(stream);
+    sealed
+}
+
+/// A hello is what is written for it, and lets nobody in; nor does anything else that is made without the secret.
+fn shaken(bytes: &[u8]) {
+    let secret = JobToken::from_bytes([7; 16]).participant("one");
+    let known = Participant {
+        name: "one".to_owned(),
+        secret: secret.clone(),
+    };
+    if let Ok(hello) = Hello::decode(bytes) {
+        assert_eq!(hello.encode(), bytes);
+        for known in [None, Some(&known)] {
+            let (gateway, _) = GatewayHandshake::answer(&hello, known, 0);
+            assert!(gateway.check(bytes).is_none());
+        }
+    } else {
+        let worker = WorkerHandshake::new(&secret, "one", 1, 0);
+        assert!(worker.answer(bytes).is_err());
+        let hello = Hello::decode(&worker.hello()).expect("a hello");
+        let (gateway, _) = GatewayHandshake::answer(&hello, Some(&known), 0);
+        assert!(gateway.check(bytes).is_none());
+        assert!(bytes.len() != HELLO_BYTES || bytes[..7] != worker.hello()[..7]);
     }
 }
 
@@ -114,7 +170,7 @@ async fn over_tcp(pieces: &[&[u8]], stream: &[u8]) {
         let _ = near.shutdown().await;
         near
     };
-    let wire = tcp::wire(far).expect("a connection");
+    let wire = tcp::gateway_wire(far, keys()).expect("a connection");
     let (_near, objects) = tokio::join!(write, receive(wire));
     let mut rest = stream;
     let messages = std::iter::from_fn(|| {
@@ -128,26 +184,35 @@ async fn over_tcp(pieces: &[&[u8]], stream: &[u8]) {
 
 async fn over_mqtt(mut publishes: &[u8]) {
     let (line, _driver) = mqtt::nowhere();
-    let (inbox, brought) = mpsc::channel(mqtt::INBOX);
-    let wire = line.wire("there".to_owned(), SESSION, brought);
+    let (mut inbound, brought) = mqtt::Inbound::new(SESSION, keys().up);
+    let wire = line.wire("there".to_owned(), SESSION, keys().down, brought);
     let mut messages = Vec::new();
-    let mut expected = 0;
+    let mut expected = FIRST;
     let write = async {
         while publishes.len() > 2 {
             let (publish, rest) = part(publishes);
             publishes = rest;
-            if let Some((SESSION, sequence)) = mqtt::envelope(publish)
-                && sequence == expected
-            {
+            let Some((session, sequence)) = mqtt::envelope(publish) else {
+                // It is nobody's.
+                inbound.take(publish.to_vec().into()).expect("room");
+                continue;
+            };
+            let (number, message) = (sequence.wrapping_add(FIRST), mqtt::body(publish));
+            if session == SESSION && number == expected && !message.is_empty() {
                 // What came before is brought again, what comes too early breaks the session.
                 expected += 1;
-                messages.push(&publish[12..]);
+                messages.push(message);
             }
-            if inbox.send(publish.to_vec().into()).await.is_err() {
+            // Without the key it takes nobody's place.
+            let forged = mqtt::sealed_publish(&keys().down, session, number, message);
+            inbound.take(forged).expect("room");
+            let sealed = mqtt::sealed_publish(&keys().up, session, number, message);
+            if inbound.take(sealed).is_err() {
                 break;
             }
+            tokio::task::yield_now().await;
         }
-        drop(inbox);
+        drop(inbound);
     };
     let ((), objects) = tokio::join!(write, receive(wire));
     were_sent(&objects, messages);
@@ -187,6 +252,7 @@ async fn receive(mut wire: Wire) -> Vec<(Object, Vec<u8>)> {
                 ));
             }
             Ok(Happened::Sent(round)) => panic!("nothing was sent, but round {round} has arrived"),
+            Ok(Happened::Overdue) => panic!("nobody minds how long it takes"),
             Err(broken) => {
                 assert!(
                     !matches!(broken, Broken::Silent(_) | Broken::Stalled(_)),

@@ -192,6 +192,9 @@ pub(crate) struct RunArgs {
     /// Whether arenas get huge pages of 2 MiB, for an own daemon
     #[arg(long, value_enum, default_value_t = HugePages::Auto)]
     pub(crate) huge_pages: HugePages,
+    /// Let models go unencrypted beyond private networks: to remote workers, or to an MQTT broker, whose address is there
+    #[arg(long)]
+    pub(crate) insecure: bool,
 }
 
 #[derive(Args, Clone, Debug)]
@@ -248,6 +251,8 @@ struct WorkerArgs {
     name: String,
     #[arg(long)]
     gateway: Option<String>,
+    #[arg(long)]
+    insecure: bool,
     #[arg(long)]
     start: Option<u32>,
 }
@@ -330,6 +335,7 @@ fn execute(command: Command) -> Outcome {
             run,
             name,
             gateway,
+            insecure,
             start,
         }) => commands::worker(Place {
             socket,
@@ -337,6 +343,7 @@ fn execute(command: Command) -> Outcome {
             run,
             name,
             gateway,
+            insecure,
             start,
         }),
     }

@@ -19,6 +19,7 @@ pub mod data;
 pub mod dir;
 pub mod doctor;
 pub mod exit;
+mod exposure;
 mod foreign;
 mod inputs;
 pub mod learn;

@@ -9,9 +9,10 @@ use std::time::Instant;
 
 use lifl_cli::task::Tasks;
 use lifl_common::config::{self, Overrides};
+use lifl_common::session::handshake::Participant;
 use lifl_common::session::{
-    Buffer, Exchange, Happened, JobToken, Message, Object, Room, Source, TOKEN_VARIABLE, UpdateHeader,
-    VERSION, Wire, tcp,
+    Buffer, Exchange, Happened, JobToken, Message, Object, Room, SECRET_VARIABLE, Source, UpdateHeader, Wire,
+    tcp,
 };
 use nix::sys::signal::Signal;
 use serde_json::Value;
@@ -175,10 +176,48 @@ fn an_address_that_others_can_reach_needs_leave() {
     let finished = Place::new(&file).finish(&[]);
     assert_eq!(finished.code(), Some(3), "{}", finished.stderr);
     assert!(
+        finished.stderr.contains("--gateway-listen 0.0.0.0") && finished.stderr.contains("--insecure"),
+        "{}",
+        finished.stderr
+    );
+    assert!(finished.all("job_started").is_empty());
+    // The daemon of a run listens on the loopback only, whatever the run may do.
+    let finished = Place::new(&file).finish(&["--insecure"]);
+    assert_eq!(finished.code(), Some(3), "{}", finished.stderr);
+    assert!(
         finished.stderr.contains("--gateway-listen 0.0.0.0"),
         "{}",
         finished.stderr
     );
+}
+
+#[test]
+fn models_that_leave_the_machine_are_named_before_anything_starts() {
+    let mut file = Job::digits(&[1, 2], "softmax").file();
+    transports(&mut file, &["mqtt"], 1, 1883);
+    for (host, refused) in [
+        ("203.0.113.7:1883", true),
+        ("[2001:db8::1]:1883", true),
+        ("10.255.255.1:1", false),
+    ] {
+        file["brokers"][1]["host"] = host.into();
+        let place = Place::new(&file);
+        for command in ["validate", "plan"] {
+            let said = lifl().arg(command).arg(&place.job).output().expect("started");
+            let text = String::from_utf8_lossy(&said.stdout);
+            assert!(said.status.success(), "{text}");
+            assert!(text.contains("UNENCRYPTED") && text.contains(host), "{text}");
+            assert_eq!(text.contains("--insecure"), refused, "{text}");
+        }
+        if refused {
+            let finished = place.finish(&[]);
+            assert_eq!(finished.code(), Some(3), "{}", finished.stderr);
+            for word in ["UNENCRYPTED", host, "--insecure"] {
+                assert!(finished.stderr.contains(word), "{}", finished.stderr);
+            }
+            assert!(finished.all("job_started").is_empty());
+        }
+    }
 }
 
 #[test]
@@ -212,7 +251,7 @@ fn strangers_at_the_door_disturb_nobody() {
 /// Everything that may be thrown at an open port, and 500 connections that say nothing.
 fn besiege(port: u16) {
     let connect = || TcpStream::connect(("127.0.0.1", port)).expect("connected");
-    let mut idle: Vec<TcpStream> = (0..500).map(|_| connect()).collect();
+    let idle: Vec<TcpStream> = (0..500).map(|_| connect()).collect();
     let garbage: [&[u8]; 6] = [
         b"GET / HTTP/1.1\r\nHost: lifl\r\n\r\n",
         &[0xff; 4096],
@@ -233,10 +272,7 @@ fn besiege(port: u16) {
             Err(error) => assert_eq!(error.kind(), std::io::ErrorKind::ConnectionReset, "{error}"),
         }
     }
-    // Of more than 256 that are silent the oldest are closed.
-    let oldest = &mut idle[0];
-    oldest.set_read_timeout(Some(PATIENCE)).expect("set");
-    assert_eq!(oldest.read(&mut [0]).unwrap_or(0), 0, "the oldest is closed");
+    drop(idle);
 }
 
 /// A trainer's process, and the test as its gateway.
@@ -244,7 +280,7 @@ struct Stage {
     listener: TcpListener,
     worker: std::process::Child,
     exchange: Exchange,
-    token: JobToken,
+    participant: Participant,
     job: config::JobSpec,
     _place: Place,
 }
@@ -260,7 +296,10 @@ impl Stage {
         std::fs::create_dir(place.run()).expect("made");
         let job = loaded.expect("a job").job;
         Tasks::of(&job).write(&place.run()).expect("written");
-        let token = JobToken::new();
+        let participant = Participant {
+            name: "trainer-1".to_owned(),
+            secret: JobToken::new().participant("trainer-1"),
+        };
         let worker = lifl()
             .args([
                 "worker",
@@ -274,7 +313,7 @@ impl Stage {
             ])
             .arg(place.run())
             .args(["--gateway", &format!("127.0.0.1:{port}")])
-            .env(TOKEN_VARIABLE, token.to_hex())
+            .env(SECRET_VARIABLE, participant.secret.to_text())
             .stderr(std::process::Stdio::null())
             .spawn()
             .expect("started");
@@ -282,7 +321,7 @@ impl Stage {
             listener,
             worker,
             exchange: Exchange::default(),
-            token,
+            participant,
             job,
             _place: place,
         }
@@ -290,14 +329,20 @@ impl Stage {
 
     /// The worker's next session.
     async fn session(&mut self) -> Wire {
-        let (stream, _) = within(self.listener.accept()).await.expect("accepted");
-        let mut wire = tcp::wire(stream).expect("open");
-        let hello = within(wire.hello()).await.expect("a hello");
-        assert!(hello.token.is(&self.token));
-        assert_eq!(hello.name, "trainer-1");
-        wire.send(&Message::Welcome(VERSION));
+        let mut wire = self.proved().await;
+        wire.send(&Message::Welcome);
         self.exchange.resume(&mut wire);
         wire
+    }
+
+    /// The worker's next connection, once it has proved itself.
+    async fn proved(&self) -> Wire {
+        let (mut stream, _) = within(self.listener.accept()).await.expect("accepted");
+        let hello = within(tcp::hello(&mut stream)).await.expect("a hello");
+        assert_eq!(hello.participant, self.participant.secret.id());
+        let asked = within(tcp::challenge(&mut stream, &hello, Some(&self.participant)));
+        let keys = asked.await.expect("proved");
+        tcp::gateway_wire(stream, keys).expect("open")
     }
 
     async fn next(&mut self, wire: &mut Wire) -> Happened {
@@ -407,10 +452,12 @@ async fn a_trainer_takes_up_what_broke_and_trains_once() {
 #[tokio::test]
 async fn a_trainer_that_is_turned_away_says_why() {
     let stage = Stage::set(10).await;
-    let (stream, _) = within(stage.listener.accept()).await.expect("accepted");
-    let mut wire = tcp::wire(stream).expect("open");
-    within(wire.hello()).await.expect("a hello");
-    let reason = "no job here has that token".to_owned();
+    // Who cannot prove to be the gateway turns nobody away: any stranger could.
+    let (mut stream, _) = within(stage.listener.accept()).await.expect("accepted");
+    within(tcp::hello(&mut stream)).await.expect("a hello");
+    tcp::refuse(stream, "go away").await;
+    let mut wire = stage.proved().await;
+    let reason = "trainer-1 was given up".to_owned();
     wire.send(&Message::Bye { last: true, reason });
     within(wire.flush()).await.expect("open");
     let mut worker = stage.worker;

@@ -7,6 +7,9 @@ use std::process::{Child, Command, Stdio};
 use std::time::Instant;
 
 use nix::sys::signal::Signal;
+use rumqttc::v5::mqttbytes::QoS;
+use rumqttc::v5::mqttbytes::v5::{Filter, Packet};
+use rumqttc::v5::{Client, Event, MqttOptions};
 
 use support::{Finished, Job, PATIENCE, Place, assert_same_model, free_port, signal, transports};
 
@@ -69,6 +72,69 @@ impl Drop for Mosquitto {
     fn drop(&mut self) {
         let _ = self.process.kill();
         let _ = self.process.wait();
+    }
+}
+
+/// Somebody else at the broker, who may read and publish everything: says all again that is said, changed and unchanged,
+/// and begins sessions by hellos that it has heard. Until it is dropped.
+struct Meddler {
+    client: Client,
+    thread: Option<std::thread::JoinHandle<u64>>,
+}
+
+impl Meddler {
+    fn start(port: u16) -> Self {
+        let mut options = MqttOptions::new("meddler", "127.0.0.1", port);
+        options.set_max_packet_size(Some(2 << 20));
+        let (client, mut connection) = Client::new(options, 4096);
+        // What it says itself is not brought to it.
+        let mut everything = Filter::new("lifl/#", QoS::AtMostOnce);
+        everything.nolocal = true;
+        client.subscribe_many([everything]).expect("asked");
+        let (subscribed, ready) = std::sync::mpsc::channel();
+        let again = client.clone();
+        let thread = std::thread::spawn(move || {
+            let mut said = 0;
+            for event in connection.iter() {
+                let publish = match event {
+                    Ok(Event::Incoming(Packet::Publish(publish))) => publish,
+                    Ok(Event::Incoming(Packet::SubAck(_))) => {
+                        let _ = subscribed.send(());
+                        continue;
+                    }
+                    Ok(_) => continue,
+                    Err(_) => break,
+                };
+                let topic = std::str::from_utf8(&publish.topic).expect("a topic").to_owned();
+                let payload = publish.payload.to_vec();
+                let (mut changed, mut next, mut begun) = (payload.clone(), payload.clone(), payload.clone());
+                if let Some(last) = changed.last_mut() {
+                    *last ^= 1;
+                }
+                // Session, then sequence: the next of the same session, and the same in another.
+                if payload.len() >= 12 {
+                    next[8] = next[8].wrapping_add(1);
+                    begun[0] ^= 1;
+                }
+                for forged in [payload, changed, next, begun] {
+                    let published = again.try_publish(&topic, QoS::AtMostOnce, false, forged);
+                    said += u64::from(published.is_ok());
+                }
+            }
+            said
+        });
+        ready.recv_timeout(PATIENCE).expect("subscribed");
+        Self {
+            client,
+            thread: Some(thread),
+        }
+    }
+
+    /// How much it has said.
+    fn stop(mut self) -> u64 {
+        self.client.disconnect().expect("asked");
+        let thread = self.thread.take().expect("started");
+        thread.join().expect("no panic")
     }
 }
 
@@ -173,6 +239,33 @@ fn a_broker_that_is_killed_in_the_middle_is_survived() {
         undisturbed == run(Some(&mut broker), port),
         "the model came out otherwise"
     );
+}
+
+#[test]
+fn what_others_publish_changes_nothing() {
+    let Some(broker) = Mosquitto::start("") else {
+        return;
+    };
+    let mut job = Job::synthetic(&[1, 2, 4], 100_000, "F32");
+    job.rounds = 5;
+    let run = || {
+        let mut file = job.file();
+        transports(&mut file, &["shm", "mqtt"], free_port(), broker.port);
+        let place = Place::new(&file);
+        let finished = place.finish(&[]).success();
+        assert_orderly(&finished);
+        let rounds = finished.all("round");
+        assert_eq!(rounds.len(), 5);
+        assert!(rounds.iter().all(|round| round["trainers"] == 4), "{rounds:?}");
+        place.model()
+    };
+    let undisturbed = run();
+    let meddler = Meddler::start(broker.port);
+    let disturbed = run();
+    let said = meddler.stop();
+    // Each of four trainers says a dozen things a round.
+    assert!(said > 500, "it has said {said} things");
+    assert!(undisturbed == disturbed, "the model came out otherwise");
 }
 
 #[test]

@@ -32,7 +32,7 @@ use lifl_common::plane::PlaneKind;
 use tokio_util::sync::CancellationToken;
 
 use crate::flame::{Flame, FlameError};
-pub use crate::gateway::GatewayOptions;
+pub use crate::gateway::{Brokers, GatewayOptions};
 use crate::plane::PlaneError;
 use crate::pool::{HugePages, Pool};
 pub use crate::registry::quota::{Quota, Quotas};

@@ -15,12 +15,13 @@ use anyhow::Context;
 use clap::Parser;
 use lifl_common::control::paths;
 use lifl_common::kernel::DEFAULT_MAX_WORKERS;
+use lifl_common::session::reach::Reach;
 use lifl_daemon::logging::{self, Sink};
 use lifl_daemon::plane::PinError;
 use lifl_daemon::pool::HugePages;
 use lifl_daemon::signals::{self, Ending};
 use lifl_daemon::{
-    DEFAULT_GRACE, DEFAULT_PINS, Daemon, GatewayOptions, Host, Options, Quota, Quotas, StartError,
+    Brokers, DEFAULT_GRACE, DEFAULT_PINS, Daemon, GatewayOptions, Host, Options, Quota, Quotas, StartError,
     default_pool_bytes, max_connections, raise_open_files,
 };
 use lifl_daemon::{flame, plane, privileges};
@@ -224,6 +225,26 @@ fn usual_socket() -> Result<PathBuf, paths::NoFolder> {
     Ok(folder.join(paths::DAEMON_SOCKET))
 }
 
+/// Refuses what would let models go unencrypted into public networks without a word from the administrator, and warns of what
+/// leaves this machine.
+fn gateway_options(settings: &Settings) -> anyhow::Result<GatewayOptions> {
+    let options = GatewayOptions {
+        allowed: settings.gateway_listen.clone().unwrap_or_default(),
+        brokers: Brokers::These(settings.gateway_broker.clone().unwrap_or_default()),
+        insecure: settings.insecure.unwrap_or(false),
+        ..GatewayOptions::default()
+    };
+    for address in options.check_reach().context("--gateway-listen")? {
+        tracing::warn!(%address, reach = %Reach::of(address), "MODELS GO UNENCRYPTED through the gateway at this address");
+    }
+    if let Brokers::These(brokers) = &options.brokers {
+        for broker in brokers.iter().filter(|broker| !broker.is_local()) {
+            tracing::warn!(%broker, "MODELS GO UNENCRYPTED through this broker, to whom it lets read");
+        }
+    }
+    Ok(options)
+}
+
 /// What the settings say; with a socket that was handed over, none is sought.
 fn options(settings: &Settings, handed_over: bool) -> anyhow::Result<Options> {
     let group = match &settings.socket_group {
@@ -265,9 +286,6 @@ fn options(settings: &Settings, handed_over: bool) -> anyhow::Result<Options> {
             workers_of_user: settings.flame_workers.unwrap_or(1024),
             max_workers,
         }),
-        gateway: GatewayOptions {
-            allowed: settings.gateway_listen.clone().unwrap_or_default(),
-            ..GatewayOptions::default()
-        },
+        gateway: gateway_options(settings)?,
     })
 }

@@ -13,6 +13,7 @@ use std::net::{IpAddr, SocketAddrV4};
 use std::path::{Path, PathBuf};
 
 use clap::{Args, ValueEnum};
+use lifl_common::session::mqtt::Broker;
 use lifl_daemon::plane;
 use lifl_daemon::pool::HugePages;
 use lifl_daemon::{Quota, Quotas};
@@ -77,10 +78,19 @@ pub(crate) struct Settings {
     )]
     pub(crate) no_flame: Option<bool>,
     /// An address, beside the loopback's, on which jobs may open the gateway, where their remote workers come in over
-    /// TCP; 0.0.0.0 or :: allows all. May be given several times. Sessions are let in by the job's token, but nothing
-    /// is encrypted: give an address of a network that you trust
+    /// TCP; 0.0.0.0 or :: allows all. May be given several times. Participants prove themselves and messages cannot be
+    /// changed on their way, but nothing is encrypted: give an address of a network that you trust. One beyond private
+    /// networks needs --insecure
     #[arg(long, value_name = "ADDR")]
     pub(crate) gateway_listen: Option<Vec<IpAddr>>,
+    /// An MQTT broker that jobs may have the gateway connect with, as they name it. May be given several times [default:
+    /// none]
+    #[arg(long, value_name = "HOST:PORT", value_parser = broker)]
+    #[serde(deserialize_with = "brokers_key")]
+    pub(crate) gateway_broker: Option<Vec<Broker>>,
+    /// Let models go unencrypted beyond private networks: by gateway addresses and brokers that are there
+    #[arg(long, num_args = 0..=1, require_equals = true, default_missing_value = "true")]
+    pub(crate) insecure: Option<bool>,
     /// How to log to standard error; RUST_LOG chooses what [default: text]
     #[arg(long, value_enum)]
     pub(crate) log_format: Option<LogFormat>,
@@ -206,6 +216,8 @@ impl Settings {
             flame_workers,
             no_flame,
             gateway_listen,
+            gateway_broker,
+            insecure,
             log_format,
             quota,
         } = self;
@@ -231,6 +243,8 @@ impl Settings {
             flame_workers: flame_workers.or(below.flame_workers),
             no_flame: no_flame.or(flame).or(below.no_flame),
             gateway_listen: gateway_listen.or(below.gateway_listen),
+            gateway_broker: gateway_broker.or(below.gateway_broker),
+            insecure: insecure.or(below.insecure),
             log_format: log_format.or(below.log_format),
             quota: if quota == QuotaSettings::default() {
                 below.quota
@@ -299,6 +313,18 @@ pub(crate) fn octal(text: &str) -> Result<u32, String> {
     mode.ok_or_else(|| format!("{text:?} is not an octal mode such as 660"))
 }
 
+/// Reads a broker's place.
+fn broker(text: &str) -> Result<Broker, String> {
+    Broker::parse(text).ok_or_else(|| format!("{text:?} is no broker; expected HOST:PORT, as jobs name it"))
+}
+
+fn brokers_key<'de, D: Deserializer<'de>>(from: D) -> Result<Option<Vec<Broker>>, D::Error> {
+    let texts = Vec::<String>::deserialize(from)?;
+    let brokers = texts.iter().map(|text| broker(text));
+    let brokers: Result<_, _> = brokers.collect();
+    brokers.map(Some).map_err(serde::de::Error::custom)
+}
+
 fn octal_key<'de, D: Deserializer<'de>>(from: D) -> Result<Option<u32>, D::Error> {
     let text = String::deserialize(from)
         .map_err(|error| serde::de::Error::custom(format!("{error}: an octal mode such as \"660\"")))?;
@@ -349,6 +375,8 @@ fn hint(text: &str) -> Option<String> {
 #[cfg(test)]
 mod tests {
     use clap::{CommandFactory, Parser};
+
+    use lifl_daemon::Brokers;
 
     use super::*;
     use crate::Cli;
@@ -453,12 +481,39 @@ mod tests {
             ),
             ("quota = 5", ":1: quota: ", "expected a table"),
             ("gateway_listen = [\"here\"]", ":1: gateway_listen", "IP address"),
+            (
+                "gateway_broker = [\"here\"]",
+                ":1: gateway_broker: ",
+                "expected HOST:PORT",
+            ),
+            ("insecure = 1", ":1: insecure: ", "expected a boolean"),
             ("pool_mib 100", "/etc/lifl/daemon.toml:1: ", "="),
         ];
         for (text, place, what) in cases {
             let error = parse(text).expect_err(text);
             assert!(error.contains(place) && error.contains(what), "{text}: {error}");
         }
+    }
+
+    #[test]
+    fn what_would_go_unencrypted_into_public_networks_is_refused_at_the_start() {
+        let options = |arguments: &[&str]| {
+            let options = crate::gateway_options(&cli(arguments));
+            options.map_err(|error| format!("{error:#}"))
+        };
+        for address in ["0.0.0.0", "::", "203.0.113.7", "2001:db8::7"] {
+            let refused = options(&["--gateway-listen", address]).expect_err(address);
+            for part in ["--gateway-listen: ", address, "--insecure"] {
+                assert!(refused.contains(part), "{refused}");
+            }
+            options(&["--gateway-listen", address, "--insecure"]).expect(address);
+        }
+        let private = ["--gateway-listen", "10.0.0.7", "--gateway-broker", "Broker:1883"];
+        let options = options(&private).expect("private");
+        let reach = options.check_reach().expect("private");
+        assert_eq!(reach, ["10.0.0.7".parse::<IpAddr>().expect("an address")]);
+        let named = Broker::parse("broker:1883").expect("a broker");
+        assert!(matches!(&options.brokers, Brokers::These(brokers) if *brokers == [named]));
     }
 
     #[test]

@@ -198,6 +198,7 @@ fn start_workers(
         pool_bytes: None,
         huge_pages: HugePages::Auto,
         workers: 64,
+        insecure: false,
     };
     let mut node = runtime
         .block_on(Node::find(&options))

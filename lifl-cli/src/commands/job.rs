@@ -16,6 +16,7 @@ use crate::coordinate::node::{DaemonChoice, Node, NodeOptions};
 use crate::coordinate::pairing::{Pair, pair};
 use crate::coordinate::report::human_bytes;
 use crate::exit::{Because, Cause, Failure, Outcome};
+use crate::exposure;
 use crate::inputs;
 use crate::learn;
 use crate::memory::{self, Plan};
@@ -54,6 +55,7 @@ fn look(job: &mut JobSpec, notes: &mut Vec<String>, report: Report) -> Outcome {
 /// Says whether a job could run, without starting anything.
 pub(crate) fn validate(args: &JobArgs) -> Outcome {
     let Loaded { mut job, mut notes } = load(&args.paths, &args.choices, args.report)?;
+    notes.extend(exposure::warnings(&job));
     look(&mut job, &mut notes, args.report)?;
     if args.report.json {
         outln!("{}", json!({ "event": "valid", "job": job, "notes": notes }))?;
@@ -75,6 +77,7 @@ pub(crate) fn validate(args: &JobArgs) -> Outcome {
 /// Shows the tree, the memory and the plane.
 pub(crate) fn plan(args: &JobArgs) -> Outcome {
     let Loaded { mut job, mut notes } = load(&args.paths, &args.choices, args.report)?;
+    notes.extend(exposure::warnings(&job));
     look(&mut job, &mut notes, args.report)?;
     let schema = learn::schema(&job).because(Cause::Config)?;
     let daemon = daemon_for(&job)?;
@@ -168,6 +171,7 @@ fn daemon_for(job: &JobSpec) -> Outcome<Welcome> {
         pool_bytes: None,
         huge_pages: HugePages::Auto,
         workers: memory::registrations(job),
+        insecure: false,
     };
     runtime(&mut Builder::new_current_thread())?.block_on(async {
         let node = Node::find(&options).await?;

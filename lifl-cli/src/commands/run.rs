@@ -59,6 +59,7 @@ fn run_with(args: &RunArgs, reporter: &mut Reporter) -> Outcome {
             pool_bytes: args.pool_mib.map(|mib| mib.saturating_mul(1 << 20)),
             huge_pages: args.huge_pages,
             workers: memory::registrations(&job),
+            insecure: args.insecure,
         },
         destination,
         trust,

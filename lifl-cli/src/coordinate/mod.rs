@@ -103,6 +103,7 @@ pub async fn run(
     shutdown: &CancellationToken,
 ) -> Outcome {
     let started = Instant::now();
+    gateway::check_reach(job, options.node.insecure, reporter).await?;
     let samples = in_time(job, started, shutdown, prepare_data(job, reporter)).await;
     // A download that was given up leaves its bar.
     reporter.end();
@@ -293,7 +294,7 @@ async fn with_node(
         .register(job_id, COORDINATOR, COORDINATOR)
         .await
         .because(Cause::Machine)?;
-    let gateway = Gateway::open(job, &schema, &mut client).await?;
+    let gateway = Gateway::open(job, &schema, &mut client, options.node.insecure).await?;
     let workers = Workers::start(job, job_id, &node.socket, &folder, &gateway, from).because(Cause::Job)?;
     let mut run = Run {
         job,

@@ -11,7 +11,7 @@ use lifl_common::control::paths;
 use lifl_common::kernel::DEFAULT_MAX_WORKERS;
 use lifl_daemon::plane;
 use lifl_daemon::pool::HugePages;
-use lifl_daemon::{Daemon, GatewayOptions, Options, default_pool_bytes};
+use lifl_daemon::{Brokers, Daemon, GatewayOptions, Options, default_pool_bytes};
 use tokio_util::sync::CancellationToken;
 
 use crate::exit::{Because, Cause, Failure, Outcome};
@@ -40,6 +40,8 @@ pub struct NodeOptions {
     pub huge_pages: HugePages,
     /// Workers of the run, the coordinator among them.
     pub workers: u32,
+    /// Whether models may go unencrypted beyond private networks.
+    pub insecure: bool,
 }
 
 /// A run's daemon, and the coordinator's connection to it.
@@ -125,7 +127,12 @@ impl Node {
                 grace: Duration::ZERO,
                 // Flame's ports are for a daemon that stays.
                 flame: None,
-                gateway: GatewayOptions::default(),
+                // It connects as this user, who may connect anywhere.
+                gateway: GatewayOptions {
+                    brokers: Brokers::Any,
+                    insecure: options.insecure,
+                    ..GatewayOptions::default()
+                },
             },
             CancellationToken::new(),
         );

@@ -8,7 +8,7 @@ use std::time::Duration;
 use anyhow::Context;
 use lifl_common::config::{JobSpec, Kind, WorkerSpec};
 use lifl_common::id::JobId;
-use lifl_common::session::{JobToken, TOKEN_VARIABLE};
+use lifl_common::session::{SECRET_VARIABLE, Secret};
 use tokio::process::{Child, Command};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
@@ -28,7 +28,9 @@ pub(super) struct Workers {
     folder: RunFolder,
     specs: Vec<WorkerSpec>,
     /// How each gets in that comes through the gateway.
-    access: Vec<Option<(String, JobToken)>>,
+    access: Vec<Option<(String, Secret)>>,
+    /// Whether the way there may lead unencrypted beyond private networks.
+    insecure: bool,
     /// The round of the checkpoint that the top begins from.
     start: Option<u32>,
     /// Trainers work all at once: between them they get each core about once.
@@ -59,6 +61,7 @@ impl Workers {
             folder: folder.clone(),
             specs: job.workers.clone(),
             access: job.workers.iter().map(|spec| gateway.access(spec)).collect(),
+            insecure: gateway.is_insecure(),
             start,
             trainer_threads: (cores / trainers.max(1)).max(1).to_string(),
             processes: JoinSet::new(),
@@ -101,9 +104,13 @@ impl Workers {
         if let Some(round) = self.start.filter(|_| spec.kind == Kind::Top) {
             command.arg("--start").arg(round.to_string());
         }
-        if let Some((address, token)) = &self.access[index] {
+        if let Some((address, secret)) = &self.access[index] {
             command.arg("--gateway").arg(address);
-            command.env(TOKEN_VARIABLE, token.to_hex());
+            if self.insecure {
+                command.arg("--insecure");
+            }
+            // Others can read a command line, and nobody else's an environment.
+            command.env(SECRET_VARIABLE, secret.to_text());
         }
         if spec.kind == Kind::Trainer {
             command.env("RAYON_NUM_THREADS", &self.trainer_threads);

@@ -17,7 +17,7 @@ use lifl_common::arena::Layout;
 use lifl_common::config::{Kind, Transport, WorkerSpec};
 use lifl_common::frame::{Frame, FrameKind};
 use lifl_common::id::JobId;
-use lifl_common::session::{JobToken, TOKEN_VARIABLE};
+use lifl_common::session::{SECRET_VARIABLE, Secret};
 use lifl_common::update::Schema;
 
 use crate::dir::Dir;
@@ -41,6 +41,8 @@ pub struct Place {
     pub name: String,
     /// Where the gateway is, for a worker whose way up leaves the node.
     pub gateway: Option<String>,
+    /// Whether the way there may lead unencrypted beyond private networks.
+    pub insecure: bool,
     /// The round of the checkpoint that the top begins from; without it, from the job's first model.
     pub start: Option<u32>,
 }
@@ -79,10 +81,10 @@ fn uplink(place: &Place, spec: &WorkerSpec) -> anyhow::Result<Option<Uplink>> {
         return Ok(None);
     }
     let address = place.gateway.as_deref().context("--gateway is missing")?;
-    let token = std::env::var(TOKEN_VARIABLE).with_context(|| format!("{TOKEN_VARIABLE} is not set"))?;
-    let token = JobToken::from_hex(&token).with_context(|| format!("{TOKEN_VARIABLE} is no token"))?;
-    let dial = Dial::new(spec.transport, address)?;
-    Ok(Some(Uplink::new(dial, token, &spec.name)))
+    let secret = std::env::var(SECRET_VARIABLE).with_context(|| format!("{SECRET_VARIABLE} is not set"))?;
+    let secret = Secret::from_text(&secret).with_context(|| format!("{SECRET_VARIABLE} is no secret"))?;
+    let dial = Dial::new(spec.transport, address, place.insecure)?;
+    Ok(Some(Uplink::new(dial, secret, &spec.name)))
 }
 
 /// Registers with the daemon and makes the arena.

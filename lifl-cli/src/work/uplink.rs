@@ -15,9 +15,10 @@ use anyhow::{Context, bail};
 use lifl_common::config::Transport;
 use lifl_common::frame::Refusal;
 use lifl_common::session::mqtt::{self, Broker};
+use lifl_common::session::reach::Reach;
 use lifl_common::session::{
-    Broken, Exchange, GRACE, HELLO_TIMEOUT, Happened, Hello, JobToken, Malformed, Message, Object, Patience,
-    Room, Source, UpdateHeader, Wire, random, tcp,
+    Broken, Exchange, GRACE, HELLO_TIMEOUT, Happened, Malformed, Message, Object, Patience, Room, Secret,
+    Source, UpdateHeader, Wire, random, tcp,
 };
 use tokio::task::JoinHandle;
 
@@ -34,8 +35,17 @@ const LONGEST_PAUSE: Duration = Duration::from_secs(3);
 pub(super) enum Dial {
     /// Over TCP.
     Tcp(SocketAddr),
-    /// Through a broker.
-    Mqtt(Broker),
+    /// Through a broker, which may be beyond private networks if the second field says so.
+    Mqtt(Broker, bool),
+}
+
+/// Who the worker is to the gateway.
+#[derive(Clone, Debug)]
+struct Identity {
+    name: String,
+    secret: Secret,
+    /// Tells this process from another of the same name.
+    instance: u64,
 }
 
 /// What comes from above.
@@ -55,7 +65,7 @@ pub(super) enum FromAbove {
 #[derive(Debug)]
 pub(super) struct Uplink {
     dial: Dial,
-    hello: Hello,
+    identity: Identity,
     exchange: Exchange,
     wire: Option<Wire>,
     connecting: Option<JoinHandle<Result<Wire, Broken>>>,
@@ -65,45 +75,54 @@ pub(super) struct Uplink {
     offered: Option<Object>,
     /// The last round in which there was no update.
     nothing: Option<u32>,
+    /// Why there was no session the last time.
+    last: Option<String>,
 }
 
 impl Dial {
-    /// From a worker's transport and the address that it was given.
-    pub(super) fn new(transport: Transport, address: &str) -> anyhow::Result<Self> {
+    /// From a worker's transport and the address that it was given, which may be beyond private networks if it is
+    /// `insecure`.
+    pub(super) fn new(transport: Transport, address: &str, insecure: bool) -> anyhow::Result<Self> {
         match transport {
             Transport::P2p => {
-                let address = address
+                let address: SocketAddr = address
                     .parse()
                     .with_context(|| format!("{address} is no address"))?;
+                Reach::permit(address.ip(), insecure)?;
                 Ok(Self::Tcp(address))
             }
             Transport::Mqtt => {
                 let broker = Broker::parse(address);
-                Ok(Self::Mqtt(
-                    broker.with_context(|| format!("{address} is no broker"))?,
-                ))
+                let broker = broker.with_context(|| format!("{address} is no broker"))?;
+                Ok(Self::Mqtt(broker, insecure))
             }
             Transport::Shm => bail!("no gateway is reached by shared memory"),
         }
     }
 
-    async fn connect(self, hello: Hello) -> Result<Wire, Broken> {
+    async fn connect(self, identity: Identity) -> Result<Wire, Broken> {
         // A broker loses what is published while the gateway is away from it: that is better said soon again.
         let answer = match self {
             Self::Tcp(_) => HELLO_TIMEOUT,
-            Self::Mqtt(_) => BROKER_PATIENCE,
+            Self::Mqtt(..) => BROKER_PATIENCE,
         };
+        let Identity {
+            name,
+            secret,
+            instance,
+        } = identity;
         let connected = async {
             let mut wire = match self {
-                Self::Tcp(address) => tcp::connect(address).await?,
-                Self::Mqtt(broker) => {
-                    let (wire, driver) = mqtt::dial(&broker, &hello.token, &hello.name).await?;
+                Self::Tcp(address) => tcp::connect(address, &secret, &name, instance).await?,
+                Self::Mqtt(broker, insecure) => {
+                    let dialled = mqtt::dial(&broker, insecure, &secret, &name, instance, answer);
+                    let (wire, driver) = dialled.await?;
                     tokio::spawn(driver);
                     wire
                 }
             };
-            let introduced = tokio::time::timeout(answer, wire.introduce(&hello)).await;
-            introduced.unwrap_or(Err(Broken::Silent(answer)))?;
+            let welcomed = tokio::time::timeout(answer, wire.welcomed()).await;
+            welcomed.unwrap_or(Err(Broken::Silent(answer)))?;
             Ok(wire)
         };
         let connected = tokio::time::timeout(HELLO_TIMEOUT + answer, connected).await;
@@ -113,11 +132,14 @@ impl Dial {
 
 impl Uplink {
     /// Of a worker of that name.
-    pub(super) fn new(dial: Dial, token: JobToken, name: &str) -> Self {
-        let instance = u64::from_le_bytes(random());
+    pub(super) fn new(dial: Dial, secret: Secret, name: &str) -> Self {
         Self {
             dial,
-            hello: Hello::new(token, name.to_owned(), instance),
+            identity: Identity {
+                name: name.to_owned(),
+                secret,
+                instance: u64::from_le_bytes(random()),
+            },
             exchange: Exchange::default(),
             wire: None,
             connecting: None,
@@ -126,6 +148,7 @@ impl Uplink {
             ready: false,
             offered: None,
             nothing: None,
+            last: None,
         }
     }
 
@@ -192,7 +215,8 @@ impl Uplink {
                     return Ok(FromAbove::Verdict(round, refusal));
                 }
                 Ok(Happened::Message(Message::End(reason))) => return Ok(FromAbove::Ended(reason)),
-                Ok(Happened::Sent(_)) => continue,
+                // Who trains waits for as long as the gateway does.
+                Ok(Happened::Sent(_) | Happened::Overdue) => continue,
                 Ok(Happened::Offered(other) | Happened::Message(other)) => {
                     Malformed::Unexpected(other.name()).into()
                 }
@@ -205,18 +229,19 @@ impl Uplink {
     }
 
     async fn connect(&mut self) -> anyhow::Result<()> {
-        let (pause, dial, hello) = (self.pause, &self.dial, &self.hello);
+        let (pause, dial, identity) = (self.pause, &self.dial, &self.identity);
         let connecting = self.connecting.get_or_insert_with(|| {
-            let (dial, hello) = (dial.clone(), hello.clone());
+            let (dial, identity) = (dial.clone(), identity.clone());
             tokio::spawn(async move {
                 tokio::time::sleep(pause).await;
-                dial.connect(hello).await
+                dial.connect(identity).await
             })
         });
         let connected = tokio::select! {
             connected = connecting => connected.context("the connecting task failed")?,
             () = tokio::time::sleep_until(self.patience.ends(GRACE)) => {
-                bail!("the gateway was not reached for {} s", GRACE.as_secs());
+                let why = self.last.as_deref().unwrap_or("it does not answer");
+                bail!("the gateway was not reached for {} s: {why}", GRACE.as_secs());
             }
         };
         self.connecting = None;
@@ -239,6 +264,9 @@ impl Uplink {
     }
 
     fn failed(&mut self, broken: Broken) -> anyhow::Result<()> {
+        if let Broken::Exposed(exposed) = broken {
+            return Err(exposed).context("no session with the gateway");
+        }
         if broken.is_final() {
             return Err(broken).context("the gateway turned us away");
         }
@@ -253,6 +281,7 @@ impl Uplink {
             "no session with the gateway, again in {:?}: {error:#}",
             self.pause
         );
+        self.last = Some(format!("{error:#}"));
         Ok(())
     }
 }

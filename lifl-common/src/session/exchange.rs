@@ -26,8 +26,17 @@ const PING: Duration = Duration::from_secs(10);
 /// How long data may be on its way without an acknowledgement.
 const STALL: Duration = Duration::from_secs(15);
 
-/// Bytes of an abandoned object that may still come.
-const ABANDONED_BYTES: u64 = 64 << 20;
+/// What a transfer has to get across on average, a while after its first byte might have gone.
+const SLOWEST_BYTES_PER_S: u64 = 16 << 10;
+
+/// Pieces and acknowledgements of less than this count as messages that move nothing.
+const LITTLE_BYTES: u64 = 64;
+
+/// Pings that may come at once, and one more each second. An end says one each [`PING`].
+const PINGS: u32 = 16;
+
+/// Other messages that move nothing: so many at once, and as many each second. A round takes two or three.
+const OTHERS: u32 = 4096;
 
 /// What came of waiting.
 #[derive(Debug)]
@@ -45,10 +54,12 @@ pub enum Happened {
     Sent(u32),
     /// Any other message.
     Message(Message),
+    /// The other end is too slow with what is being received or sent: [`Exchange::abandon`] or [`Exchange::withdraw`] it.
+    Overdue,
 }
 
 /// The transfers of one worker.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Exchange {
     incoming: Incoming,
     outgoing: Option<Outgoing>,
@@ -56,6 +67,57 @@ pub struct Exchange {
     done: Option<Object>,
     ready: VecDeque<Happened>,
     moved: u64,
+    pings: Allowance,
+    others: Allowance,
+    /// How long a transfer may take, beside the time for what has got across; `None` where nobody minds.
+    grace: Option<Duration>,
+}
+
+/// Messages that may come: so many at once, and then so many each second.
+#[derive(Debug)]
+struct Allowance {
+    left: u32,
+    most: u32,
+    per_s: u32,
+    filled: Instant,
+}
+
+impl Allowance {
+    fn new(most: u32, per_s: u32) -> Self {
+        Self {
+            left: most,
+            most,
+            per_s,
+            filled: Instant::now(),
+        }
+    }
+
+    fn take(&mut self) -> Result<(), Broken> {
+        let now = Instant::now();
+        let more = (now - self.filled).as_millis() * u128::from(self.per_s) / 1000;
+        if more > 0 {
+            let left = u128::from(self.left) + more;
+            self.left = u32::try_from(left).unwrap_or(u32::MAX).min(self.most);
+            self.filled = now;
+        }
+        self.left = self.left.checked_sub(1).ok_or(Broken::Flood)?;
+        Ok(())
+    }
+}
+
+impl Default for Exchange {
+    fn default() -> Self {
+        Self {
+            incoming: Incoming::default(),
+            outgoing: None,
+            done: None,
+            ready: VecDeque::new(),
+            moved: 0,
+            pings: Allowance::new(PINGS, 1),
+            others: Allowance::new(OTHERS, OTHERS),
+            grace: None,
+        }
+    }
 }
 
 /// What is being received.
@@ -72,6 +134,8 @@ struct Receiving {
     at: u64,
     acknowledged: u64,
     room: Room,
+    /// When its first byte might have come.
+    since: Instant,
 }
 
 /// What is being sent.
@@ -81,6 +145,8 @@ pub(super) struct Outgoing {
     object: Object,
     source: Source,
     granted: bool,
+    /// When its first byte might have gone.
+    since: Option<Instant>,
     sent: u64,
     acknowledged: u64,
     progress: Instant,
@@ -149,6 +215,15 @@ impl Outgoing {
 }
 
 impl Exchange {
+    /// Of an end that does not wait for ever: a transfer may take so long to begin or to go on in another session, and
+    /// 16 KiB a second for the rest.
+    pub fn with_grace(grace: Duration) -> Self {
+        Self {
+            grace: Some(grace),
+            ..Self::default()
+        }
+    }
+
     /// Sends an object as soon as the other end has a place for it. What was being sent is given up.
     ///
     /// # Panics
@@ -164,6 +239,7 @@ impl Exchange {
             object,
             source,
             granted: false,
+            since: None,
             sent: 0,
             acknowledged: 0,
             progress: Instant::now(),
@@ -197,6 +273,19 @@ impl Exchange {
             .map(|receiving| receiving.object.round)
     }
 
+    /// When the other end will have been too slow with what is being received or sent, which holds a place at this end.
+    pub(super) fn overdue(&self) -> Option<Instant> {
+        let grace = self.grace?;
+        let due = |since: Instant, bytes: u64| {
+            since + grace + Duration::from_millis(bytes.saturating_mul(1000) / SLOWEST_BYTES_PER_S)
+        };
+        let receiving = self.incoming.receiving.as_ref();
+        let receiving = receiving.map(|receiving| due(receiving.since, receiving.at));
+        let sending = self.outgoing.as_ref();
+        let sending = sending.and_then(|outgoing| Some(due(outgoing.since?, outgoing.acknowledged)));
+        receiving.into_iter().chain(sending).min()
+    }
+
     /// Gives up what is being sent.
     pub fn withdraw(&mut self) {
         self.outgoing = None;
@@ -205,7 +294,8 @@ impl Exchange {
     /// Gives up what is being received; its place is free again.
     pub fn abandon(&mut self) {
         if let Some(receiving) = self.incoming.receiving.take() {
-            self.incoming.abandoned = Some((receiving.object.round, ABANDONED_BYTES));
+            let left = receiving.object.length - receiving.at;
+            self.incoming.abandoned = Some((receiving.object.round, left));
         }
     }
 
@@ -217,6 +307,7 @@ impl Exchange {
             at: 0,
             acknowledged: 0,
             room,
+            since: Instant::now(),
         });
         wire.send(&Message::Ack {
             round: object.round,
@@ -263,6 +354,12 @@ impl Exchange {
                 }
                 wake = wake.min(stalled);
             }
+            if let Some(due) = self.overdue() {
+                if now >= due {
+                    return Ok(Happened::Overdue);
+                }
+                wake = wake.min(due);
+            }
             let (reader, writer) = (&mut wire.reader, &mut wire.writer);
             let message = tokio::select! {
                 message = reader.next(&mut self.incoming) => message?,
@@ -276,22 +373,30 @@ impl Exchange {
 
     fn take(&mut self, wire: &mut Wire, message: Message) -> Result<(), Broken> {
         match message {
-            Message::Ping => {}
-            Message::Chunk { round, length, .. } => self.chunk(wire, round, length),
+            Message::Ping => self.pings.take()?,
+            Message::Chunk { round, length, .. } => self.chunk(wire, round, length)?,
             Message::Ack { round, offset } => self.acknowledged(round, offset)?,
             Message::Bye { last, reason } => return Err(Broken::Bye { last, reason }),
-            header @ (Message::Model(_) | Message::Update(_)) => self.offered(wire, header)?,
-            other => self.ready.push_back(Happened::Message(other)),
+            header @ (Message::Model(_) | Message::Update(_)) => {
+                self.others.take()?;
+                self.offered(wire, header)?;
+            }
+            other => {
+                self.others.take()?;
+                self.ready.push_back(Happened::Message(other));
+            }
         }
         Ok(())
     }
 
-    fn chunk(&mut self, wire: &mut Wire, round: u32, bytes: usize) {
+    fn chunk(&mut self, wire: &mut Wire, round: u32, bytes: usize) -> Result<(), Broken> {
+        let mut little = (bytes as u64) < LITTLE_BYTES;
         if let Some(receiving) = &mut self.incoming.receiving
             && receiving.object.round == round
         {
             receiving.at += bytes as u64;
             self.moved += bytes as u64;
+            little &= receiving.at < receiving.object.length;
             let ahead = receiving.at - receiving.acknowledged;
             if ahead >= 2 * bytes as u64 || receiving.at == receiving.object.length {
                 receiving.acknowledged = receiving.at;
@@ -304,6 +409,7 @@ impl Exchange {
         } else if let Some((_, left)) = &mut self.incoming.abandoned {
             *left = left.saturating_sub(bytes as u64);
         }
+        if little { self.others.take() } else { Ok(()) }
     }
 
     /// Tells of the object that has come whole, if it has.
@@ -315,10 +421,10 @@ impl Exchange {
         }
     }
 
-    fn acknowledged(&mut self, round: u32, offset: u64) -> Result<(), Malformed> {
+    fn acknowledged(&mut self, round: u32, offset: u64) -> Result<(), Broken> {
         // Of an object that was given up.
         let Some(outgoing) = self.outgoing.as_mut().filter(|it| it.object.round == round) else {
-            return Ok(());
+            return self.others.take();
         };
         let limit = if outgoing.granted {
             outgoing.sent
@@ -331,13 +437,18 @@ impl Exchange {
             0
         };
         if !(least..=limit).contains(&offset) {
-            return Err(Malformed::Ack { round, offset });
+            return Err(Malformed::Ack { round, offset }.into());
+        }
+        let more = offset.saturating_sub(outgoing.acknowledged);
+        if more < LITTLE_BYTES && offset < outgoing.object.length {
+            self.others.take()?;
         }
         if !outgoing.granted {
             outgoing.granted = true;
+            outgoing.since.get_or_insert_with(Instant::now);
             outgoing.sent = offset;
         }
-        self.moved += offset - outgoing.acknowledged;
+        self.moved += more;
         outgoing.acknowledged = offset;
         outgoing.progress = Instant::now();
         if offset == outgoing.object.length {

@@ -3,7 +3,8 @@
 use std::io;
 use std::time::Duration;
 
-use super::{JobToken, MAX_NAME_BYTES, VERSION};
+use super::handshake::HandshakeError;
+use super::reach::Exposed;
 use crate::update::{Cover, MAX_TRAINERS};
 
 /// The longest chunk's data.
@@ -19,43 +20,10 @@ pub(super) const MAX_CONTROL_BYTES: usize = 1024 + MAX_COVER_BYTES;
 const MAX_COVER_BYTES: usize = MAX_TRAINERS as usize / 8;
 
 /// The longest reason.
-const MAX_REASON_BYTES: usize = 512;
-
-const MAGIC: [u8; 4] = *b"LIFL";
+pub(super) const MAX_REASON_BYTES: usize = 512;
 
 pub(super) const CHUNK: u8 = 6;
-
-/// A worker's first word.
-#[derive(Clone, Debug)]
-pub struct Hello {
-    /// The worker's [`VERSION`].
-    pub version: u16,
-    /// Random; the same in all sessions of one process.
-    pub instance: u64,
-    /// The job's.
-    pub token: JobToken,
-    /// Who it is in the job.
-    pub name: String,
-}
-
-impl Hello {
-    /// Of this version.
-    pub fn new(token: JobToken, name: String, instance: u64) -> Self {
-        Self {
-            version: VERSION,
-            instance,
-            token,
-            name,
-        }
-    }
-}
-
-impl PartialEq for Hello {
-    fn eq(&self, other: &Self) -> bool {
-        let rest = (self.version, self.instance, &self.name) == (other.version, other.instance, &other.name);
-        rest & self.token.is(&other.token)
-    }
-}
+pub(super) const BYE: u8 = 12;
 
 /// What is to come in chunks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -88,10 +56,8 @@ pub struct UpdateHeader {
 /// One message. See the table in [`session`](super).
 #[derive(Clone, Debug, PartialEq)]
 pub enum Message {
-    /// The worker's first word.
-    Hello(Hello),
-    /// Let in, by a gateway of that version.
-    Welcome(u16),
+    /// The gateway has let the worker in.
+    Welcome,
     /// The worker can begin.
     Ready,
     /// A model is to come.
@@ -153,11 +119,11 @@ pub enum Malformed {
     /// The fields do not fill the message, or do not fit.
     #[error("a message of kind {0} whose fields are not as long as it is")]
     Fields(u8),
-    /// Not a hello of this protocol.
-    #[error("no LIFL session begins like this")]
-    Magic,
+    /// Not sealed by the session's key for this place: changed, out of order, or somebody else's.
+    #[error("a message that the other end has not sent like this")]
+    Seal,
     /// A text that is none.
-    #[error("a text that is not UTF-8, or a name with control characters")]
+    #[error("a text that is not UTF-8")]
     Text,
     /// A chunk that nobody asked for.
     #[error(
@@ -196,12 +162,24 @@ pub enum Broken {
     /// The MQTT broker failed, or does not take what it is sent.
     #[error("the connection with the MQTT broker failed")]
     Broker(#[from] Box<rumqttc::v5::ConnectionError>),
+    /// One end has not proved itself.
+    #[error("the handshake failed")]
+    Handshake(#[from] HandshakeError),
+    /// It would go over a public network.
+    #[error("the connection is not made")]
+    Exposed(#[from] Exposed),
+    /// Not let in, by somebody who has not proved to be the gateway.
+    #[error("whoever answered did not let us in and said {0:?}")]
+    Refused(String),
     /// Not even a ping.
     #[error("nothing was heard for {} s", .0.as_secs())]
     Silent(Duration),
     /// Data goes out and nothing is acknowledged.
     #[error("nothing was acknowledged for {} s", .0.as_secs())]
     Stalled(Duration),
+    /// Messages that move nothing, more than any work needs.
+    #[error("more messages without data than there is use for")]
+    Flood,
     /// Not the protocol.
     #[error("the other end does not keep to the protocol")]
     Malformed(#[from] Malformed),
@@ -224,7 +202,7 @@ pub enum Broken {
 impl Broken {
     /// Whether it is no use to try again.
     pub fn is_final(&self) -> bool {
-        matches!(self, Self::Bye { last: true, .. })
+        matches!(self, Self::Bye { last: true, .. } | Self::Exposed(_))
     }
 }
 
@@ -233,20 +211,7 @@ impl Message {
     pub fn encode(&self) -> Vec<u8> {
         let mut out = Vec::with_capacity(64);
         match self {
-            Self::Hello(hello) => {
-                out.push(1);
-                out.extend(MAGIC);
-                out.extend(hello.version.to_le_bytes());
-                out.extend(hello.instance.to_le_bytes());
-                out.extend(hello.token.as_bytes());
-                let name = cut(&hello.name, MAX_NAME_BYTES);
-                out.push(name.len() as u8);
-                out.extend(name.as_bytes());
-            }
-            Self::Welcome(version) => {
-                out.push(2);
-                out.extend(version.to_le_bytes());
-            }
+            Self::Welcome => out.push(2),
             Self::Ready => out.push(3),
             Self::Model(object) => {
                 out.push(4);
@@ -307,8 +272,7 @@ impl Message {
         check_length(kind, bytes.len() as u64)?;
         let mut fields = Fields { kind, left: fields };
         let message = match kind {
-            1 => Self::Hello(fields.hello()?),
-            2 => Self::Welcome(fields.u16()?),
+            2 => Self::Welcome,
             3 => Self::Ready,
             4 => Self::Model(fields.object()?),
             5 => Self::Update(UpdateHeader {
@@ -360,8 +324,7 @@ impl Message {
     /// What it is called.
     pub fn name(&self) -> &'static str {
         match self {
-            Self::Hello(_) => "hello",
-            Self::Welcome(_) => "welcome",
+            Self::Welcome => "welcome",
             Self::Ready => "ready",
             Self::Model(_) => "model",
             Self::Update(_) => "update",
@@ -389,7 +352,7 @@ impl Message {
 pub(super) fn check_length(kind: u8, bytes: u64) -> Result<(), Malformed> {
     let (least, most) = match kind {
         CHUNK => (CHUNK_HEAD_BYTES + 1, CHUNK_HEAD_BYTES + MAX_CHUNK_BYTES),
-        1..=12 => (1, MAX_CONTROL_BYTES),
+        2..=12 => (1, MAX_CONTROL_BYTES),
         other => return Err(Malformed::Kind(other)),
     };
     if (least as u64..=most as u64).contains(&bytes) {
@@ -477,25 +440,5 @@ impl Fields<'_> {
     fn reason(&mut self) -> Result<String, Malformed> {
         let bytes = usize::from(self.u16()?);
         self.text(bytes, MAX_REASON_BYTES)
-    }
-
-    fn hello(&mut self) -> Result<Hello, Malformed> {
-        if self.array().map_err(|_| Malformed::Magic)? != MAGIC {
-            return Err(Malformed::Magic);
-        }
-        let version = self.u16()?;
-        let instance = self.u64()?;
-        let token = JobToken::from_bytes(self.array()?);
-        let bytes = usize::from(self.array::<1>()?[0]);
-        let name = self.text(bytes, MAX_NAME_BYTES)?;
-        if name.is_empty() || name.chars().any(char::is_control) {
-            return Err(Malformed::Text);
-        }
-        Ok(Hello {
-            version,
-            instance,
-            token,
-            name,
-        })
     }
 }

@@ -6,13 +6,17 @@
 //!
 //! # Messages
 //!
-//! Little endian. Over TCP a message is `u32` length, `u8` kind, fields; over MQTT one publish is `u64` session,
-//! `u32` sequence, `u8` kind, fields. No length is believed before it has been held against the kind's own maximum.
+//! Little endian. Over TCP a message is `u32` length, `u8` kind, fields, tag; over MQTT one publish is `u64` session,
+//! `u32` sequence, `u8` kind, fields, tag. No length is believed before it has been held against the kind's own maximum. The
+//! tag has 16 bytes and seals what is before it and the message's number: [`handshake`] says where its key comes from, and
+//! has the messages before the first sealed one, 1, 13 and 14.
 //!
 //! | kind | name | from | fields | meaning |
 //! | --- | --- | --- | --- | --- |
-//! | 1 | hello | worker | `"LIFL"`, version `u16`, instance `u64`, token 16 bytes, name `u8` length and text | first; `instance` tells one process of that name from another |
-//! | 2 | welcome | gateway | version `u16` | let in |
+//! | 1 | hello | worker | `"LIFL"`, version `u16`, participant 16 bytes, instance `u64`, nonce 32 bytes; no tag | first; `instance` tells one process of a participant from another |
+//! | 13 | challenge | gateway | version `u16`, nonce 32 bytes, proof 32 bytes; no tag | whom the gateway has to do with must know the secret |
+//! | 14 | proof | worker | proof 32 bytes; no tag | knows it |
+//! | 2 | welcome | gateway | | let in |
 //! | 3 | ready | worker | | can begin |
 //! | 4 | model | gateway | round `u32`, length `u64`, schema `u64` | a round begins: its model's data is to come |
 //! | 5 | update | worker | round `u32`, length `u64`, schema `u64`, samples `u64`, loss `f64`, folded `u64`, bytes copied `u64`, cover `u16` length and bytes | an update's data is to come |
@@ -40,49 +44,57 @@
 //! # A session
 //!
 //! ```text
-//!             hello                 welcome
-//!   connected ─────▶ being judged ─────────▶ open ──── end ────▶ over
-//!       ▲                 │ bye (last)        │ silence, stall, malformed, connection lost
-//!       │                 ▼                   ▼
-//!       │               over               broken ── back-off ─┐   the transfers' state stays on both sides: the headers
-//!       └──────────────────────────────────────────────────────┘   are said again, and the acks say where to go on
+//!             hello            challenge, proof           welcome
+//!   connected ─────▶ not proven ───────────────▶ proven ─────────▶ open ──── end ────▶ over
+//!       ▲                │ bye (not sealed)         │ bye (last)    │ silence, stall, malformed, connection lost
+//!       │                ▼                          ▼               ▼
+//!       ├─── back-off ───┘                        over           broken ── back-off ─┐   the transfers' state stays on both
+//!       └────────────────────────────────────────────────────────────────────────────┘   sides: the headers are said again,
+//!                                                                                        and the acks say where to go on
 //! ```
 //!
 //! A session that is broken for longer than [`GRACE`] is given up: the proxy leaves the job, and the worker ends.
 
 mod exchange;
+pub mod handshake;
 mod message;
 pub mod mqtt;
 mod object;
 mod patience;
+pub mod reach;
+mod seal;
+mod secret;
 pub mod tcp;
-mod token;
 mod wire;
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 pub use exchange::{Exchange, Happened};
-pub use message::{Broken, Hello, Malformed, Message, Object, UpdateHeader};
+pub use message::{Broken, Malformed, Message, Object, UpdateHeader};
 pub use object::{Buffer, Room, Source};
 pub use patience::Patience;
-pub use token::{JobToken, random};
+pub use seal::{SealKey, SessionKeys};
+pub use secret::{JobDigest, JobToken, ParticipantId, Secret, random};
 pub use wire::{Limits, Wire};
 
 /// The version of what is said in sessions; both ends must have the same.
-pub const VERSION: u16 = 2;
+pub const VERSION: u16 = 3;
+
+/// What a first message begins with.
+const MAGIC: [u8; 4] = *b"LIFL";
 
 /// How long a proxy and its worker wait for a broken session to be taken up again.
 pub const GRACE: Duration = Duration::from_secs(60);
 
-/// How long a connection has to say hello, and the gateway to answer it.
+/// How long a handshake may take, from the connection to the proof.
 pub const HELLO_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// The longest name of a worker beyond the node's shared memory: its proxy's name must fit into a registration.
 pub const MAX_NAME_BYTES: usize = 112;
 
-/// The environment variable in which a worker finds its job's token, so that it is not on the command line.
-pub const TOKEN_VARIABLE: &str = "LIFL_GATEWAY_TOKEN";
+/// The environment variable in which a worker finds its [`Secret`], so that it is not on the command line.
+pub const SECRET_VARIABLE: &str = "LIFL_GATEWAY_SECRET";
 
 /// What the proxy's name has behind its worker's.
 const PROXY_SUFFIX: &str = "@gateway";

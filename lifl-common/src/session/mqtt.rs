@@ -5,12 +5,17 @@
 //! | `lifl/<digest of the token>/<worker>/up` | worker |
 //! | `lifl/<digest of the token>/<worker>/down` | gateway |
 //!
-//! The worker chooses a random number for each session, and both ends count their messages in it. So what a broker brings
-//! twice is known by its number and passed over, and what it loses or brings late leaves a gap: then the session is
-//! broken, and the next one goes on at the acknowledged offsets. Nothing is retained, and no session is kept at the
-//! broker: one that is killed and started anew finds both ends again.
+//! The worker chooses a random number for each session, and both ends count their messages in it: a hello is 0, a proof is 1,
+//! sealed ones follow. So what a broker brings twice is known by its number and passed over, and what it loses or brings late leaves a gap:
+//! then the session is broken, and the next one goes on at the acknowledged offsets. Nothing is retained, and no session is
+//! kept at the broker: one that is killed and started anew finds both ends again.
+//!
+//! Others at the broker may publish on the same topics. What is not sealed by the session's key is passed over before it takes
+//! a place in an [`Inbound`]'s queue, and a session that has not been proved leaves the topic's session as it is. A name is
+//! its topic: the gateway derives the secret that it asks for from the topic that a hello came on.
 
 use std::fmt;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
@@ -20,17 +25,24 @@ use rumqttc::NetworkOptions;
 use rumqttc::v5::mqttbytes::v5::Packet;
 use rumqttc::v5::mqttbytes::{Error as MqttError, QoS};
 use rumqttc::v5::{AsyncClient, ConnectionError, Event, EventLoop, MqttOptions, StateError};
-use sha2::{Digest, Sha256};
 use tokio::sync::{mpsc, watch};
 
 use super::exchange::{Incoming, Outgoing, Sink};
-use super::message::{Broken, CHUNK, CHUNK_HEAD_BYTES, MAX_CHUNK_BYTES, Malformed, Message, check_length};
-use super::token::hex;
+use super::handshake::{HandshakeError, Participant, WorkerHandshake};
+use super::message::{
+    BYE, Broken, CHUNK, CHUNK_HEAD_BYTES, MAX_CHUNK_BYTES, Malformed, Message, check_length,
+};
+use super::reach::Reach;
+use super::seal::{SealKey, TAG_BYTES};
+use super::secret::hex;
 use super::wire::{self, Limits, Queue, Wire};
-use super::{JobToken, Traffic, random};
+use super::{JobDigest, JobToken, MAX_NAME_BYTES, Secret, Traffic, random};
 
 /// Session and sequence number.
 const ENVELOPE_BYTES: usize = 8 + 4;
+
+/// The number of a session's first sealed message, at both ends.
+const FIRST_SEALED: u32 = 2;
 
 /// The longest chunk's data, unless the broker takes less.
 const CHUNK_BYTES: usize = 128 << 10;
@@ -67,8 +79,26 @@ impl Broker {
     pub fn parse(text: &str) -> Option<Self> {
         let (host, port) = text.rsplit_once(':')?;
         let port = port.parse().ok().filter(|port| *port != 0)?;
-        let host = host.to_owned();
+        let host = host.to_ascii_lowercase();
         (!host.is_empty()).then_some(Self { host, port })
+    }
+
+    /// Whether it is named as on this machine's loopback.
+    pub fn is_local(&self) -> bool {
+        Reach::of_host(&self.to_string()) == Some(Reach::Loopback)
+    }
+
+    /// The addresses that the host has now. Who connects, connects to these: another look at the name might find others.
+    ///
+    /// # Errors
+    /// If it has none, or one beyond private networks where `insecure` does not allow that.
+    pub async fn addresses(&self, insecure: bool) -> Result<Vec<SocketAddr>, Broken> {
+        let host = self.host.trim_start_matches('[').trim_end_matches(']');
+        let found: Vec<SocketAddr> = tokio::net::lookup_host((host, self.port)).await?.collect();
+        for address in &found {
+            Reach::permit(address.ip(), insecure)?;
+        }
+        Ok(found)
     }
 }
 
@@ -79,13 +109,12 @@ impl fmt::Display for Broker {
 }
 
 /// The topics of a job begin so.
-fn root(token: &JobToken) -> String {
-    let digest = Sha256::digest(token.as_bytes());
-    format!("lifl/{}", hex(&digest[..16]))
+fn root(job: JobDigest) -> String {
+    format!("lifl/{job}")
 }
 
 /// A worker's name as one level of a topic.
-fn level(name: &str) -> String {
+pub(super) fn level(name: &str) -> String {
     let mut level = String::with_capacity(name.len());
     for byte in name.bytes() {
         match byte {
@@ -96,14 +125,37 @@ fn level(name: &str) -> String {
     level
 }
 
-/// What the gateway subscribes to.
-pub fn subscription(token: &JobToken) -> String {
-    format!("{}/+/up", root(token))
+/// The name that a topic's level stands for.
+fn unlevel(text: &str) -> Option<String> {
+    let mut name = Vec::with_capacity(text.len());
+    let mut rest = text.as_bytes();
+    while let Some((&byte, after)) = rest.split_first() {
+        rest = after;
+        if byte != b'%' {
+            name.push(byte);
+            continue;
+        }
+        let (digits, after) = rest.split_first_chunk::<2>()?;
+        name.push(u8::from_str_radix(std::str::from_utf8(digits).ok()?, 16).ok()?);
+        rest = after;
+    }
+    let name = String::from_utf8(name).ok()?;
+    // One name has one topic.
+    (!name.is_empty() && name.len() <= MAX_NAME_BYTES && level(&name) == text).then_some(name)
 }
 
-/// Where the gateway answers to what came on a topic of its subscription.
-pub fn answering(topic: &str) -> Option<String> {
-    Some(format!("{}/down", topic.strip_suffix("/up")?))
+/// What the gateway subscribes to.
+pub fn subscription(token: &JobToken) -> String {
+    format!("{}/+/up", root(token.digest()))
+}
+
+/// Whom a topic of the gateway's subscription belongs to, and where the gateway answers.
+pub fn correspondent(token: &JobToken, topic: &str) -> Option<(Participant, String)> {
+    let topic = topic.strip_suffix("/up")?;
+    let worker = topic.strip_prefix(&root(token.digest()))?.strip_prefix('/')?;
+    let name = unlevel(worker)?;
+    let secret = token.participant(&name);
+    Some((Participant { name, secret }, format!("{topic}/down")))
 }
 
 /// A connection with a broker, for any number of sessions.
@@ -122,26 +174,41 @@ pub struct Driver {
 }
 
 /// Connects to a broker, subscribes, and finds out how long a message may be: brokers with a limit need not announce it,
-/// but answer to what is too long.
-///
-/// # Errors
-/// If it does not answer, or does not let us subscribe.
-pub async fn connect(
+/// but answer to what is too long. That is tried on `probe`, a topic that nobody reads.
+async fn connect(
     broker: &Broker,
-    token: &JobToken,
+    insecure: bool,
+    probe: &str,
     subscription: &str,
 ) -> Result<(Line, Driver), Broken> {
+    let addresses = broker.addresses(insecure).await?;
     let mut chunk_bytes = CHUNK_BYTES;
+    let mut nth = 0;
     loop {
-        let connected = connect_with(broker, token, subscription, chunk_bytes);
+        let address = *addresses.get(nth).ok_or(Broken::Closed)?;
+        let connected = connect_with(address, probe, subscription, chunk_bytes);
         match tokio::time::timeout(BROKER_TIMEOUT, connected).await {
             Ok(Err(Broken::Broker(error))) if is_too_long(&error) && chunk_bytes > SHORTEST_CHUNK_BYTES => {
                 chunk_bytes /= 2;
+            }
+            Ok(Err(Broken::Broker(error)))
+                if matches!(*error, ConnectionError::Io(_)) && nth + 1 < addresses.len() =>
+            {
+                nth += 1;
             }
             Ok(connected) => return connected,
             Err(_) => return Err(Broken::Silent(BROKER_TIMEOUT)),
         }
     }
+}
+
+/// The gateway's connection with a job's broker.
+///
+/// # Errors
+/// If it does not answer, does not let us subscribe, or is where models may not go.
+pub async fn serve(broker: &Broker, insecure: bool, token: &JobToken) -> Result<(Line, Driver), Broken> {
+    let probe = format!("{}/probe", root(token.digest()));
+    connect(broker, insecure, &probe, &subscription(token)).await
 }
 
 /// Whether a broker answered "packet too large" (MQTT 5, section 2.4), which the client takes for a broken packet.
@@ -156,13 +223,17 @@ fn is_too_long(error: &ConnectionError) -> bool {
 }
 
 async fn connect_with(
-    broker: &Broker,
-    token: &JobToken,
+    address: SocketAddr,
+    probe: &str,
     subscription: &str,
     mut chunk_bytes: usize,
 ) -> Result<(Line, Driver), Broken> {
     let id = format!("lifl-{}", hex(&random::<8>()));
-    let mut options = MqttOptions::new(id, &broker.host, broker.port);
+    let host = match address.ip() {
+        IpAddr::V4(ip) => ip.to_string(),
+        IpAddr::V6(ip) => format!("[{ip}]"),
+    };
+    let mut options = MqttOptions::new(id, host, address.port());
     let mut network = NetworkOptions::new();
     network.set_tcp_nodelay(true);
     options
@@ -184,9 +255,8 @@ async fn connect_with(
             }
             Event::Incoming(Packet::SubAck(_)) => {
                 // Nobody reads it: only the answer counts.
-                let probe = vec![0; ENVELOPE_BYTES + CHUNK_HEAD_BYTES + chunk_bytes];
-                let topic = format!("{}/probe", root(token));
-                let published = client.try_publish(topic, QoS::AtLeastOnce, false, probe);
+                let message = vec![0; ENVELOPE_BYTES + CHUNK_HEAD_BYTES + chunk_bytes + TAG_BYTES];
+                let published = client.try_publish(probe, QoS::AtLeastOnce, false, message);
                 published.map_err(|_| Broken::Closed)?;
             }
             Event::Incoming(Packet::PubAck(_)) => break,
@@ -218,35 +288,151 @@ pub fn nowhere() -> (Line, Driver) {
     halves(client, events, CHUNK_BYTES)
 }
 
-/// A worker's session in the making: connects, and gives the wire with the task that is to be run for it, which ends with
-/// the wire or the connection.
+/// A worker's session in the making: connects, proves to the gateway that we know the secret and has it prove the same
+/// within `answer`, and gives the wire with the task that is to be run for it, which ends with the wire or the connection.
 ///
 /// # Errors
-/// As [`connect`].
+/// As [`serve`], and if no gateway answers that knows the secret.
 pub async fn dial(
     broker: &Broker,
-    token: &JobToken,
+    insecure: bool,
+    secret: &Secret,
     worker: &str,
+    instance: u64,
+    answer: Duration,
 ) -> Result<(Wire, impl Future<Output = ()> + use<>), Broken> {
-    let topic = format!("{}/{}", root(token), level(worker));
-    let (line, mut driver) = connect(broker, token, &format!("{topic}/down")).await?;
-    let (inbox, publishes) = mpsc::channel(INBOX);
+    let topic = format!("{}/{}", root(secret.job()), level(worker));
+    let (up, down, probe) = (
+        format!("{topic}/up"),
+        format!("{topic}/down"),
+        format!("{topic}/probe"),
+    );
+    let (line, mut driver) = connect(broker, insecure, &probe, &down).await?;
     let session = u64::from_le_bytes(random());
-    let wire = line.wire(format!("{topic}/up"), session, publishes);
+    let handshake = WorkerHandshake::new(secret, worker, instance, session);
+    let mut heard = HandshakeError::Unknown;
+    let shaken = async {
+        line.publish(&up, enveloped(session, 0, &handshake.hello()).into())
+            .await?;
+        loop {
+            let (_, payload) = driver.next().await?;
+            if envelope(&payload).is_none_or(|(of, _)| of != session) {
+                continue;
+            }
+            // Anybody may publish here; what is no answer to us is not waited for any less.
+            match handshake.answer(&payload[ENVELOPE_BYTES..]) {
+                Ok((proof, keys)) => {
+                    line.publish(&up, enveloped(session, 1, &proof).into()).await?;
+                    return Ok::<_, Broken>(keys);
+                }
+                Err(error) => heard = error,
+            }
+        }
+    };
+    let keys = match tokio::time::timeout(answer, shaken).await {
+        Ok(keys) => keys?,
+        Err(_) if heard == HandshakeError::Unknown => return Err(Broken::Silent(answer)),
+        Err(_) => return Err(heard.into()),
+    };
+    let (mut inbound, publishes) = Inbound::new(session, keys.down);
+    inbound.refusal = Some(refusal_key(secret));
+    let wire = line.wire(up, session, keys.up, publishes);
     let driven = async move {
         loop {
             let publish = tokio::select! {
                 publish = driver.next() => publish,
-                () = inbox.closed() => return,
+                () = inbound.inbox.closed() => return,
             };
             // At the end the reader finds its inbox closed.
             let Ok((_, payload)) = publish else { return };
-            if inbox.try_send(payload).is_err() {
+            if inbound.take(payload).is_err() {
                 return;
             }
         }
     };
     Ok((wire, driven))
+}
+
+/// What seals the gateway's word that it does not know a session.
+fn refusal_key(secret: &Secret) -> SealKey {
+    SealKey::new(&secret.derive("no such session", &[]))
+}
+
+/// The other end has sent more than it was asked for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Overflow;
+
+/// What is published to one end of a session, on its way to the reader: what the other end has sealed, each message once. All
+/// else may be anybody's and is passed over.
+#[derive(Debug)]
+pub struct Inbound {
+    session: u64,
+    key: SealKey,
+    /// A worker's, whose gateway may not know the session.
+    refusal: Option<SealKey>,
+    next: u32,
+    inbox: mpsc::Sender<Bytes>,
+}
+
+impl Inbound {
+    /// Of the session of that number, whose other end seals by that key; and what the reader reads.
+    pub fn new(session: u64, key: SealKey) -> (Self, mpsc::Receiver<Bytes>) {
+        let (inbox, publishes) = mpsc::channel(INBOX);
+        let inbound = Self {
+            session,
+            key,
+            refusal: None,
+            next: FIRST_SEALED,
+            inbox,
+        };
+        (inbound, publishes)
+    }
+
+    /// The session's number.
+    pub fn session(&self) -> u64 {
+        self.session
+    }
+
+    /// Whether nobody reads any more.
+    pub fn is_closed(&self) -> bool {
+        self.inbox.is_closed()
+    }
+
+    /// Takes a publish.
+    ///
+    /// # Errors
+    /// If the other end has sent more than there is room for.
+    pub fn take(&mut self, payload: Bytes) -> Result<(), Overflow> {
+        let Some((session, sequence)) = envelope(&payload) else {
+            return Ok(());
+        };
+        let Some(end) = payload
+            .len()
+            .checked_sub(TAG_BYTES)
+            .filter(|end| *end > ENVELOPE_BYTES)
+        else {
+            return Ok(());
+        };
+        let (message, tag) = payload.split_at(end);
+        let sealed = |key: &SealKey, number: u64| {
+            let mut seal = key.begin(number);
+            seal.add(message);
+            seal.is(tag)
+        };
+        let refused = || {
+            let key = self.refusal.as_ref().filter(|_| sequence == 0);
+            key.is_some_and(|key| sealed(key, session))
+        };
+        if session != self.session
+            || !(sequence >= self.next && sealed(&self.key, sequence.into()) || refused())
+        {
+            return Ok(());
+        }
+        if sequence == self.next {
+            self.next = self.next.saturating_add(1);
+        }
+        self.inbox.try_send(payload.slice(..end)).map_err(|_| Overflow)
+    }
 }
 
 /// The session and the number of a message.
@@ -280,20 +466,21 @@ impl fmt::Debug for Driver {
 }
 
 impl Line {
-    /// A session that is published on `topic`, and whose other end's messages come through `publishes`.
-    pub fn wire(&self, topic: String, session: u64, publishes: mpsc::Receiver<Bytes>) -> Wire {
+    /// A session that is published on `topic` and sealed by that key, and whose other end's messages come through
+    /// `publishes`.
+    pub fn wire(&self, topic: String, session: u64, key: SealKey, publishes: mpsc::Receiver<Bytes>) -> Wire {
         let traffic = Arc::new(Traffic::default());
         let reader = Reader {
             publishes,
-            session,
-            next: 0,
+            next: FIRST_SEALED,
             traffic: Arc::clone(&traffic),
         };
         let writer = Writer {
             line: self.clone(),
             topic,
             session,
-            next: 0,
+            key,
+            next: FIRST_SEALED,
             queue: Queue::default(),
             current: None,
             traffic,
@@ -305,30 +492,71 @@ impl Line {
         Wire::new(wire::Reader::Mqtt(reader), wire::Writer::Mqtt(writer), limits)
     }
 
-    /// Tells whoever goes on with a session that is not known here to begin another.
-    pub fn refuse(&self, topic: &str, session: u64) {
+    /// Sends the gateway's part of a handshake.
+    ///
+    /// # Errors
+    /// If the connection has failed.
+    pub async fn challenge(&self, topic: &str, session: u64, challenge: &[u8]) -> Result<(), Broken> {
+        self.publish(topic, enveloped(session, 0, challenge).into()).await
+    }
+
+    /// Tells the participant, if it goes on with a session that is not known here, to begin another.
+    pub fn refuse(&self, topic: &str, session: u64, secret: &Secret) {
         let bye = Message::Bye {
             last: false,
             reason: "no such session".to_owned(),
         };
-        let payload = enveloped(session, 0, &bye.encode());
+        let payload = sealed(&refusal_key(secret), session, 0, session, &bye.encode());
         // A busy line has no room for it: they will find out.
-        let _ = self.client.try_publish(topic, QoS::AtLeastOnce, false, payload);
+        if self
+            .client
+            .try_publish(topic, QoS::AtLeastOnce, false, payload)
+            .is_ok()
+        {
+            self.published.fetch_add(1, Ordering::Release);
+        }
+    }
+
+    /// Publishes, and counts what the broker has to acknowledge. When it is cancelled it may have been published all the
+    /// same.
+    async fn publish(&self, topic: &str, payload: Bytes) -> Result<(), Broken> {
+        let published = self.client.publish_bytes(topic, QoS::AtLeastOnce, false, payload);
+        published.await.map_err(|_| Broken::Closed)?;
+        self.published.fetch_add(1, Ordering::Release);
+        Ok(())
     }
 }
 
 fn enveloped(session: u64, sequence: u32, body: &[u8]) -> Vec<u8> {
-    let mut payload = Vec::with_capacity(ENVELOPE_BYTES + body.len());
+    let mut payload = Vec::with_capacity(ENVELOPE_BYTES + body.len() + TAG_BYTES);
     payload.extend(session.to_le_bytes());
     payload.extend(sequence.to_le_bytes());
     payload.extend(body);
     payload
 }
 
+/// A message with its envelope and its tag under that number.
+fn sealed(key: &SealKey, session: u64, sequence: u32, number: u64, body: &[u8]) -> Vec<u8> {
+    let mut payload = enveloped(session, sequence, body);
+    let tag = key.seal(number, &payload);
+    payload.extend(tag);
+    payload
+}
+
+/// A whole publish of that number; a chunk's body has its data.
+#[cfg(any(test, feature = "fuzzing"))]
+pub fn sealed_publish(key: &SealKey, session: u64, sequence: u32, body: &[u8]) -> Bytes {
+    sealed(key, session, sequence, sequence.into(), body).into()
+}
+
+/// What is behind a publish's envelope.
+pub fn body(payload: &[u8]) -> &[u8] {
+    payload.get(ENVELOPE_BYTES..).unwrap_or_default()
+}
+
 #[derive(Debug)]
 pub(super) struct Reader {
     publishes: mpsc::Receiver<Bytes>,
-    session: u64,
     next: u32,
     pub(super) traffic: Arc<Traffic>,
 }
@@ -336,33 +564,23 @@ pub(super) struct Reader {
 impl Reader {
     /// The next message. Cancel-safe: a publish is taken whole or not.
     pub(super) async fn next(&mut self, incoming: &mut Incoming) -> Result<Message, Broken> {
-        loop {
-            let payload = self.publishes.recv().await.ok_or(Broken::Closed)?;
-            self.traffic.add_received(payload.len());
-            let Some((session, sequence)) = envelope(&payload) else {
-                return Err(Malformed::Magic.into());
-            };
-            let body = &payload[ENVELOPE_BYTES..];
-            if session != self.session {
-                continue;
-            }
-            // Of a session that the other end does not know, it counts from the beginning.
-            if body.first() == Some(&BYE) && sequence == 0 {
-                return Ok(Message::decode(body)?);
-            }
-            if sequence < self.next {
-                continue;
-            }
-            if sequence > self.next {
-                return Err(Broken::Gap);
-            }
-            self.next += 1;
-            return message(body, incoming);
+        let payload = self.publishes.recv().await.ok_or(Broken::Closed)?;
+        self.traffic.add_received(payload.len() + TAG_BYTES);
+        let Some((_, sequence)) = envelope(&payload) else {
+            return Err(Malformed::Fields(0).into());
+        };
+        let body = body(&payload);
+        // Of a session that the other end does not know, it counts from the beginning.
+        if body.first() == Some(&BYE) && sequence == 0 {
+            return Ok(Message::decode(body)?);
         }
+        if sequence != self.next {
+            return Err(Broken::Gap);
+        }
+        self.next = self.next.checked_add(1).ok_or(Broken::Gap)?;
+        message(body, incoming)
     }
 }
-
-const BYE: u8 = 12;
 
 fn message(body: &[u8], incoming: &mut Incoming) -> Result<Message, Broken> {
     if body.first() != Some(&CHUNK) {
@@ -384,6 +602,7 @@ pub(super) struct Writer {
     line: Line,
     topic: String,
     session: u64,
+    key: SealKey,
     next: u32,
     pub(super) queue: Queue,
     /// What is being published. When that is cancelled it may have gone all the same: then it goes twice, under the same
@@ -423,18 +642,14 @@ impl Writer {
                 None => outgoing.and_then(|outgoing| chunk(outgoing, limits)),
             };
             let Some(body) = body else { return Ok(false) };
-            self.current = Some(enveloped(self.session, self.next, &body).into());
+            let sealed = sealed(&self.key, self.session, self.next, self.next.into(), &body);
+            self.current = Some(sealed.into());
             self.next = self.next.checked_add(1).ok_or(Broken::Gap)?;
         }
         let Some(current) = &self.current else {
             return Ok(false);
         };
-        let published = self
-            .line
-            .client
-            .publish_bytes(&self.topic, QoS::AtLeastOnce, false, current.clone());
-        published.await.map_err(|_| Broken::Closed)?;
-        self.line.published.fetch_add(1, Ordering::Release);
+        self.line.publish(&self.topic, current.clone()).await?;
         self.traffic.add_sent(current.len());
         self.current = None;
         Ok(true)

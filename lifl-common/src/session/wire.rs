@@ -7,7 +7,7 @@ use tokio::time::Instant;
 
 use super::exchange::{Exchange, Happened, Incoming, Outgoing};
 use super::message::{Broken, Malformed, Message};
-use super::{Hello, Traffic, VERSION, mqtt, tcp};
+use super::{Traffic, mqtt, tcp};
 
 /// Messages that wait to be sent; who lets more pile up does not read.
 const QUEUE: usize = 1024;
@@ -121,7 +121,7 @@ impl Wire {
     pub fn send(&mut self, message: &Message) {
         self.said = Instant::now();
         match &mut self.writer {
-            Writer::Tcp(writer) => writer.queue.push(tcp::framed(message)),
+            Writer::Tcp(writer) => writer.queue.push(message.encode()),
             Writer::Mqtt(writer) => writer.queue.push(message.encode()),
         }
     }
@@ -150,29 +150,13 @@ impl Wire {
         }
     }
 
-    /// Waits for a worker's first word.
+    /// Waits for the gateway's welcome.
     ///
     /// # Errors
-    /// If it is none.
-    pub async fn hello(&mut self) -> Result<Hello, Broken> {
+    /// If it does not let us in.
+    pub async fn welcomed(&mut self) -> Result<(), Broken> {
         match Exchange::default().next(self).await? {
-            Happened::Message(Message::Hello(hello)) => Ok(hello),
-            _ => Err(Malformed::Magic.into()),
-        }
-    }
-
-    /// Says a worker's first word and waits to be let in.
-    ///
-    /// # Errors
-    /// If the other end is no gateway of this version, or does not let us in.
-    pub async fn introduce(&mut self, hello: &Hello) -> Result<(), Broken> {
-        self.send(&Message::Hello(hello.clone()));
-        match Exchange::default().next(self).await? {
-            Happened::Message(Message::Welcome(VERSION)) => Ok(()),
-            Happened::Message(Message::Welcome(theirs)) => Err(Broken::Bye {
-                last: true,
-                reason: format!("the gateway speaks version {theirs}, this program {VERSION}"),
-            }),
+            Happened::Message(Message::Welcome) => Ok(()),
             Happened::Message(other) => Err(Malformed::Unexpected(other.name()).into()),
             _ => Err(Malformed::Unexpected("an object").into()),
         }

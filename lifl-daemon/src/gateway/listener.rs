@@ -1,26 +1,24 @@
-//! A TCP address of the gateway: connections are taken, and passed on once they have said hello.
+//! A TCP address of the gateway: connections are taken, and passed on once they have proved themselves.
 //!
 //! ```text
-//!   accepted ──▶ silent ── hello ──▶ passed on
-//!                  └── 10 s, no hello, or one of too many and the oldest ──▶ closed
+//!   accepted ──▶ stranger ── hello of a participant ──▶ named ── proof ──▶ passed on
+//!                  │ 10 s in all, or too many             │ no proof
+//!                  ▼                                      ▼
+//!                closed          something else ──▶ refused: the same words for all, closed
 //! ```
 
-use std::collections::VecDeque;
 use std::io;
 use std::net::SocketAddr;
 use std::time::Duration;
 
-use lifl_common::session::{Broken, HELLO_TIMEOUT, Hello, Message, Wire, tcp};
+use lifl_common::session::{Broken, HELLO_TIMEOUT, SessionKeys, tcp};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::task::AbortHandle;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-use super::FAREWELL;
+use super::newcomers::Newcomers;
+use super::{Entrance, FAREWELL, Proven, REFUSAL};
 use crate::chain::error_chain;
-
-/// Connections that have not said hello; of more the oldest is closed.
-const MAX_SILENT: usize = 256;
 
 /// A listening address.
 #[derive(Debug)]
@@ -30,16 +28,17 @@ pub(super) struct Listener {
 }
 
 impl Listener {
-    /// Listens; whoever says hello is passed to `admit`.
+    /// Listens; whoever proves itself enters by `entrance`.
     pub(super) async fn bind(
         address: SocketAddr,
-        admit: impl Fn(Hello, Wire) + Clone + Send + 'static,
+        entrance: Entrance,
+        newcomers: Newcomers,
         tasks: &TaskTracker,
         open: CancellationToken,
     ) -> io::Result<Self> {
         let socket = TcpListener::bind(address).await?;
         let address = socket.local_addr()?;
-        tasks.spawn(accept(socket, admit, tasks.clone(), open.clone()));
+        tasks.spawn(accept(socket, entrance, newcomers, tasks.clone(), open.clone()));
         Ok(Self { address, open })
     }
 
@@ -54,14 +53,14 @@ impl Listener {
 
 async fn accept(
     socket: TcpListener,
-    admit: impl Fn(Hello, Wire) + Clone + Send + 'static,
+    entrance: Entrance,
+    newcomers: Newcomers,
     tasks: TaskTracker,
     open: CancellationToken,
 ) {
-    let mut silent: VecDeque<AbortHandle> = VecDeque::new();
     loop {
         let accepted = tokio::select! {
-            () = open.cancelled() => break,
+            () = open.cancelled() => return,
             accepted = socket.accept() => accepted,
         };
         let (stream, peer) = match accepted {
@@ -73,39 +72,74 @@ async fn accept(
                 continue;
             }
         };
-        silent.retain(|task| !task.is_finished());
-        if silent.len() >= MAX_SILENT
-            && let Some(oldest) = silent.pop_front()
-        {
-            oldest.abort();
-        }
-        let admit = admit.clone();
-        let greeted = tasks.spawn(async move { greet(stream, peer, admit).await });
-        silent.push_back(greeted.abort_handle());
-    }
-    for task in silent {
-        task.abort();
+        let mut place = newcomers.stranger(peer.ip());
+        let (entrance, newcomers, open) = (entrance.clone(), newcomers.clone(), open.clone());
+        tasks.spawn(async move {
+            let mut stream = stream;
+            let hello = async {
+                let hello = tcp::hello(&mut stream).await?;
+                let known = entrance.identify(hello.participant).await;
+                Ok((hello, known))
+            };
+            let deadline = tokio::time::Instant::now() + HELLO_TIMEOUT;
+            let hello = tokio::select! {
+                hello = tokio::time::timeout_at(deadline, hello) => hello,
+                () = place.evicted() => return,
+                () = open.cancelled() => return,
+            };
+            let greeted = match hello {
+                Ok(Ok((hello, Some(known)))) => {
+                    let mut named = newcomers.named(hello.participant);
+                    drop(place);
+                    let asked = tcp::challenge(&mut stream, &hello, Some(&known.participant));
+                    let keys = tokio::select! {
+                        keys = tokio::time::timeout_at(deadline, asked) => keys,
+                        () = named.evicted() => return,
+                        () = open.cancelled() => return,
+                    };
+                    let proven = Proven {
+                        job: known.job,
+                        name: known.participant.name,
+                        instance: hello.instance,
+                    };
+                    keys.map(|keys| keys.map(|keys| (proven, keys)))
+                }
+                // Asked as one who is known, and let in never.
+                Ok(Ok((hello, None))) => {
+                    let asked = tcp::challenge(&mut stream, &hello, None);
+                    let keys = tokio::select! {
+                        keys = tokio::time::timeout_at(deadline, asked) => keys,
+                        () = place.evicted() => return,
+                        () = open.cancelled() => return,
+                    };
+                    keys.map(|keys| Err(keys.err().unwrap_or(Broken::Closed)))
+                }
+                Ok(Err(error)) => Ok(Err(error)),
+                Err(late) => Err(late),
+            };
+            judge(stream, peer, greeted, &entrance, &newcomers).await;
+        });
     }
 }
 
-/// Waits for a connection's hello.
-async fn greet(stream: TcpStream, peer: SocketAddr, admit: impl Fn(Hello, Wire)) {
-    let mut wire = match tcp::wire(stream) {
-        Ok(wire) => wire,
-        Err(error) => {
-            tracing::debug!(%peer, "closed at once: {error}");
-            return;
+/// Passes on who has proved itself, and refuses who has not.
+async fn judge(
+    stream: TcpStream,
+    peer: SocketAddr,
+    greeted: Result<Result<(Proven, SessionKeys), Broken>, tokio::time::error::Elapsed>,
+    entrance: &Entrance,
+    newcomers: &Newcomers,
+) {
+    match greeted {
+        Ok(Ok((proven, keys))) => match tcp::gateway_wire(stream, keys) {
+            Ok(wire) => entrance.admit(proven, wire),
+            Err(error) => tracing::debug!(%peer, "closed at once: {error}"),
+        },
+        Ok(Err(error @ Broken::Handshake(_))) => {
+            newcomers.log_refusal(peer, &error_chain(&error));
+            let _ = tokio::time::timeout(FAREWELL, tcp::refuse(stream, REFUSAL)).await;
         }
-    };
-    match tokio::time::timeout(HELLO_TIMEOUT, wire.hello()).await {
-        Ok(Ok(hello)) => admit(hello, wire),
-        Ok(Err(error @ Broken::Malformed(_))) => {
-            let reason = error_chain(&error);
-            tracing::warn!(%peer, "no worker: {reason}");
-            let bye = Message::Bye { last: true, reason };
-            let _ = tokio::time::timeout(FAREWELL, wire.close(&bye)).await;
-        }
-        Ok(Err(error)) => tracing::debug!(%peer, "left before hello: {error}"),
-        Err(_) => tracing::warn!(%peer, "said nothing: disconnected"),
+        Ok(Err(error)) => tracing::debug!(%peer, "left before its proof: {error}"),
+        Err(_) => newcomers.log_refusal(peer, "no proof in time"),
     }
 }

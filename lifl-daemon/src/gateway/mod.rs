@@ -1,11 +1,11 @@
 //! The gateway: the door for workers that are not on the node's shared memory.
 //!
-//! A job's maker has it opened and names who may come; it gets a token, and whoever presents that and such a name is let
-//! in. For each worker there is a [`proxy`]: a worker of the job in this process. What is said on the wire is in
-//! [`lifl_common::session`].
+//! A job's maker has it opened and names who may come; it gets a token, from which each participant's secret is derived, and
+//! whoever proves to know the secret of one that is named is let in. For each worker there is a [`proxy`]: a worker of the job
+//! in this process. What is said on the wire is in [`lifl_common::session`].
 //!
 //! ```text
-//!   registry ── open, expect, drop, close ──▶ ┌ one task: jobs ┐ ◀── hello, wire ── listener (one an address)
+//!   registry ── open, expect, drop, close ──▶ ┌ one task: jobs ┐ ◀── who is that? proven, wire ── listener (one an address)
 //!            ◀───────────── opened ────────── └── and proxies ─┘
 //!                                                 │ wire
 //!                                                 ▼
@@ -17,6 +17,7 @@
 
 mod broker;
 mod listener;
+mod newcomers;
 mod proxy;
 
 use std::collections::{HashMap, HashSet};
@@ -26,20 +27,28 @@ use std::time::Duration;
 
 use lifl_common::control::{ErrorCode, RemoteWorker, Reply};
 use lifl_common::id::JobId;
+use lifl_common::session::handshake::Participant;
 use lifl_common::session::mqtt::Broker;
-use lifl_common::session::{GRACE, Hello, JobToken, Message, Traffic, VERSION, Wire};
-use tokio::sync::mpsc;
+use lifl_common::session::reach::{Exposed, Reach};
+use lifl_common::session::{GRACE, JobToken, Message, ParticipantId, Traffic, Wire};
+use tokio::sync::{mpsc, oneshot};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use self::broker::Service;
 use self::listener::Listener;
+use self::newcomers::Newcomers;
 use self::proxy::{Proxy, Stand};
 use crate::registry::ConnId;
 use crate::server::Lobby;
 
 /// How long a worker that is turned away has to take the answer.
 const FAREWELL: Duration = Duration::from_secs(1);
+
+/// What everybody hears who is not let in: nobody can tell by it which jobs and names there are.
+const REFUSAL: &str =
+    "not let in: no participant of a job that is open here, or not version 3 of the session protocol";
+const _: () = assert!(lifl_common::session::VERSION == 3, "REFUSAL names it");
 
 /// Wires that wait for a proxy which is busy: the newest counts.
 const WIRES: usize = 4;
@@ -49,6 +58,10 @@ const WIRES: usize = 4;
 pub struct GatewayOptions {
     /// Addresses, beside the loopback's, on which jobs may have it listen; an unspecified one allows all.
     pub allowed: Vec<IpAddr>,
+    /// MQTT brokers that jobs may have it connect with.
+    pub brokers: Brokers,
+    /// Whether models may go unencrypted beyond private networks.
+    pub insecure: bool,
     /// How long a proxy waits for a broken session to be taken up again.
     pub grace: Duration,
 }
@@ -57,8 +70,25 @@ impl Default for GatewayOptions {
     fn default() -> Self {
         Self {
             allowed: Vec::new(),
+            brokers: Brokers::default(),
+            insecure: false,
             grace: GRACE,
         }
+    }
+}
+
+/// MQTT brokers that jobs may name.
+#[derive(Clone, Debug)]
+pub enum Brokers {
+    /// Any: the daemon's jobs are all of the user whose daemon it is.
+    Any,
+    /// Those. A job has to name one as it is named here.
+    These(Vec<Broker>),
+}
+
+impl Default for Brokers {
+    fn default() -> Self {
+        Self::These(Vec::new())
     }
 }
 
@@ -67,6 +97,28 @@ impl GatewayOptions {
     pub(crate) fn admits(&self, address: IpAddr) -> bool {
         let allows = |allowed: &IpAddr| allowed.is_unspecified() || *allowed == address;
         address.is_loopback() || self.allowed.iter().any(allows)
+    }
+
+    /// Whether jobs may have the gateway connect with that broker.
+    pub(crate) fn admits_broker(&self, broker: &Broker) -> bool {
+        match &self.brokers {
+            Brokers::Any => true,
+            Brokers::These(brokers) => brokers.contains(broker),
+        }
+    }
+
+    /// Whether models may go unencrypted over the networks of what is allowed; says which of it is beyond the loopback.
+    ///
+    /// # Errors
+    /// If one of them is beyond private networks, and `insecure` does not say that it may be.
+    pub fn check_reach(&self) -> Result<Vec<IpAddr>, Exposed> {
+        let mut beyond = Vec::new();
+        for &address in &self.allowed {
+            if Reach::permit(address, self.insecure)? != Reach::Loopback {
+                beyond.push(address);
+            }
+        }
+        Ok(beyond)
     }
 }
 
@@ -94,10 +146,47 @@ enum Command {
     Expect(JobId, Vec<RemoteWorker>),
     Drop(JobId, String),
     Close(JobId),
-    /// Somebody has said hello.
-    Admit(Hello, Wire),
+    /// Somebody says that it is that participant.
+    Identify(ParticipantId, oneshot::Sender<Option<Known>>),
+    /// A participant has proved itself.
+    Admit(Proven, Box<Wire>),
     /// The job's broker was reached, or was not.
     Reached(JobId, Result<(), String>),
+}
+
+/// A participant that a job expects.
+#[derive(Debug)]
+struct Known {
+    job: JobId,
+    participant: Participant,
+}
+
+/// Who has proved itself.
+#[derive(Debug)]
+struct Proven {
+    job: JobId,
+    name: String,
+    instance: u64,
+}
+
+/// How those come in who are at the gateway's addresses and brokers.
+#[derive(Clone, Debug)]
+struct Entrance {
+    commands: mpsc::UnboundedSender<Command>,
+}
+
+impl Entrance {
+    /// Who has that id, if anybody is expected who does.
+    async fn identify(&self, participant: ParticipantId) -> Option<Known> {
+        let (answer, known) = oneshot::channel();
+        self.commands.send(Command::Identify(participant, answer)).ok()?;
+        known.await.ok().flatten()
+    }
+
+    fn admit(&self, proven: Proven, wire: Wire) {
+        // At the gateway's end nobody is let in any more.
+        let _ = self.commands.send(Command::Admit(proven, Box::new(wire)));
+    }
 }
 
 /// The registry's hold on the gateway.
@@ -165,7 +254,11 @@ fn failed(conn: ConnId, job: JobId, message: String) -> Opened {
 struct Gateway {
     lobby: Lobby,
     grace: Duration,
+    insecure: bool,
     jobs: HashMap<JobId, OpenJob>,
+    /// Whom all jobs expect, by what they say first.
+    participants: HashMap<ParticipantId, (JobId, String)>,
+    newcomers: Newcomers,
     listeners: HashMap<SocketAddr, (Listener, HashSet<JobId>)>,
     commands: mpsc::UnboundedSender<Command>,
     tasks: TaskTracker,
@@ -189,7 +282,10 @@ pub(crate) fn gateway(
     let gateway = Gateway {
         lobby,
         grace: options.grace,
+        insecure: options.insecure,
         jobs: HashMap::new(),
+        participants: HashMap::new(),
+        newcomers: Newcomers::new(),
         listeners: HashMap::new(),
         commands: commands.clone(),
         tasks: TaskTracker::new(),
@@ -238,12 +334,15 @@ impl Gateway {
                     let _ = answers.send(opened);
                 }
                 Command::Expect(job, workers) => {
-                    if let Some(job) = self.jobs.get_mut(&job) {
-                        let named = workers.into_iter().map(|RemoteWorker { name, role }| {
-                            let expected = Expected { role, proxy: None };
-                            (name, expected)
-                        });
-                        job.expected.extend(named);
+                    let Some(open) = self.jobs.get_mut(&job) else {
+                        continue;
+                    };
+                    for RemoteWorker { name, role } in workers {
+                        let id = open.token.participant(&name).id();
+                        self.participants.insert(id, (job, name.clone()));
+                        // One that is named again keeps its proxy.
+                        let expected = Expected { role, proxy: None };
+                        open.expected.entry(name).or_insert(expected);
                     }
                 }
                 Command::Drop(job, name) => {
@@ -253,7 +352,11 @@ impl Gateway {
                     }
                 }
                 Command::Close(job) => self.close(job),
-                Command::Admit(hello, wire) => self.admit(hello, wire),
+                Command::Identify(participant, answer) => {
+                    // Who has left needs no answer.
+                    let _ = answer.send(self.identify(participant));
+                }
+                Command::Admit(proven, wire) => self.admit(proven, *wire),
             }
         }
         for (listener, _) in self.listeners.into_values() {
@@ -310,8 +413,10 @@ impl Gateway {
     fn serve(&self, job: JobId, broker: Broker, token: JobToken, open: CancellationToken) {
         let service = Service {
             broker: broker.clone(),
+            insecure: self.insecure,
+            job,
             token,
-            admit: self.admitting(),
+            entrance: self.entrance(),
             tasks: self.tasks.clone(),
             open,
         };
@@ -328,12 +433,22 @@ impl Gateway {
         self.tasks.spawn(service.serve(reached));
     }
 
-    /// What passes on whoever has said hello.
-    fn admitting(&self) -> impl Fn(Hello, Wire) + Clone + Send + 'static {
-        let commands = self.commands.clone();
-        move |hello, wire| {
-            let _ = commands.send(Command::Admit(hello, wire));
+    fn entrance(&self) -> Entrance {
+        Entrance {
+            commands: self.commands.clone(),
         }
+    }
+
+    fn identify(&self, participant: ParticipantId) -> Option<Known> {
+        let (job, name) = self.participants.get(&participant)?;
+        let secret = self.jobs.get(job)?.token.participant(name);
+        Some(Known {
+            job: *job,
+            participant: Participant {
+                name: name.clone(),
+                secret,
+            },
+        })
     }
 
     /// Listens at an address, unless the gateway does so already. Gives the address with its true port.
@@ -341,7 +456,9 @@ impl Gateway {
         if self.listeners.contains_key(&address) {
             return Ok(address);
         }
-        let listener = Listener::bind(address, self.admitting(), &self.tasks, self.stop.child_token()).await;
+        let (entrance, newcomers) = (self.entrance(), self.newcomers.clone());
+        let open = self.stop.child_token();
+        let listener = Listener::bind(address, entrance, newcomers, &self.tasks, open).await;
         let listener = listener.map_err(|error| {
             format!(
                 "the gateway cannot listen at {address}: {error}; stop what has that address, or give the broker of \
@@ -357,6 +474,7 @@ impl Gateway {
         let Some(closed) = self.jobs.remove(&job) else {
             return;
         };
+        self.participants.retain(|_, (of, _)| *of != job);
         // The proxies' last words go over the line to the broker.
         self.tasks.spawn(async move {
             closed.proxies.close();
@@ -373,40 +491,29 @@ impl Gateway {
         }
     }
 
-    /// Lets a worker in, or turns it away by name.
-    fn admit(&mut self, hello: Hello, wire: Wire) {
-        if hello.version != VERSION {
-            let theirs = hello.version;
-            return self.turn_away(
-                wire,
-                format!("the gateway speaks version {VERSION}, you {theirs}"),
-            );
-        }
-        // All are compared, so that the time tells nothing.
-        let mut found = None;
-        for (&id, job) in &self.jobs {
-            if job.token.is(&hello.token) {
-                found = Some(id);
-            }
-        }
-        let Some((id, job)) = found.and_then(|id| Some((id, self.jobs.get_mut(&id)?))) else {
-            tracing::warn!("a worker without a job's token was turned away");
-            return self.turn_away(wire, "no job here has that token".to_owned());
+    /// Lets a worker in that has proved itself, or turns it away by name.
+    fn admit(&mut self, proven: Proven, wire: Wire) {
+        let Proven {
+            job: id,
+            name,
+            instance,
+        } = proven;
+        let Some(job) = self.jobs.get_mut(&id) else {
+            return self.turn_away(wire, "the job is over".to_owned());
         };
-        let Some(expected) = job.expected.get_mut(&hello.name) else {
-            let reason = format!("the job expects no worker called {:?}", hello.name);
-            return self.turn_away(wire, reason);
+        let Some(expected) = job.expected.get_mut(&name) else {
+            return self.turn_away(wire, format!("the job expects no worker called {name:?}"));
         };
         if let Some(standing) = &expected.proxy {
-            if standing.instance != hello.instance {
-                let reason = format!("another process came as {} before", hello.name);
+            if standing.instance != instance {
+                let reason = format!("another process came as {name} before");
                 return self.turn_away(wire, reason);
             }
             if let Err(error) = standing.wires.try_send(wire) {
                 let closed = matches!(error, mpsc::error::TrySendError::Closed(_));
                 let (mpsc::error::TrySendError::Closed(wire) | mpsc::error::TrySendError::Full(wire)) = error;
                 if closed {
-                    self.turn_away(wire, format!("{} was given up", hello.name));
+                    self.turn_away(wire, format!("{name} was given up"));
                 }
             }
             return;
@@ -415,7 +522,7 @@ impl Gateway {
         let leave = self.stop.child_token();
         let _ = wires.try_send(wire);
         expected.proxy = Some(Standing {
-            instance: hello.instance,
+            instance,
             wires,
             leave: leave.clone(),
         });
@@ -423,7 +530,7 @@ impl Gateway {
             lobby: self.lobby.clone(),
             job: id,
             role: expected.role.clone(),
-            name: hello.name,
+            name,
             object_bytes: job.object_bytes,
             grace: self.grace,
             traffic: Arc::clone(&job.traffic),

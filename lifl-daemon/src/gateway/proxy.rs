@@ -22,7 +22,7 @@ use lifl_common::frame::{Frame, FrameKind, Refusal};
 use lifl_common::id::{ArenaId, JobId, WorkerId};
 use lifl_common::session::{
     Broken, Exchange, Happened, Malformed, Message, Object, Patience, Room, Source, Traffic, UpdateHeader,
-    VERSION, Wire, proxy_name,
+    Wire, proxy_name,
 };
 use lifl_common::update::{ImageError, Metadata, Schema, image};
 use tokio::sync::mpsc;
@@ -201,7 +201,7 @@ impl Proxy {
             arena: created.arena,
             peers: HashMap::new(),
             name: stand.name.clone(),
-            exchange: Exchange::default(),
+            exchange: Exchange::with_grace(stand.grace),
             wire: None,
             schema: None,
             ready: false,
@@ -217,7 +217,7 @@ impl Proxy {
     /// A connection of the worker, its first or the next.
     fn open(&mut self, mut wire: Wire) {
         tracing::info!(worker = ?self.name, "session open");
-        wire.send(&Message::Welcome(VERSION));
+        wire.send(&Message::Welcome);
         if let Some((round, refusal)) = self.verdict {
             wire.send(&Message::Verdict { round, refusal });
         }
@@ -367,6 +367,21 @@ impl Proxy {
         }
     }
 
+    /// The worker has taken too long over a model or an update: the round goes on without it.
+    async fn too_slow(&mut self) -> Result<(), ProxyError> {
+        let round = self.begun.0;
+        tracing::warn!(worker = ?self.name, round, "too slow, left out of the round");
+        self.exchange.abandon();
+        self.exchange.withdraw();
+        self.coming = None;
+        self.give_model_back().await?;
+        if self.answered < round {
+            self.nothing(round).await?;
+            self.judge(round, Refusal::NotExpected as u16);
+        }
+        Ok(())
+    }
+
     /// What can go on goes on: the model out, the update in.
     async fn advance(&mut self) -> Result<(), ProxyError> {
         let (round, parent) = self.begun;
@@ -448,6 +463,7 @@ impl Proxy {
                 }
             }
             Happened::Message(Message::Nothing(round)) => self.nothing(round).await?,
+            Happened::Overdue => self.too_slow().await?,
             Happened::Offered(other) | Happened::Message(other) => {
                 return Ok(Err(Malformed::Unexpected(other.name()).into()));
             }

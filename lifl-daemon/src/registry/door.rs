@@ -7,6 +7,7 @@ use lifl_common::arena::Layout;
 use lifl_common::control::{ErrorCode, Message, RemoteWorker, Reply};
 use lifl_common::id::JobId;
 use lifl_common::session::mqtt::Broker;
+use lifl_common::session::reach::Reach;
 use lifl_common::session::{MAX_NAME_BYTES as MAX_REMOTE_NAME_BYTES, Traffic};
 
 use super::{Answer, ConnId, Denial, HELLO_FIRST, Outgoing, Registry, check_name, deny};
@@ -32,10 +33,22 @@ impl Registry {
             );
             return deny(ErrorCode::Denied, message);
         }
+        let insecure = self.gateway_options.insecure;
+        if let Some(Err(exposed)) = p2p.map(|address| Reach::permit(address.ip(), insecure)) {
+            return deny(ErrorCode::Denied, format!("{exposed} to lifl-daemon"));
+        }
         let mqtt = match mqtt {
             None => None,
             Some(broker) => match Broker::parse(&broker) {
-                Some(broker) => Some(broker),
+                Some(broker) if self.gateway_options.admits_broker(&broker) => Some(broker),
+                Some(broker) => {
+                    // Before anything is looked up or connected: what is there is nobody's business.
+                    let message = format!(
+                        "the gateway connects with those MQTT brokers only that the administrator allows, and {broker} \
+                         is none of them: start lifl-daemon with --gateway-broker {broker}"
+                    );
+                    return deny(ErrorCode::Denied, message);
+                }
                 None => {
                     let message = format!("{broker:?} is no broker: give host:port");
                     return deny(ErrorCode::BadRequest, message);
