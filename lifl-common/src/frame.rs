@@ -8,7 +8,7 @@ use core::fmt;
 
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
-use crate::id::{Key, WorkerId};
+use crate::id::{Generation, Key, WorkerId};
 
 /// One message between two workers of a job.
 ///
@@ -57,6 +57,19 @@ pub struct Frame {
 impl Frame {
     /// Every frame's size.
     pub const BYTES: usize = 64;
+
+    /// The frame with 64 trainers of a cover in its key: the word of that number.
+    #[must_use]
+    pub const fn with_cover_word(mut self, at: u32, word: u64) -> Self {
+        self.key.slot = at;
+        self.key.generation = Generation(word);
+        self
+    }
+
+    /// The number of the word that a [`Child`](FrameKind::Child) frame carries, and the word.
+    pub const fn cover_word(&self) -> (u32, u64) {
+        (self.key.slot, self.key.generation.0)
+    }
 }
 
 const _: () = assert!(size_of::<Frame>() == Frame::BYTES);
@@ -91,7 +104,9 @@ numbered!(
         Ready = 1,
         /// Coordinator to parent: `value` is the id of one of this round's children; they come in folding order, and
         /// each has its place in it for all of the round. Said again, another id in a place is a successor's, and 0
-        /// says that nobody is waited for there any more.
+        /// says that nobody is waited for there any more. What an update from that place may say at most: `samples`,
+        /// and trainers of the [word](Frame::cover_word) of a cover that the frame carries; `covers` frames follow for
+        /// the same place, each with a further word.
         Child = 2,
         /// Coordinator to everyone who takes part in the round, after the `Child`ren: `value` is the parent's id
         /// (0 for the top), `covers` the number of `Child` frames before it. It may come again in the same round, with
@@ -102,11 +117,13 @@ numbered!(
         Model = 4,
         /// Child to parent: an update or an aggregate, lent. `value`: mean training loss, f64 bits.
         Update = 5,
-        /// Child to parent: nothing to give this round.
+        /// Child to parent: nothing to give this round. A trainer, or its proxy, that has failed in the round tells the
+        /// coordinator the same.
         Nothing = 6,
         /// To the lender: the lent object is given back. For an update: accepted above, and counted.
         Release = 7,
-        /// Parent to child: the update is given back uncounted; `refusal` says why.
+        /// Parent to child: the update is given back uncounted; `refusal` says why. If that is the child's fault, the
+        /// coordinator hears it too, `value` being the child's id.
         Refuse = 8,
         /// Coordinator to an aggregator above trainers: those that have not answered are not waited for any more.
         Close = 9,
@@ -140,24 +157,26 @@ numbered!(
         ReceiverFull = 6,
         /// The update's tensors are not the job's.
         WrongShape = 16,
-        /// The update contains NaN or an infinity.
+        /// The update contains NaN, an infinity, or a number too large to be averaged.
         NotFinite = 17,
         /// The key names no readable object.
         BadKey = 18,
         /// The update came from no child of this round, or a second time.
         NotExpected = 19,
-        /// The update's sample count is 0 or overflows the sum.
+        /// The update's sample count is 0, or more than its trainers have.
         BadSamples = 20,
         /// The update came after its parent had stopped to wait for it.
         Late = 21,
         /// The round went on without the aggregator that had the update.
         RoundOver = 22,
-        /// The update does not say whose it is, or has somebody's work in it that was taken already.
+        /// The update does not say whose it is, or names trainers that do not stand below its sender.
         BadCover = 24,
         /// The key's arena cannot be had: as a rule because its owner has just died.
         NoArena = 25,
         /// So few trainers' updates came that the round left the model as it was.
         NoQuorum = 23,
+        /// The new model would hold NaN or infinity: the round left the model as it was.
+        Diverged = 26,
     }
 );
 
@@ -165,6 +184,14 @@ impl Refusal {
     /// Whether it is a plane that refuses so, and not a worker.
     pub const fn is_planes(self) -> bool {
         (self as u16) < Self::WrongShape as u16
+    }
+
+    /// Whether who sent the update alone is to blame, and not when it came or what became of the round.
+    pub const fn is_senders_fault(self) -> bool {
+        matches!(
+            self,
+            Self::WrongShape | Self::NotFinite | Self::BadKey | Self::BadSamples | Self::BadCover
+        )
     }
 }
 
@@ -178,15 +205,18 @@ impl fmt::Display for Refusal {
             Self::UnknownSender => "the sending socket is not registered",
             Self::ReceiverFull => "the destination has too many unread frames",
             Self::WrongShape => "the update's tensors are not the job's",
-            Self::NotFinite => "the update contains NaN or an infinity",
+            Self::NotFinite => "the update contains NaN, an infinity or a number too large to be averaged",
             Self::BadKey => "the key names no readable object",
             Self::NotExpected => "the update was not expected in this round",
             Self::Late => "the update came too late for its round",
             Self::RoundOver => "the round went on without the aggregator that had the update",
-            Self::BadCover => "the update does not say whose it is, or has work in it that was taken already",
+            Self::BadCover => {
+                "the update does not say whose it is, or names trainers that are not its sender's"
+            }
             Self::NoArena => "the key's arena cannot be had",
             Self::NoQuorum => "the round had fewer updates than its quorum",
-            Self::BadSamples => "the update's sample count is zero or too large",
+            Self::Diverged => "the new model would have held NaN or infinity",
+            Self::BadSamples => "the update's sample count is zero or more than its trainers have",
         })
     }
 }

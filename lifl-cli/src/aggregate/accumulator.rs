@@ -173,18 +173,23 @@ impl Accumulator {
         Ok(())
     }
 
-    /// Which inputs hold NaN or infinity: a second look, taken only when there is one.
+    /// Whether data of the schema's length holds neither NaN nor infinity, nor what is as good as that: whoever gives it
+    /// is not to blame for a mean that is not finite.
+    ///
+    /// # Panics
+    /// If the data is of another length.
+    pub fn is_finite(&self, data: &[u8]) -> bool {
+        self.regions
+            .iter()
+            .all(|region| region.is_finite(&self.threads, data))
+    }
+
+    /// Which inputs hold what they should not: a second look, taken only when there is one.
     fn culprits(&self, inputs: &[Input<'_>]) -> Vec<usize> {
-        let culprit = |data| {
-            !self
-                .regions
-                .iter()
-                .all(|region| region.is_finite(&self.threads, data))
-        };
         inputs
             .iter()
             .enumerate()
-            .filter(|(_, input)| culprit(input.data))
+            .filter(|(_, input)| !self.is_finite(input.data))
             .map(|(index, _)| index)
             .collect()
     }

@@ -268,7 +268,7 @@ fn adapt<R: Real, S: Second, const DELTAS: bool>(
         let v = S::next(v, difference * difference, rates.old_2, rates.new_2);
         *mean = weight + rates.eta * m / (v.sqrt() + rates.tau);
         (*next_m, *next_v) = (m, v);
-        finite &= mean.finite();
+        finite &= mean.finite() & v.finite();
     }
     finite
 }

@@ -16,12 +16,12 @@ use super::{FoldError, Operand, check, elements, elements_mut};
 
 /// Runs the body for a region, with `E` for its type; integers by their width, for the sign does not matter.
 macro_rules! for_region {
-    ($region:expr, |$range:ident, $type:ident| $body:expr) => {
+    ($region:expr, |$range:ident, $type:ident| $body:expr) => {{
         let $range = &$region.range;
         for_region!(@arms $region.dtype, $type, $body,
             F64: f64, F32: f32, F16: f16, BF16: bf16,
-            I64 | U64: u64, I32 | U32: u32, I16 | U16: u16, I8 | U8: u8);
-    };
+            I64 | U64: u64, I32 | U32: u32, I16 | U16: u16, I8 | U8: u8)
+    }};
     (@arms $dtype:expr, $type:ident, $body:expr, $($($name:ident)|+: $of:ty),+) => {
         match $dtype {
             $($(DType::$name)|+ => {
@@ -61,28 +61,28 @@ pub fn subtract(
 /// `delta ← model + delta`: the new model, where the averaged delta lies.
 ///
 /// # Errors
-/// If one of them is not the schema's; `model` is [`Operand::Input`] 0.
+/// If one of them is not the schema's; `model` is [`Operand::Input`] 0. [`FoldError::Overflow`] if the new model is not
+/// finite: what lies there is rubbish then.
 pub fn add(threads: &Threads, schema: &Schema, model: &[u8], delta: &mut [u8]) -> Result<(), FoldError> {
     check(schema, Operand::Input(0), model)?;
     check(schema, Operand::Out, delta)?;
     for region in schema.regions() {
-        add_region(threads, &region, model, delta);
+        if !add_region(threads, &region, model, delta) {
+            return Err(FoldError::Overflow);
+        }
     }
     Ok(())
 }
 
-/// [`add`] for one region of data that has been checked.
-pub(super) fn add_region(threads: &Threads, region: &Region, model: &[u8], delta: &mut [u8]) {
+/// [`add`] for one region of data that has been checked; says whether the new model is finite there.
+pub(super) fn add_region(threads: &Threads, region: &Region, model: &[u8], delta: &mut [u8]) -> bool {
     for_region!(region, |range, E| {
         threads.all(
             (elements_mut::<E>(delta, range), elements::<E>(model, range)),
             #[inline(always)]
-            |_, (delta, model)| {
-                E::plus(delta, model);
-                true
-            },
-        );
-    });
+            |_, (delta, model)| E::plus(delta, model),
+        )
+    })
 }
 
 /// An element type whose values have differences.
@@ -90,12 +90,12 @@ trait Difference: Sized {
     /// `to ← to − a`.
     fn minus(to: &mut [Self], a: &[Self]);
 
-    /// `to ← to + a`.
-    fn plus(to: &mut [Self], a: &[Self]);
+    /// `to ← to + a`; says whether all of that is finite.
+    fn plus(to: &mut [Self], a: &[Self]) -> bool;
 }
 
 macro_rules! differences {
-    ($($type:ty: |$to:ident, $a:ident| $minus:expr, $plus:expr;)*) => {$(
+    ($($type:ty: |$to:ident, $a:ident| $minus:expr, $plus:expr, $finite:expr;)*) => {$(
         impl Difference for $type {
             #[inline(always)]
             fn minus(to: &mut [Self], a: &[Self]) {
@@ -106,37 +106,47 @@ macro_rules! differences {
             }
 
             #[inline(always)]
-            fn plus(to: &mut [Self], a: &[Self]) {
+            fn plus(to: &mut [Self], a: &[Self]) -> bool {
+                let mut finite = true;
                 for (to, &$a) in to.iter_mut().zip(a) {
                     let $to = *to;
-                    *to = $plus;
+                    let $to = $plus;
+                    *to = $to;
+                    finite &= $finite;
                 }
+                finite
             }
         }
     )*};
 }
 
 differences! {
-    f64: |to, a| to - a, to + a;
-    f32: |to, a| to - a, to + a;
-    bf16: |to, a| bf16_nearest(bf16_wide(to) - bf16_wide(a)), bf16_nearest(bf16_wide(to) + bf16_wide(a));
-    u64: |to, a| to.wrapping_sub(a), to.wrapping_add(a);
-    u32: |to, a| to.wrapping_sub(a), to.wrapping_add(a);
-    u16: |to, a| to.wrapping_sub(a), to.wrapping_add(a);
-    u8: |to, a| to.wrapping_sub(a), to.wrapping_add(a);
+    f64: |to, a| to - a, to + a, to.is_finite();
+    f32: |to, a| to - a, to + a, to.is_finite();
+    bf16: |to, a| bf16_nearest(bf16_wide(to) - bf16_wide(a)), bf16_nearest(bf16_wide(to) + bf16_wide(a)),
+        bf16_wide(to).is_finite();
+    u64: |to, a| to.wrapping_sub(a), to.wrapping_add(a), true;
+    u32: |to, a| to.wrapping_sub(a), to.wrapping_add(a), true;
+    u16: |to, a| to.wrapping_sub(a), to.wrapping_add(a), true;
+    u8: |to, a| to.wrapping_sub(a), to.wrapping_add(a), true;
 }
 
-/// In blocks of `f32`, since `half` narrows slices with the machine's own instruction.
+/// In blocks of `f32`, since `half` narrows slices with the machine's own instruction; says whether all is finite.
 #[inline(always)]
-fn by_blocks(to: &mut [f16], a: &[f16], each: impl Fn(f32, f32) -> f32) {
+fn by_blocks(to: &mut [f16], a: &[f16], each: impl Fn(f32, f32) -> f32) -> bool {
     let mut wide = [0_f32; BLOCK];
+    let mut finite = true;
     for (to, a) in to.chunks_mut(BLOCK).zip(a.chunks(BLOCK)) {
         let wide = &mut wide[..to.len()];
         for ((wide, &to), &a) in wide.iter_mut().zip(&*to).zip(a) {
             *wide = each(f16_wide(to), f16_wide(a));
         }
         to.convert_from_f32_slice(wide);
+        for &to in &*to {
+            finite &= f16_wide(to).is_finite();
+        }
     }
+    finite
 }
 
 impl Difference for f16 {
@@ -146,8 +156,8 @@ impl Difference for f16 {
     }
 
     #[inline(always)]
-    fn plus(to: &mut [Self], a: &[Self]) {
-        by_blocks(to, a, |to, a| to + a);
+    fn plus(to: &mut [Self], a: &[Self]) -> bool {
+        by_blocks(to, a, |to, a| to + a)
     }
 }
 

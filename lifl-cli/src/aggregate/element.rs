@@ -5,6 +5,9 @@
 //! Values of at most 11 significant bits are multiplied and added up in `f32` within a group of up to eight inputs
 //! (measured on bf16: a quarter to a half faster), all others in `f64`; what groups add up to is always summed in `f64`.
 //!
+//! Numbers of [`LARGEST`] and beyond count as infinite. Why: a model that holds one cannot be trained on, and a server
+//! optimizer squares what it is given; one such update would spoil every later round for all.
+//!
 //! Why a rounded mean never leaves its type's range. Let M be the largest magnitude among k inputs. The weights are
 //! quotients that sum to 1 within (k + 1)·2⁻⁵³, and each product and each addition errs by 2⁻⁵³·M at most, so that a
 //! sum is at most M·(1 + 2⁻³⁵) for k up to 2¹⁶. What a rounding carries past M begins at M·(1 + 2⁻²⁵) for `f32` and at
@@ -20,6 +23,14 @@ use half::{bf16, f16};
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 
 use super::halves;
+
+/// A mean of this magnitude is refused as an infinite one is. Its square is far from what an `f32` holds, and so is that of
+/// a difference of two that are smaller.
+pub(super) const LARGEST: f64 = (1_u64 << 60) as f64;
+
+/// An input of this magnitude is to blame for a mean that is refused: as a mean is between its inputs, one of them is at
+/// least as large, but for a rounding.
+const TO_BLAME: f64 = LARGEST / 2.0;
 
 /// Elements in a block: 16 KiB of sums.
 pub(super) const BLOCK: usize = 2048;
@@ -114,23 +125,25 @@ pub(super) trait Product: Element + Mul<Output = Self> + Add<Output = Self> {
     /// As wide as the float, so that one loop has vectors of one length.
     type Bits: Copy + Default + BitOr<Output = Self::Bits>;
 
-    /// What tells of one sum whether it is finite; that of several is put together by `|`.
+    /// What tells of one sum whether it is below [`LARGEST`]; that of several is put together by `|`.
     fn exponent(self) -> Self::Bits;
 
-    /// Whether all are finite of whose [`exponent`](Self::exponent)s that is put together.
+    /// Whether all are below that of whose [`exponent`](Self::exponent)s that is put together.
     fn all_finite(exponents: Self::Bits) -> bool;
 }
 
 macro_rules! products {
-    ($($float:ty: $bits:ty)*) => {$(
+    ($($float:ty: $bits:ty, $scale:expr;)*) => {$(
         impl Product for $float {
             const ZERO: Self = 0.0;
             type Bits = $bits;
 
             #[inline(always)]
             fn exponent(self) -> $bits {
-                // Zero times a finite value has no exponent bit; times any other, all of them.
-                (self * 0.0).to_bits()
+                // What is too large is made infinite. Zero times a finite value has no exponent bit; times any other, all
+                // of them.
+                const SCALE: $float = $scale;
+                (self * SCALE * 0.0).to_bits()
             }
 
             #[inline(always)]
@@ -141,7 +154,10 @@ macro_rules! products {
     )*};
 }
 
-products!(f32: u32 f64: u64);
+products! {
+    f32: u32, (1_u128 << (128 - 60)) as f32;
+    f64: u64, f64::MAX / LARGEST;
+}
 
 /// Several inputs that are read in one pass, in their order. Eight streams at once is what keeps the memory busy: one alone
 /// reaches half of its speed.
@@ -208,7 +224,13 @@ fn add_group<E: Element, const N: usize>(sums: &mut [f64], group: &[Weighted<'_,
     }
 }
 
-/// Whether all sums are finite.
+/// Whether a value is none that a mean may be refused for.
+#[inline(always)]
+pub(super) fn is_good<E: Element>(value: E) -> bool {
+    value.to_f64().abs() < TO_BLAME
+}
+
+/// Whether all sums are finite, and below [`LARGEST`].
 #[inline(always)]
 pub(super) fn finite(sums: &[f64]) -> bool {
     let mut bits = 0;

@@ -94,12 +94,12 @@ pub enum FoldError {
         /// What the schema needs.
         align: usize,
     },
-    /// NaN or infinity among the inputs. The accumulator is spoilt: [`reset`](Accumulator::reset) it and fold again
+    /// NaN, infinity or what is as good as that among the inputs. The accumulator is spoilt: [`reset`](Accumulator::reset) it and fold again
     /// all that it held, without the culprits.
     #[error("inputs {inputs:?} hold NaN or infinity")]
     NotFinite {
-        /// Indices of the culprits among the inputs of the call. None means that the slot itself held it, which
-        /// somebody else must have written.
+        /// Indices of the culprits among the inputs of the call. None means that somebody has changed an input
+        /// meanwhile.
         inputs: Vec<usize>,
     },
     /// The aggregate was finished, and not reset since.
@@ -108,6 +108,9 @@ pub enum FoldError {
     /// The accumulator was spoilt by an earlier [`NotFinite`](Self::NotFinite) and not reset since.
     #[error("the aggregate was spoilt by an input that is not finite, and was not reset")]
     Spoilt,
+    /// The model and the mean of the deltas are too large together for the model's type.
+    #[error("the new model holds NaN or infinity")]
+    Overflow,
     /// A server optimizer's step is too large for the model's type.
     #[error("the optimizer's new model holds NaN or infinity: a lower eta than {eta} may help")]
     Diverged {

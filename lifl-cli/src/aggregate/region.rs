@@ -5,7 +5,7 @@ use lifl_common::config::{Timing, UpdateKind};
 use lifl_common::update::{DType, Region};
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 
-use super::element::{Element, Weighted};
+use super::element::{Element, Weighted, is_good};
 use super::place::{self, Fold};
 use super::threads::Threads;
 use super::wide::{self, Wide};
@@ -187,7 +187,7 @@ impl RegionMean {
         }
     }
 
-    /// Whether an input's region holds neither NaN nor infinity.
+    /// Whether an input's region holds neither NaN nor infinity, nor what is as good as that.
     pub(super) fn is_finite(&self, threads: &Threads, data: &[u8]) -> bool {
         let range = &self.region.range;
         match self.region.dtype {
@@ -296,5 +296,5 @@ fn write_exact<E: Wide>(threads: &Threads, out: &mut [E], sums: &[E::Sum], sampl
 }
 
 fn all_finite<E: Element>(part: &[E]) -> bool {
-    part.iter().all(|value| value.to_f64().is_finite())
+    part.iter().all(|&value| is_good(value))
 }

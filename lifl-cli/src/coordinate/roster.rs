@@ -19,6 +19,7 @@ use lifl_common::config::{Kind, WorkerSpec};
 use lifl_common::frame::{Frame, FrameKind};
 use lifl_common::id::WorkerId;
 use lifl_common::session::proxied;
+use lifl_common::update::Cover;
 
 use super::pairing::{Pair, pair, select};
 use crate::memory;
@@ -43,6 +44,8 @@ struct Current {
     proxies: HashMap<usize, WorkerId>,
     /// Who is not waited for any more.
     out: HashSet<usize>,
+    /// What an aggregator's update may say at most: whose work is in it, and their samples.
+    below: HashMap<usize, (Cover, u64)>,
 }
 
 /// The job's workers, by their index in the job.
@@ -50,6 +53,8 @@ struct Current {
 pub(crate) struct Roster<'j> {
     coordinator: WorkerId,
     workers: &'j [WorkerSpec],
+    /// The training samples that each trainer has.
+    samples: Vec<u64>,
     seats: Vec<Seat>,
     round: Current,
     /// The parent that each was told last when a round began.
@@ -61,10 +66,16 @@ impl<'j> Roster<'j> {
         Self {
             coordinator,
             workers,
+            samples: vec![0; workers.len()],
             seats: vec![Seat::default(); workers.len()],
             round: Current::default(),
             parents: HashMap::new(),
         }
+    }
+
+    /// How many training samples each worker has, 0 of an aggregator: before the first round.
+    pub(crate) fn know_samples(&mut self, samples: Vec<u64>) {
+        self.samples = samples;
     }
 
     /// A worker, or a proxy, has registered. Gives whose seat it takes.
@@ -161,6 +172,24 @@ impl<'j> Roster<'j> {
         own.filter(|(_, ready)| *ready).map(|(id, _)| id)
     }
 
+    /// The proxies that are there.
+    pub(crate) fn proxies(&self) -> impl Iterator<Item = WorkerId> {
+        let proxies = self.seats.iter().filter_map(|seat| seat.proxy);
+        proxies.filter(|(_, ready)| *ready).map(|(id, _)| id)
+    }
+
+    /// The parent of a worker in this round.
+    pub(crate) fn parent(&self, index: usize) -> Option<usize> {
+        self.round.pairs.get(&index)?.parent
+    }
+
+    /// The training samples that those trainers have.
+    pub(crate) fn samples_of(&self, cover: &Cover) -> u64 {
+        let workers = self.workers.iter().zip(&self.samples);
+        let covered = workers.filter(|(worker, _)| worker.share.is_some_and(|share| cover.contains(share)));
+        covered.fold(0, |sum: u64, (_, samples)| sum.saturating_add(*samples))
+    }
+
     /// Pairs those who are present for a new round; gives how many trainers take part.
     pub(crate) fn plan(&mut self, number: u32, seed: u64) -> u32 {
         let mut pairs = pair(self.workers, |index| self.is_present(index));
@@ -174,12 +203,64 @@ impl<'j> Roster<'j> {
         let (own, proxies) = (seated(|seat| seat.own), seated(|seat| seat.proxy));
         self.round = Current {
             number,
-            pairs,
             own,
             proxies,
             out: HashSet::new(),
+            below: self.below(&pairs),
+            pairs,
         };
         self.trainers().count() as u32
+    }
+
+    /// Whose work comes together at each aggregator of a round but the top, whose update nobody takes.
+    fn below(&self, pairs: &HashMap<usize, Pair>) -> HashMap<usize, (Cover, u64)> {
+        let mut below: HashMap<usize, (Cover, u64)> = HashMap::new();
+        for (&index, pair) in pairs {
+            let Some(share) = self.workers[index].share else {
+                continue;
+            };
+            let mut parent = pair.parent;
+            while let Some((above, next)) =
+                parent.and_then(|parent| Some((parent, pairs.get(&parent)?.parent)))
+            {
+                if next.is_some() {
+                    let (cover, samples) = below.entry(above).or_default();
+                    cover.add(&Cover::of(share));
+                    *samples = samples.saturating_add(self.samples[index]);
+                }
+                parent = next;
+            }
+        }
+        below
+    }
+
+    /// The frames that tell a parent of one child: who it is, and what its update may say at most.
+    fn child(&self, parent: WorkerId, child: usize) -> Vec<Frame> {
+        let current = &self.round;
+        let id = current.proxies.get(&child).or(current.own.get(&child));
+        let id = id.filter(|_| !current.out.contains(&child));
+        let (words, samples) = match (self.workers[child].share, current.below.get(&child)) {
+            (Some(share), _) => (vec![(share / 64, 1 << (share % 64))], self.samples[child]),
+            (None, Some((cover, samples))) => {
+                let words = cover.words().map(|(at, word)| (at as u32, word));
+                (words.collect(), *samples)
+            }
+            (None, None) => (vec![(0, 0)], 0),
+        };
+        let left = (0..words.len() as u32).rev();
+        let frame = |((at, word), left)| {
+            let frame = Frame {
+                samples,
+                ..self.frame(
+                    parent,
+                    FrameKind::Child,
+                    id.copied().unwrap_or(WorkerId::NONE),
+                    left,
+                )
+            };
+            frame.with_cover_word(at, word)
+        };
+        words.into_iter().zip(left).map(frame).collect()
     }
 
     /// The trainers that take part in the round, or took part.
@@ -297,12 +378,7 @@ impl<'j> Roster<'j> {
             parent = WorkerId::NONE;
         }
         if let Some(own) = here(self.seats[index].own, &current.own) {
-            let child = |child: &usize| {
-                let id = current.proxies.get(child).or(current.own.get(child));
-                let id = id.filter(|_| !current.out.contains(child));
-                self.frame(own, FrameKind::Child, id.copied().unwrap_or(WorkerId::NONE), 0)
-            };
-            frames.extend(pair.children.iter().map(child));
+            frames.extend(pair.children.iter().flat_map(|&child| self.child(own, child)));
             frames.push(self.frame(own, FrameKind::Begin, parent, pair.children.len() as u32));
         }
         frames

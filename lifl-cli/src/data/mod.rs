@@ -162,11 +162,17 @@ impl Source {
         }
     }
 
-    /// The training samples of one of so many trainers; `share` counts from 0.
+    /// How many training samples each of so many trainers has.
     ///
     /// # Errors
-    /// If the samples cannot be divided among so many, or there is no such share.
-    pub fn train_share(&self, share: u32, trainers: u32) -> Result<Samples, DataError> {
+    /// If the samples cannot be divided among so many.
+    pub fn share_lens(&self, trainers: u32) -> Result<Vec<u64>, DataError> {
+        let shares = self.shares(trainers)?;
+        Ok(shares.iter().map(|share| share.len() as u64).collect())
+    }
+
+    /// Which training samples each of so many trainers has.
+    fn shares(&self, trainers: u32) -> Result<Vec<Vec<usize>>, DataError> {
         let generated;
         let labels = match &self.kind {
             Kind::Digits { train, .. } => {
@@ -175,7 +181,15 @@ impl Source {
             }
             Kind::Loaded { train, .. } => train.labels(),
         };
-        let mut shares = partition::divide(self.partition, labels, trainers, self.seed)?;
+        partition::divide(self.partition, labels, trainers, self.seed)
+    }
+
+    /// The training samples of one of so many trainers; `share` counts from 0.
+    ///
+    /// # Errors
+    /// If the samples cannot be divided among so many, or there is no such share.
+    pub fn train_share(&self, share: u32, trainers: u32) -> Result<Samples, DataError> {
+        let mut shares = self.shares(trainers)?;
         if share >= trainers {
             return Err(DataError::NoSuchShare { share, trainers });
         }

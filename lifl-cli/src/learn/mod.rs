@@ -18,7 +18,7 @@ use lifl_common::update::{Schema, Tensors, TensorsMut};
 
 pub use self::error::LearnError;
 pub use self::evaluate::Evaluator;
-pub use self::job::{evaluator, for_trainer};
+pub use self::job::{Known, evaluator, for_trainer, known};
 use self::network::Network;
 use self::sgd::SgdLearner;
 use self::synthetic::SyntheticLearner;

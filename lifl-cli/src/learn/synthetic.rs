@@ -74,13 +74,17 @@ impl Learner for SyntheticLearner {
                 noise,
             );
         }
-        // Unequal, so that whoever weighs wrongly is seen to.
         Ok(Trained {
-            samples: 100 + u64::from(self.share),
+            samples: samples(self.share),
             loss: None,
             bytes_copied: 0,
         })
     }
+}
+
+/// What a trainer's update weighs: unequal, so that whoever weighs wrongly is seen to.
+pub(super) fn samples(share: u32) -> u64 {
+    100 + u64::from(share)
 }
 
 /// So many parameters of that type.

@@ -39,8 +39,8 @@ use lifl_common::frame::{Frame, FrameKind, Refusal};
 use lifl_common::id::{Key, WorkerId};
 use lifl_common::update::{Cover, Metadata, Schema, TensorsMut, image};
 
-use self::children::Found;
-use self::collect::Collecting;
+use self::children::{Bound, Children, Found, Given};
+use self::collect::{Collecting, Made};
 use self::models::Lent;
 use self::sent::Sent;
 use self::server::Server;
@@ -52,8 +52,11 @@ use crate::aggregate::{Accumulator, Threads};
 use crate::dir::Dir;
 use crate::task::Task;
 
-/// Updates that are kept which came before they can be taken; who sends more is refused.
-const MOST_EARLY: usize = 1 << 16;
+/// Answers of one worker that are kept which came before they can be taken; what it sends beyond that is refused.
+const MOST_EARLY: u32 = 4;
+
+/// Where the numbers of refusals begin among what the log [tells](Aggregator::tell) of; below are kinds of frames.
+const FIRST_REFUSAL: u16 = 1 << 8;
 
 /// What an aggregator needs to know of its job.
 struct Shared {
@@ -90,17 +93,47 @@ struct Round {
     parent: WorkerId,
     /// The children in folding order; [`WorkerId::NONE`] for one that is not waited for.
     places: Vec<WorkerId>,
-    /// The same as it is being said, until its `Begin`.
-    listed: Vec<WorkerId>,
+    /// What an update from each place may say at most.
+    bounds: Arc<[Bound]>,
+    /// Places and bounds as they are being said, until `Begin`.
+    listed: Vec<(WorkerId, Bound)>,
+    /// Frames that are still to come of the place listed last.
+    unlisted: u32,
     stage: Stage,
     /// The model to hand down.
     model: Option<Lent>,
     /// Those who have not answered are not waited for any more.
     closing: bool,
     /// Answers that came before they could be taken, those of later rounds too.
-    early: Vec<Frame>,
+    early: Early,
     /// What a predecessor's aggregate covers, as far as it has been said, and in how many pieces.
     inherited: (Cover, u32),
+}
+
+/// Answers that came before they could be taken: a few of each worker, so that nobody crowds out the others.
+#[derive(Default)]
+struct Early {
+    frames: Vec<Frame>,
+    /// How many of them each worker has sent.
+    counts: HashMap<WorkerId, u32>,
+}
+
+impl Early {
+    /// Keeps one, unless its sender has too many here.
+    fn keep(&mut self, frame: Frame) -> bool {
+        let count = self.counts.entry(frame.from).or_default();
+        let room = *count < MOST_EARLY;
+        if room {
+            *count += 1;
+            self.frames.push(frame);
+        }
+        room
+    }
+
+    fn take(&mut self) -> Vec<Frame> {
+        self.counts.clear();
+        std::mem::take(&mut self.frames)
+    }
 }
 
 struct Aggregator<G> {
@@ -109,6 +142,8 @@ struct Aggregator<G> {
     shared: Shared,
     /// Models handed down and not yet given back by all who hold them; this worker is one of them while it collects.
     models: HashMap<Key, (Lent, Vec<WorkerId>)>,
+    /// Models of rounds that are not announced yet, by who lent them: the last of each.
+    early_models: HashMap<WorkerId, (u32, Lent)>,
     /// Aggregates that are not settled, and the last that is.
     sent: Vec<Sent>,
     /// Who is known to be gone: frames of theirs may still come.
@@ -116,6 +151,8 @@ struct Aggregator<G> {
     /// The top's current model.
     current: Option<Lent>,
     round: Round,
+    /// Whose frames of which kind the log has told of in this round, so that nobody can fill it.
+    told: HashSet<(WorkerId, u16)>,
     /// The round's mean in the making; one for all rounds, since its private memory is dear to touch first.
     accumulator: Accumulator,
     /// What makes the mean the model, at the top.
@@ -182,10 +219,12 @@ impl<G: Ground> Aggregator<G> {
             up,
             shared,
             models: HashMap::new(),
+            early_models: HashMap::new(),
             sent: Vec::new(),
             gone: HashSet::new(),
             current: None,
             round: Round::default(),
+            told: HashSet::new(),
             accumulator,
             server,
         }
@@ -248,6 +287,11 @@ impl<G: Ground> Aggregator<G> {
             generation: slot.key().generation,
             ..Metadata::default()
         };
+        let data = &slot.bytes()[offset..offset + schema.data_bytes()];
+        anyhow::ensure!(
+            self.accumulator.is_finite(data),
+            "the job's first model holds NaN, infinity or a number too large to be averaged: begin with another baseModel"
+        );
         image::write_header(slot.bytes_mut(), schema, &metadata);
         let key = self.ground.arena().publish(slot);
         self.current = Some(self.own(key));
@@ -268,7 +312,7 @@ impl<G: Ground> Aggregator<G> {
             FrameKind::Child if told => {
                 self.announce(frame.round);
                 if frame.round == self.round.number {
-                    self.round.listed.push(worker_id(&frame)?);
+                    self.list(&frame)?;
                 }
             }
             FrameKind::Begin if told => {
@@ -291,11 +335,7 @@ impl<G: Ground> Aggregator<G> {
             FrameKind::Taken => self.taken(&frame).await?,
             FrameKind::Update | FrameKind::Nothing => self.answer(frame).await?,
             FrameKind::Release => self.released(&frame),
-            FrameKind::Refuse => {
-                let refusal = Refusal::from_number(frame.refusal).unwrap_or(Refusal::BadKey);
-                tracing::warn!(round = frame.round, "the parent refused our aggregate: {refusal}");
-                self.settle(frame.key, frame.from, (FrameKind::Refuse, frame.refusal));
-            }
+            FrameKind::Refuse => self.settle(frame.key, frame.from, (FrameKind::Refuse, frame.refusal)),
             FrameKind::Child
             | FrameKind::Begin
             | FrameKind::Close
@@ -303,8 +343,33 @@ impl<G: Ground> Aggregator<G> {
             | FrameKind::State
             | FrameKind::Ping
             | FrameKind::Pong => {
-                tracing::warn!(?kind, from = %frame.from, "not for an aggregator, or not from the coordinator");
+                if self.tell(frame.from, frame.kind) {
+                    tracing::warn!(?kind, from = %frame.from, "not for an aggregator, or not from the coordinator");
+                }
             }
+        }
+        Ok(())
+    }
+
+    /// Whether the log is to tell of something that a worker did: once a round.
+    fn tell(&mut self, worker: WorkerId, what: u16) -> bool {
+        self.told.insert((worker, what))
+    }
+
+    /// The coordinator names a child, or says more of the one that it named last.
+    fn list(&mut self, frame: &Frame) -> anyhow::Result<()> {
+        let (at, word) = frame.cover_word();
+        let round = &mut self.round;
+        if round.unlisted == 0 {
+            let bound = Bound {
+                samples: frame.samples,
+                ..Bound::default()
+            };
+            round.listed.push((worker_id(frame)?, bound));
+        }
+        round.unlisted = frame.covers;
+        if let Some((_, bound)) = round.listed.last_mut() {
+            bound.cover.set_word(at as usize, word);
         }
         Ok(())
     }
@@ -321,6 +386,7 @@ impl<G: Ground> Aggregator<G> {
                 ..Round::default()
             },
         );
+        self.told.clear();
         if let Some(model) = left.model {
             self.release_model(model, left.number);
         }
@@ -330,11 +396,11 @@ impl<G: Ground> Aggregator<G> {
             let taken: Vec<Frame> = collecting.children.taken().map(|given| given.frame).collect();
             self.give_back(&taken, (FrameKind::Refuse, Refusal::Late as u16));
         }
-        for early in left.early {
-            if early.round >= number {
-                self.round.early.push(early);
-            } else {
+        for early in left.early.frames {
+            if early.round < number {
                 self.refuse(&early, Refusal::Late);
+            } else {
+                self.round.early.keep(early);
             }
         }
         self.give_up_orphans();
@@ -342,12 +408,14 @@ impl<G: Ground> Aggregator<G> {
 
     /// The coordinator has said how the round stands: for the first time, or again.
     fn begin(&mut self, parent: WorkerId) -> anyhow::Result<()> {
-        let listed = std::mem::take(&mut self.round.listed);
+        let (listed, bounds): (Vec<_>, Vec<_>) = std::mem::take(&mut self.round.listed).into_iter().unzip();
         self.round.parent = parent;
         if matches!(self.round.stage, Stage::Silent) {
             self.tell_held();
             self.round.places = listed;
+            self.round.bounds = bounds.into();
             self.round.stage = Stage::Announced;
+            self.choose_model()?;
             return Ok(());
         }
         self.say_again();
@@ -465,7 +533,8 @@ impl<G: Ground> Aggregator<G> {
         );
         self.round.model = None;
         self.accumulator.reset();
-        let mut collecting = Collecting::new(number, &self.round.places, self.shared.goal, slot, model);
+        let children = Children::new(&self.round.places, Arc::clone(&self.round.bounds));
+        let mut collecting = Collecting::new(number, children, self.shared.goal, slot, model);
         collecting.owed = owed;
         // As long as it collects, a successor of a child may want it.
         let own = self.ground.id();
@@ -476,7 +545,7 @@ impl<G: Ground> Aggregator<G> {
             .push(own);
         self.round.stage = Stage::Collecting(collecting);
         self.hand_down(model, number, &free)?;
-        for early in std::mem::take(&mut self.round.early) {
+        for early in self.round.early.take() {
             self.answer(early).await?;
         }
         Ok(())
@@ -517,8 +586,11 @@ impl<G: Ground> Aggregator<G> {
             }
             Stage::Over if frame.round == number => self.refuse(&frame, Refusal::Late),
             _ if frame.round < number => self.refuse(&frame, Refusal::Late),
-            _ if self.round.early.len() >= MOST_EARLY => self.refuse(&frame, Refusal::NotExpected),
-            _ => self.round.early.push(frame),
+            _ => {
+                if !self.round.early.keep(frame) {
+                    self.refuse(&frame, Refusal::NotExpected);
+                }
+            }
         }
         Ok(())
     }
@@ -542,7 +614,7 @@ impl<G: Ground> Aggregator<G> {
             return self.refuse(&frame, Refusal::Late);
         }
         match collect::inspect(&mut self.ground, &self.shared.schema, &frame).await {
-            Ok(given) if self.sent[at].cover.contains_all(&given.metadata.cover) => {
+            Ok(given) if self.is_inherited(at, &given) => {
                 self.sent[at].children.push((frame, given.metadata.cover));
                 if let Some(verdict) = verdict {
                     self.give_back(&[frame], verdict);
@@ -553,34 +625,73 @@ impl<G: Ground> Aggregator<G> {
         }
     }
 
+    /// Whether a child's update is part of the aggregate that a predecessor sent up: it is what stands below that child, and
+    /// nobody else has said to have made that.
+    fn is_inherited(&self, at: usize, given: &Given) -> bool {
+        let (sent, cover) = (&self.sent[at], &given.metadata.cover);
+        let round = &self.round;
+        let place = round.places.iter().position(|child| *child == given.frame.from);
+        let own = || place.is_some_and(|place| round.bounds[place].cover.contains_all(cover));
+        sent.cover.contains_all(cover)
+            && sent.children.iter().all(|(_, taken)| taken.is_disjoint(cover))
+            && (sent.round != round.number || own())
+    }
+
     fn refuse(&mut self, update: &Frame, refusal: Refusal) {
         if update.kind == FrameKind::Nothing as u16 {
             return;
         }
-        tracing::warn!(from = %update.from, round = update.round, "update refused: {refusal}");
+        let Frame { from, round, .. } = *update;
+        if self.tell(from, FIRST_REFUSAL + refusal as u16) {
+            tracing::warn!(%from, round, "update refused: {refusal}");
+            if refusal.is_senders_fault() {
+                let refused = Frame {
+                    round,
+                    refusal: refusal as u16,
+                    value: u64::from(from.0),
+                    ..Frame::default()
+                };
+                let coordinator = self.ground.coordinator();
+                self.ground.post(coordinator, FrameKind::Refuse, refused);
+            }
+        }
         self.give_back(&[*update], (FrameKind::Refuse, refusal as u16));
     }
 
     /// All children have answered, or as many as are needed: the aggregate goes up.
-    async fn finish(&mut self, collecting: Collecting) -> anyhow::Result<()> {
+    async fn finish(&mut self, mut collecting: Collecting) -> anyhow::Result<()> {
         // Whoever is the parent now: it may have changed since the round began.
         let (number, parent) = (self.round.number, self.round.parent);
-        if self.at_top() && !self.has_quorum(&collecting) {
-            return self.nothing(number, parent);
-        }
-        let (arena, state) = self.ground.arenas();
-        let (arena, state) = (&*arena, state.map(|state| &*state));
-        let own_object = |key| arena.object(key);
-        let step = self.server.as_mut().map(|server| server.step(state));
-        let Some(done) = collecting.finish(&self.shared, &mut self.accumulator, step, own_object)? else {
-            return self.nothing(number, parent);
+        let (metadata, children) = loop {
+            if self.at_top() && !self.has_quorum(&collecting) {
+                return self.nothing(number, parent);
+            }
+            let (arena, state) = self.ground.arenas();
+            let (arena, state) = (&*arena, state.map(|state| &*state));
+            let own_object = |key| arena.object(key);
+            let step = self.server.as_mut().map(|server| server.step(state));
+            match collecting.finish(&self.shared, &mut self.accumulator, step, own_object)? {
+                Made::Done { metadata, children } => break (metadata, children),
+                Made::Nothing => return self.nothing(number, parent),
+                Made::Diverged(culprits) if culprits.is_empty() => {
+                    let updates: Vec<Frame> = collecting.children.folded().map(|given| given.frame).collect();
+                    self.give_back(&updates, (FrameKind::Refuse, Refusal::Diverged as u16));
+                    return self.nothing(number, parent);
+                }
+                Made::Diverged(culprits) => {
+                    collecting.without(&culprits, &mut self.accumulator);
+                    let mut refused: Vec<_> = culprits
+                        .iter()
+                        .map(|culprit| (*culprit, Refusal::NotFinite))
+                        .collect();
+                    refused.extend(collecting.fold(&self.shared, &mut self.accumulator)?);
+                    for (frame, refusal) in refused {
+                        self.refuse(&frame, refusal);
+                    }
+                }
+            }
         };
-        let collect::Done {
-            slot,
-            metadata,
-            children,
-        } = done;
-        let key = self.ground.arena().publish(slot);
+        let key = self.ground.arena().publish(collecting.slot);
         let up = Frame {
             round: number,
             key,

@@ -26,7 +26,8 @@ struct Learned {
     model: Buffer,
     update: Buffer,
     round: u32,
-    trained: Trained,
+    /// What was trained, or why nothing was.
+    trained: anyhow::Result<Trained>,
 }
 
 struct RemoteTrainer {
@@ -139,7 +140,7 @@ impl RemoteTrainer {
             let shared = Arc::clone(&self.shared);
             self.training = Some(tokio::task::spawn_blocking(move || {
                 let round = object.round;
-                let trained = learn_round(&shared, &mut *learner, round, model.bytes(), update.bytes_mut())?;
+                let trained = learn_round(&shared, &mut *learner, round, model.bytes(), update.bytes_mut());
                 Ok(Learned {
                     learner,
                     model,
@@ -162,6 +163,15 @@ impl RemoteTrainer {
         } = learned;
         self.learner = Some(learner);
         self.free_model = Some(model);
+        let trained = match trained {
+            Ok(trained) => trained,
+            Err(error) => {
+                tracing::error!(round, "no update: {error:#}");
+                self.free_update = Some(update);
+                self.up.nothing(round);
+                return;
+            }
+        };
         tracing::info!(round, samples = trained.samples, loss = trained.loss, "trained");
         let schema = &self.shared.schema;
         let header = UpdateHeader {

@@ -9,8 +9,10 @@
 //! ```
 //!
 //! Training runs beside the event loop, so that the end of the job is never waited for; but for training that last time was
-//! over before another thread would have begun.
+//! over before another thread would have begun. Where it fails, because the model is no good or the loss is no number, the
+//! parent and the coordinator are told that there is nothing in this round; the trainer goes on with the next.
 
+use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -51,7 +53,8 @@ pub(super) struct Lesson {
 pub(super) struct Learned {
     learner: Box<dyn Learner>,
     slot: WritableSlot,
-    trained: Trained,
+    /// What was trained, or why nothing was.
+    trained: anyhow::Result<Trained>,
     begun: Instant,
     took: Duration,
 }
@@ -71,8 +74,8 @@ pub(super) struct Trainer<G> {
     training: Option<Frame>,
     /// The parent that the coordinator named last, and for which round.
     begun: (u32, WorkerId),
-    /// The model that is to be trained on.
-    model: Option<Frame>,
+    /// Models that may be trained on: the last of each lender. Which of them is the parent, the coordinator says.
+    models: HashMap<WorkerId, Frame>,
     /// The update that there is no verdict on yet.
     pub(super) update: Option<Frame>,
     /// The last round that was trained for.
@@ -115,9 +118,11 @@ pub(super) async fn play(place: Place, task: Task, schema: Schema) -> anyhow::Re
         if let Some(lesson) = trainer.start().await? {
             let shared = Arc::clone(&trainer.shared);
             if trainer.brief {
-                trainer.deliver(learn_one(&shared, lesson)?)?;
+                trainer.deliver(learn_one(&shared, lesson))?;
             } else {
-                training = Some(tokio::task::spawn_blocking(move || learn_one(&shared, lesson)));
+                training = Some(tokio::task::spawn_blocking(move || {
+                    Ok(learn_one(&shared, lesson))
+                }));
             }
         }
         trainer.ground.flush().await?;
@@ -140,7 +145,7 @@ impl<G: Ground> Trainer<G> {
             learner: Some(learner),
             training: None,
             begun: (0, WorkerId::NONE),
-            model: None,
+            models: HashMap::new(),
             update: None,
             trained: 0,
             brief: false,
@@ -152,7 +157,10 @@ impl<G: Ground> Trainer<G> {
     pub(super) fn take(&mut self, incoming: Incoming) -> anyhow::Result<bool> {
         match incoming {
             Incoming::Frame(kind, frame) => self.frame(kind, &frame)?,
-            Incoming::Lost(_) => self.forget_orphan(),
+            Incoming::Lost(worker) => {
+                self.models.remove(&worker);
+                self.forget_orphan();
+            }
             Incoming::Undelivered(letter) => {
                 self.ground.take_back(letter.to);
                 self.forget_orphan();
@@ -175,9 +183,10 @@ impl<G: Ground> Trainer<G> {
             }
             FrameKind::Model => self.model(frame),
             FrameKind::Release | FrameKind::Refuse => {
-                if self.update.take_if(|update| update.key == frame.key).is_none() {
-                    // Said twice, by a parent and its successor.
-                    tracing::debug!(from = %frame.from, "a verdict on what is settled");
+                let own = |update: &mut Frame| (update.key, update.to) == (frame.key, frame.from);
+                if self.update.take_if(own).is_none() {
+                    // Said twice, by a parent and its successor; or by who does not have it.
+                    tracing::debug!(from = %frame.from, "a verdict on what that worker does not have");
                     return Ok(());
                 }
                 if kind == FrameKind::Refuse {
@@ -190,7 +199,7 @@ impl<G: Ground> Trainer<G> {
                 }
                 arena.free(frame.key);
             }
-            other => tracing::warn!(kind = ?other, from = %frame.from, "not for a trainer"),
+            other => tracing::debug!(kind = ?other, from = %frame.from, "not for a trainer"),
         }
         Ok(())
     }
@@ -206,15 +215,26 @@ impl<G: Ground> Trainer<G> {
         match self.update {
             Some(update) if update.round == round => self.lend(update, parent),
             Some(_) => self.forget_orphan(),
-            None if again && self.trained == round => {
-                let nothing = Frame {
-                    round,
-                    ..Frame::default()
-                };
-                self.ground.post(parent, FrameKind::Nothing, nothing);
-            }
+            None if again && self.trained == round => self.post_nothing(parent, round),
             None => {}
         }
+    }
+
+    fn post_nothing(&mut self, to: WorkerId, round: u32) {
+        let nothing = Frame {
+            round,
+            ..Frame::default()
+        };
+        self.ground.post(to, FrameKind::Nothing, nothing);
+    }
+
+    /// Nothing comes of a round that was begun.
+    fn failed(&mut self, model: &Frame, error: &anyhow::Error) {
+        let (round, parent) = self.begun;
+        tracing::error!(round = model.round, "no update: {error:#}");
+        let parent = if model.round == round { parent } else { model.from };
+        self.post_nothing(parent, model.round);
+        self.post_nothing(self.ground.coordinator(), model.round);
     }
 
     /// Lends the update to the round's parent, and to nobody else.
@@ -251,16 +271,16 @@ impl<G: Ground> Trainer<G> {
         }
         match &mut self.training {
             Some(training) if training.round == frame.round => {
-                if training.key != frame.key {
-                    // A new top's, with the same bytes: what we have will do.
+                if training.key != frame.key || frame.from != self.begun.1 {
+                    // A new top's, with the same bytes: what we have will do. Or a stranger's.
                     return self.release(frame);
                 }
                 // The parent's successor: it is to get it back.
                 training.from = frame.from;
             }
-            _ if frame.round <= self.trained => self.release(frame),
+            _ if frame.round <= self.trained || frame.round < self.begun.0 => self.release(frame),
             _ => {
-                let before = self.model.replace(*frame);
+                let before = self.models.insert(frame.from, *frame);
                 if let Some(before) = before.filter(|before| before.key != frame.key) {
                     self.release(&before);
                 }
@@ -281,16 +301,18 @@ impl<G: Ground> Trainer<G> {
     /// A lesson to learn, when the round is announced, its model is there, a slot is free and no training runs.
     pub(super) async fn start(&mut self) -> anyhow::Result<Option<Lesson>> {
         let (round, parent) = self.begun;
-        let Some(model) = self.model else {
+        let useless = |from: &WorkerId, model: &mut Frame| {
+            model.round < round || (model.round == round && *from != parent)
+        };
+        let useless: Vec<(WorkerId, Frame)> = self.models.extract_if(useless).collect();
+        for (_, model) in useless {
+            tracing::debug!(from = %model.from, round = model.round, "a model of an old round or from a stranger");
+            self.release(&model);
+        }
+        let Some(&model) = self.models.get(&parent).filter(|model| model.round == round) else {
             return Ok(None);
         };
-        if model.round < round || (model.round == round && model.from != parent) {
-            tracing::warn!(from = %model.from, round = model.round, "a model of an old round or from a stranger");
-            self.model = None;
-            self.release(&model);
-            return Ok(None);
-        }
-        if model.round > round || self.training.is_some() {
+        if self.training.is_some() {
             return Ok(None);
         }
         let Some(slot) = self.ground.arena().begin() else {
@@ -299,18 +321,22 @@ impl<G: Ground> Trainer<G> {
         let Some(learner) = self.learner.take() else {
             return Ok(None);
         };
-        self.model = None;
-        let arena = self
-            .ground
-            .peer(model.key.arena)
-            .await
-            .context("cannot read the model")?;
-        let Some(arena) = arena else {
-            // The top's that has just died; its successor's is on its way.
-            tracing::warn!(key = %model.key, "the model's arena is gone");
-            self.learner = Some(learner);
-            self.release(&model);
-            return Ok(None);
+        self.models.remove(&parent);
+        let arena = match self.ground.peer(model.key.arena).await {
+            Ok(Some(arena)) => arena,
+            missing => {
+                self.learner = Some(learner);
+                self.release(&model);
+                match missing {
+                    Err(error) => {
+                        self.trained = model.round;
+                        self.failed(&model, &error.context("cannot read the model"));
+                    }
+                    // The top's that has just died; its successor's is on its way.
+                    Ok(_) => tracing::warn!(key = %model.key, "the model's arena is gone"),
+                }
+                return Ok(None);
+            }
         };
         self.training = Some(model);
         Ok(Some(Lesson {
@@ -335,6 +361,13 @@ impl<G: Ground> Trainer<G> {
         let model = self.training.take().context("nothing was to be learnt")?;
         self.trained = model.round;
         self.release(&model);
+        let trained = match trained {
+            Ok(trained) => trained,
+            Err(error) => {
+                self.failed(&model, &error);
+                return Ok(());
+            }
+        };
         let (round, samples, loss) = (model.round, trained.samples, trained.loss);
         if self
             .told
@@ -383,7 +416,8 @@ pub(super) fn learn_round(
     Ok(trained)
 }
 
-pub(super) fn learn_one(shared: &Shared, lesson: Lesson) -> anyhow::Result<Learned> {
+/// Learns a lesson. What goes wrong in that is part of the result.
+pub(super) fn learn_one(shared: &Shared, lesson: Lesson) -> Learned {
     let Lesson {
         mut learner,
         mut slot,
@@ -391,30 +425,34 @@ pub(super) fn learn_one(shared: &Shared, lesson: Lesson) -> anyhow::Result<Learn
         model,
     } = lesson;
     let begun = Instant::now();
-    let schema = &shared.schema;
-    let bytes = arena.object(model.key, model.length)?;
-    let (_, from) = image::check(bytes, schema).context("the model that came is not the job's")?;
-    let weights = &bytes[from..][..schema.data_bytes()];
-    let offset = image::data_offset(schema);
-    let out = &mut slot.bytes_mut()[offset..][..schema.data_bytes()];
-    let trained = learn_round(shared, &mut *learner, model.round, weights, out)?;
-    let metadata = Metadata {
-        maker: shared.name.clone(),
-        round: model.round,
-        generation: slot.key().generation,
-        samples: trained.samples,
-        cover: shared.cover.clone(),
-        loss: trained.loss,
-        folded: 0,
-        bytes_copied: trained.bytes_copied,
-        made: vec![monotonic_ns()],
+    let mut learn = || -> anyhow::Result<Trained> {
+        let schema = &shared.schema;
+        let bytes = arena.object(model.key, model.length)?;
+        let (_, from) = image::check(bytes, schema).context("the model that came is not the job's")?;
+        let weights = &bytes[from..][..schema.data_bytes()];
+        let offset = image::data_offset(schema);
+        let out = &mut slot.bytes_mut()[offset..][..schema.data_bytes()];
+        let trained = learn_round(shared, &mut *learner, model.round, weights, out)?;
+        let metadata = Metadata {
+            maker: shared.name.clone(),
+            round: model.round,
+            generation: slot.key().generation,
+            samples: trained.samples,
+            cover: shared.cover.clone(),
+            loss: trained.loss,
+            folded: 0,
+            bytes_copied: trained.bytes_copied,
+            made: vec![monotonic_ns()],
+        };
+        image::write_header(slot.bytes_mut(), schema, &metadata);
+        Ok(trained)
     };
-    image::write_header(slot.bytes_mut(), schema, &metadata);
-    Ok(Learned {
+    let trained = learn();
+    Learned {
         learner,
         slot,
         trained,
         begun,
         took: begun.elapsed(),
-    })
+    }
 }

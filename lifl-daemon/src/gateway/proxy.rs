@@ -17,7 +17,7 @@ use std::time::Duration;
 
 use lifl_common::arena::{ArenaError, Layout, OwnedArena, PeerArena, SlotError};
 use lifl_common::client::{Client, ClientError, FrameSocket};
-use lifl_common::control::Event;
+use lifl_common::control::{ErrorCode, Event};
 use lifl_common::frame::{Frame, FrameKind, Refusal};
 use lifl_common::id::{ArenaId, JobId, WorkerId};
 use lifl_common::session::{
@@ -65,16 +65,23 @@ enum ProxyError {
     NoSlot(u64),
     #[error("the coordinator named the impossible parent {0}")]
     Parent(u64),
-    #[error("the model cannot be read")]
-    Arena(#[from] ArenaError),
-    #[error("the model that came is not the job's")]
-    Model(#[from] ImageError),
-    #[error("the job's updates take {needed} bytes, but {announced} were announced")]
-    Room { needed: u64, announced: u64 },
     #[error("the update cannot be lent")]
     Slot(#[from] SlotError),
     #[error("an update came for which nothing was prepared")]
     Unprepared,
+}
+
+/// Why a model that was lent is not sent on.
+#[derive(Debug, thiserror::Error)]
+enum ModelError {
+    #[error("its arena cannot be had")]
+    Client(#[from] ClientError),
+    #[error("it cannot be read")]
+    Arena(#[from] ArenaError),
+    #[error("it is not the job's")]
+    Image(#[from] ImageError),
+    #[error("the job's updates take {needed} bytes, but {announced} were announced")]
+    Room { needed: u64, announced: u64 },
 }
 
 /// An update that the parent has, or its predecessor had.
@@ -98,8 +105,10 @@ pub(super) struct Proxy {
     ready: bool,
     /// The round and the parent that the coordinator named last.
     begun: (u32, WorkerId),
-    /// The model that we are lent.
+    /// The model that we are lent, by the round's parent.
     model: Option<Frame>,
+    /// Models of rounds that have not been announced, by who lent them: the last of each.
+    early_models: HashMap<WorkerId, Frame>,
     /// An update that waits for a slot, or is coming.
     coming: Option<UpdateHeader>,
     lent: Option<Lent>,
@@ -207,6 +216,7 @@ impl Proxy {
             ready: false,
             begun: (0, WorkerId::NONE),
             model: None,
+            early_models: HashMap::new(),
             coming: None,
             lent: None,
             answered: 0,
@@ -269,22 +279,27 @@ impl Proxy {
                 let again = frame.round == self.begun.0;
                 self.begun = (frame.round, WorkerId(parent));
                 self.announced(again).await?;
+                self.choose_model().await?;
                 // What was coming for an earlier round comes too late.
                 if let Some(late) = self.coming.take_if(|coming| coming.object.round != frame.round) {
                     self.exchange.abandon();
                     self.judge(late.object.round, Refusal::NotExpected as u16);
                 }
             }
-            Some(FrameKind::Model) => {
-                self.give_model_back().await?;
-                self.model = Some(*frame);
+            Some(FrameKind::Model) => self.lent_model(frame).await?,
+            Some(FrameKind::Ping) if frame.from == self.coordinator => {
+                let answered = Frame {
+                    round: self.answered,
+                    ..Frame::default()
+                };
+                self.send(self.coordinator, FrameKind::Pong, answered).await?;
             }
             Some(kind @ (FrameKind::Release | FrameKind::Refuse)) => {
                 let Some(lent) = self
                     .lent
                     .take_if(|lent| lent.update.key == frame.key && lent.parent == frame.from)
                 else {
-                    tracing::warn!(from = %frame.from, key = %frame.key, "released what was not lent");
+                    tracing::debug!(from = %frame.from, key = %frame.key, "released what was not lent");
                     return Ok(());
                 };
                 if let Err(error) = self.arena.release(lent.update.key, lent.parent) {
@@ -298,23 +313,69 @@ impl Proxy {
                 };
                 self.judge(lent.update.round, refusal);
             }
-            _ => tracing::warn!(kind = frame.kind, from = %frame.from, "not for a proxy"),
+            _ => tracing::debug!(kind = frame.kind, from = %frame.from, "not for a proxy"),
         }
         Ok(())
     }
 
+    /// Somebody lends a model. Whether that is the parent, the coordinator says: anybody can send one.
+    async fn lent_model(&mut self, frame: &Frame) -> Result<(), ProxyError> {
+        let (round, parent) = self.begun;
+        if frame.round > round {
+            let before = self.early_models.insert(frame.from, *frame);
+            return match before.filter(|before| before.key != frame.key) {
+                Some(before) => self.give_back(&before).await,
+                None => Ok(()),
+            };
+        }
+        if frame.round < round || frame.from != parent {
+            tracing::debug!(from = %frame.from, round = frame.round, "a model of an old round or from a stranger");
+            return self.give_back(frame).await;
+        }
+        if self.model.is_some_and(|model| model.key != frame.key) {
+            self.give_model_back().await?;
+        }
+        self.model = Some(*frame);
+        Ok(())
+    }
+
+    /// A round has been announced: of the models that came before that, its parent's is its.
+    async fn choose_model(&mut self) -> Result<(), ProxyError> {
+        let (round, parent) = self.begun;
+        if self
+            .model
+            .is_some_and(|model| model.round < round || model.from != parent)
+        {
+            self.give_model_back().await?;
+        }
+        let early: Vec<Frame> = self
+            .early_models
+            .extract_if(|_, model| model.round <= round)
+            .map(|(_, model)| model)
+            .collect();
+        for model in early {
+            self.lent_model(&model).await?;
+        }
+        Ok(())
+    }
+
+    /// Gives back a model that is not sent on.
+    async fn give_back(&mut self, model: &Frame) -> Result<(), ProxyError> {
+        let back = Frame {
+            round: model.round,
+            key: model.key,
+            ..Frame::default()
+        };
+        self.send(model.from, FrameKind::Release, back).await
+    }
+
     /// Stops sending the model that we have, and gives it back.
     async fn give_model_back(&mut self) -> Result<(), ProxyError> {
-        let Some(Frame { round, key, from, .. }) = self.model.take() else {
+        let Some(model) = self.model.take() else {
             return Ok(());
         };
         self.exchange.withdraw();
-        let back = Frame {
-            round,
-            key,
-            ..Frame::default()
-        };
-        self.send(from, FrameKind::Release, back).await
+        self.give_back(&model).await
     }
 
     /// A peer is gone, or as good as gone.
@@ -322,6 +383,7 @@ impl Proxy {
         self.arena.take_back(worker);
         // What of it is still to be read is held by its readers.
         self.peers.retain(|_, peer| peer.owner() != worker);
+        self.early_models.remove(&worker);
         if self.model.take_if(|model| model.from == worker).is_some() {
             self.exchange.withdraw();
         }
@@ -384,15 +446,23 @@ impl Proxy {
 
     /// What can go on goes on: the model out, the update in.
     async fn advance(&mut self) -> Result<(), ProxyError> {
-        let (round, parent) = self.begun;
         if let Some(model) = self.model
             && self.exchange.sending() != Some(model.round)
+            && let Err(error) = self.stream(&model).await
         {
-            if model.round < round || (model.round == round && model.from != parent) {
-                tracing::warn!(from = %model.from, round = model.round, "a model of an old round or from a stranger");
-                self.give_model_back().await?;
-            } else if model.round == round {
-                self.stream(&model).await?;
+            let gone = matches!(
+                &error,
+                ModelError::Client(ClientError::Refused {
+                    code: ErrorCode::NotFound,
+                    ..
+                })
+            );
+            let reason = error_chain(&error);
+            tracing::warn!(worker = %self.name, round = model.round, "the model is not sent on: {reason}");
+            self.give_model_back().await?;
+            // Where a top has just died its successor's is on its way.
+            if !gone {
+                self.nothing(model.round).await?;
             }
         }
         if let (Some(header), Some(schema), Some(wire)) = (&self.coming, &self.schema, &mut self.wire)
@@ -410,7 +480,7 @@ impl Proxy {
     }
 
     /// Begins to send a model out.
-    async fn stream(&mut self, model: &Frame) -> Result<(), ProxyError> {
+    async fn stream(&mut self, model: &Frame) -> Result<(), ModelError> {
         let arena = match self.peers.get(&model.key.arena) {
             Some(arena) => Arc::clone(arena),
             None => {
@@ -420,14 +490,14 @@ impl Proxy {
             }
         };
         let bytes = arena.object(model.key, model.length)?;
-        let schema = match self.schema.take() {
+        let schema = match &mut self.schema {
             Some(schema) => schema,
-            None => image::schema(bytes)?,
+            none => none.insert(image::schema(bytes)?),
         };
-        let (_, start) = image::check(bytes, &schema)?;
-        let (needed, announced) = (image::image_bytes(&schema) as u64, self.arena.layout().slot_bytes);
+        let (_, start) = image::check(bytes, schema)?;
+        let (needed, announced) = (image::image_bytes(schema) as u64, self.arena.layout().slot_bytes);
         if needed > announced {
-            return Err(ProxyError::Room { needed, announced });
+            return Err(ModelError::Room { needed, announced });
         }
         let object = Object {
             round: model.round,
@@ -440,7 +510,6 @@ impl Proxy {
             start,
             bytes: schema.data_bytes(),
         };
-        self.schema = Some(schema);
         self.exchange
             .offer(self.wire.as_mut(), Message::Model(object), source);
         Ok(())
@@ -504,7 +573,8 @@ impl Proxy {
             round,
             ..Frame::default()
         };
-        self.send(parent, FrameKind::Nothing, nothing).await
+        self.send(parent, FrameKind::Nothing, nothing).await?;
+        self.send(self.coordinator, FrameKind::Nothing, nothing).await
     }
 
     /// The update's data is in the slot: it is made an image and lent.

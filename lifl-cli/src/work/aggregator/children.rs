@@ -12,8 +12,9 @@
 //!                                  it goes to the successor
 //! ```
 //!
-//! That is the one decision on a child's update in a round, and it is made here: the first that comes is taken, nobody's
-//! work is taken twice ([`Cover`]), and what was taken stays taken until the verdict.
+//! That is the one decision on a child's update in a round, and it is made here: the first that comes is taken, if it says
+//! no more than the coordinator has said of that place ([`Bound`]), and what was taken stays taken until the verdict. Since
+//! nobody stands below two places, nobody's work is taken twice.
 
 use std::sync::Arc;
 
@@ -35,6 +36,30 @@ pub(super) struct Given {
     pub(super) offset: usize,
     /// What its maker says of it.
     pub(super) metadata: Metadata,
+}
+
+/// What an update from one place may say at most, as the coordinator knows it.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(super) struct Bound {
+    /// Who stands below the place.
+    pub(super) cover: Cover,
+    /// The training samples that they have.
+    pub(super) samples: u64,
+}
+
+impl Bound {
+    /// Whether an update that says this may come from there.
+    fn admits(&self, update: &Metadata) -> Result<(), Refusal> {
+        if !self.cover.contains_all(&update.cover) {
+            return Err(Refusal::BadCover);
+        }
+        // Nobody trains on nothing.
+        let least = u64::from(update.cover.count());
+        if !(least..=self.samples).contains(&update.samples) {
+            return Err(Refusal::BadSamples);
+        }
+        Ok(())
+    }
 }
 
 /// How a child stands.
@@ -68,19 +93,22 @@ pub(super) enum Found {
 #[derive(Debug)]
 pub(super) struct Children {
     answers: Vec<(WorkerId, Answer)>,
+    /// Of each of their places.
+    bounds: Arc<[Bound]>,
     /// Updates that have come.
     arrivals: u64,
 }
 
 impl Children {
     /// [`WorkerId::NONE`] is a place that nobody sits in.
-    pub(super) fn new(children: &[WorkerId]) -> Self {
+    pub(super) fn new(children: &[WorkerId], bounds: Arc<[Bound]>) -> Self {
         let answer = |&child: &WorkerId| match child {
             WorkerId::NONE => (child, Answer::Gone),
             child => (child, Answer::Waiting),
         };
         Self {
             answers: children.iter().map(answer).collect(),
+            bounds,
             arrivals: 0,
         }
     }
@@ -109,15 +137,14 @@ impl Children {
     /// Takes an awaited child's update.
     ///
     /// # Errors
-    /// If somebody's work that is in it has been taken already.
+    /// If it says more than it may.
     pub(super) fn give(&mut self, mut given: Given) -> Result<(), Refusal> {
-        let theirs = &given.metadata.cover;
-        if !self.taken().all(|taken| taken.metadata.cover.is_disjoint(theirs)) {
-            return Err(Refusal::BadCover);
-        }
+        let from = given.frame.from;
+        let place = self.answers.iter().position(|(child, _)| *child == from);
+        let bound = place.and_then(|place| self.bounds.get(place));
+        bound.ok_or(Refusal::NotExpected)?.admits(&given.metadata)?;
         given.arrival = self.arrivals;
         self.arrivals += 1;
-        let from = given.frame.from;
         let given = Box::new(given);
         self.waiting(from, Answer::Taken { given, folded: false });
         Ok(())

@@ -6,12 +6,13 @@ use lifl_common::config::Timing;
 use lifl_common::frame::{Frame, Refusal};
 use lifl_common::id::{Key, WorkerId};
 use lifl_common::update::{Cover, Metadata, Schema, image};
+use zerocopy::IntoBytes;
 
 use super::Shared;
 use super::children::{Children, Given};
 use super::models::Lent;
 use super::server::Step;
-use crate::aggregate::{Accumulator, FoldError, Input};
+use crate::aggregate::{self, Accumulator, FoldError, Input, Threads};
 use crate::clock::monotonic_ns;
 use crate::work::ground::Ground;
 
@@ -23,7 +24,8 @@ pub(super) struct Collecting {
     pub(super) owed: Vec<WorkerId>,
     /// Updates after which nobody else is waited for.
     goal: usize,
-    slot: WritableSlot,
+    /// Where it comes to lie.
+    pub(super) slot: WritableSlot,
     pub(super) model: Lent,
 }
 
@@ -38,13 +40,25 @@ enum Now {
     Finish,
 }
 
-/// An aggregate, made.
-pub(super) struct Done {
-    pub(super) slot: WritableSlot,
-    pub(super) metadata: Metadata,
-    /// The updates in it, and whose work is in each.
-    pub(super) children: Vec<(Frame, Cover)>,
+/// What became of an aggregate.
+pub(super) enum Made {
+    /// It lies in its slot.
+    Done {
+        metadata: Metadata,
+        /// The updates in it, and whose work is in each.
+        children: Vec<(Frame, Cover)>,
+    },
+    /// No child gave anything.
+    Nothing,
+    /// The new model would not be finite, by the fault of these updates; of none, if it is the optimizer's.
+    Diverged(Vec<Frame>),
 }
+
+/// The most that an honest trainer's loss can be: it is computed in `f32`.
+const LARGEST_LOSS: f64 = f32::MAX as f64;
+
+/// Objects that one trainer's work goes through on its way up, at most.
+const MOST_LEVELS: u64 = 4;
 
 /// Looks at an update before it is taken: that it lies where its key says and has the job's tensors. Its numbers are
 /// looked at when they are folded.
@@ -92,7 +106,7 @@ pub(super) async fn inspect(
 impl Collecting {
     pub(super) fn new(
         round: u32,
-        children: &[WorkerId],
+        children: Children,
         goal: Option<u32>,
         slot: WritableSlot,
         model: Lent,
@@ -101,7 +115,7 @@ impl Collecting {
             round,
             // A goal that all children together do not reach waits for all.
             goal: goal.map_or(usize::MAX, |goal| goal as usize),
-            children: Children::new(children),
+            children,
             owed: Vec::new(),
             slot,
             model,
@@ -121,6 +135,7 @@ impl Collecting {
         accumulator: &mut Accumulator,
     ) -> anyhow::Result<Vec<(Frame, Refusal)>> {
         let mut refused = Vec::new();
+        let mut from_copies = false;
         let offset = image::data_offset(&shared.schema);
         loop {
             let folded = self.children.folded().count();
@@ -137,6 +152,7 @@ impl Collecting {
             let inputs = inputs.collect::<Result<Vec<_>, _>>()?;
             let out = &mut self.slot.bytes_mut()[offset..][..shared.schema.data_bytes()];
             let done = match now {
+                _ if from_copies => fold_copies(accumulator, out, &inputs)?,
                 Now::Finish => accumulator.finish(out, &inputs).map(|_| ()),
                 _ => accumulator.fold(out, &inputs),
             };
@@ -145,7 +161,9 @@ impl Collecting {
                     self.children.mark_folded(last);
                     return Ok(refused);
                 }
-                Err(FoldError::NotFinite { inputs }) if !inputs.is_empty() => {
+                Err(FoldError::NotFinite { inputs }) if !(inputs.is_empty() && from_copies) => {
+                    // Written while it was read, and taken back before the second look: what is in a copy stays.
+                    from_copies |= inputs.is_empty();
                     let culprits = inputs.into_iter().filter_map(|index| given.get(index));
                     let culprits: Vec<Frame> = culprits.map(|given| given.frame).collect();
                     for culprit in culprits {
@@ -156,26 +174,40 @@ impl Collecting {
                     // All others are still lent: the aggregate is made again without the culprits.
                     self.children.mark_unfolded();
                 }
-                Err(FoldError::TooManySamples { input, .. }) if input < given.len() => {
-                    let culprit = given[input].frame;
+                Err(FoldError::TooManySamples { .. }) => {
+                    // Of all that has come, not only of what came last.
+                    let largest = self.children.taken().max_by_key(|given| given.frame.samples);
+                    let culprit = largest.context("no update has samples")?.frame;
                     self.children.refuse(culprit.from);
                     refused.push((culprit, Refusal::BadSamples));
+                    accumulator.reset();
+                    self.children.mark_unfolded();
                 }
                 Err(error) => return Err(error.into()),
             }
         }
     }
 
-    /// Makes the aggregate, at the top the model, and writes the header. `None` when no child gave anything.
+    /// Updates that turned out to be no good are out: the aggregate is made again from the others, which are all still
+    /// lent.
+    pub(super) fn without(&mut self, culprits: &[Frame], accumulator: &mut Accumulator) {
+        for culprit in culprits {
+            self.children.refuse(culprit.from);
+        }
+        accumulator.reset();
+        self.children.mark_unfolded();
+    }
+
+    /// Makes the aggregate, at the top the model, and writes the header.
     pub(super) fn finish<'a>(
-        mut self,
+        &mut self,
         shared: &Shared,
         accumulator: &mut Accumulator,
         step: Option<Step<'_>>,
         own_object: impl FnOnce(Key) -> Option<&'a [u8]>,
-    ) -> anyhow::Result<Option<Done>> {
+    ) -> anyhow::Result<Made> {
         if accumulator.samples() == 0 {
-            return Ok(None);
+            return Ok(Made::Nothing);
         }
         let Shared {
             schema,
@@ -189,40 +221,117 @@ impl Collecting {
         // Only the top has an optimizer, and the model in its own arena.
         if let Some(step) = step {
             let model = own_object(self.model.key).context("the top has not the round's model any more")?;
+            let model = &model[data.clone()];
             let mean = &mut self.slot.bytes_mut()[data.clone()];
-            step.apply(threads, &model[data], mean)?;
+            match step.apply(threads, model, mean) {
+                Ok(()) => {}
+                Err(error @ FoldError::Overflow) => {
+                    tracing::error!(round = self.round, "{error}");
+                    return Ok(Made::Diverged(self.overflowing(threads, schema, model)?));
+                }
+                Err(error @ FoldError::Diverged { .. }) => {
+                    tracing::error!(round = self.round, "{error}");
+                    return Ok(Made::Diverged(Vec::new()));
+                }
+                Err(error) => return Err(error.into()),
+            }
         }
-        let mut metadata = Metadata {
+        let metadata = Metadata {
             maker: name.clone(),
             round: self.round,
             generation: self.slot.key().generation,
             samples,
-            ..Metadata::default()
+            made: made(self.children.folded().map(|given| &*given.metadata.made)),
+            ..summed(self.children.folded().map(|given| &given.metadata), schema)
         };
-        let (mut loss, mut with_loss) = (0.0, 0.0);
-        for Given { metadata: child, .. } in self.children.folded() {
-            metadata.folded += child.folded + 1;
-            metadata.bytes_copied += child.bytes_copied;
-            metadata.cover.add(&child.cover);
-            if let Some(mean) = child.loss {
-                loss += mean * child.samples as f64;
-                with_loss += child.samples as f64;
-            }
-        }
-        metadata.made = made(self.children.folded().map(|given| &*given.metadata.made));
-        metadata.loss = (with_loss > 0.0).then(|| loss / with_loss);
         image::write_header(self.slot.bytes_mut(), schema, &metadata);
         let children = self
             .children
             .folded()
             .map(|given| (given.frame, given.metadata.cover.clone()))
             .collect();
-        Ok(Some(Done {
-            slot: self.slot,
-            metadata,
-            children,
-        }))
+        Ok(Made::Done { metadata, children })
     }
+
+    /// The updates that are too large for the model by themselves. If the model and the mean are too large together, then
+    /// one of them is: the mean is between them.
+    fn overflowing(&self, threads: &Threads, schema: &Schema, model: &[u8]) -> anyhow::Result<Vec<Frame>> {
+        let mut culprits = Vec::new();
+        for given in self.children.folded() {
+            let mut copy = copied(input(given, schema)?.data)?;
+            match aggregate::add(
+                threads,
+                schema,
+                model,
+                &mut copy.as_mut_bytes()[..schema.data_bytes()],
+            ) {
+                Ok(()) => {}
+                Err(FoldError::Overflow) => culprits.push(given.frame),
+                Err(error) => return Err(error.into()),
+            }
+        }
+        Ok(culprits)
+    }
+}
+
+/// What several objects say of themselves together, but for their samples and times. What cannot be so is counted as the
+/// most that can, and what is no loss is none.
+fn summed<'a>(children: impl Iterator<Item = &'a Metadata>, schema: &Schema) -> Metadata {
+    let mut sum = Metadata::default();
+    let (mut loss, mut with_loss) = (0.0, 0.0);
+    for child in children {
+        let objects = u64::from(child.cover.count()) * MOST_LEVELS;
+        let most_bytes = (image::image_bytes(schema) as u64).saturating_mul(objects);
+        sum.folded += child.folded.min(objects) + 1;
+        sum.bytes_copied = sum
+            .bytes_copied
+            .saturating_add(child.bytes_copied.min(most_bytes));
+        sum.cover.add(&child.cover);
+        if let Some(mean) = child.loss.filter(|loss| loss.abs() <= LARGEST_LOSS) {
+            loss += mean * child.samples as f64;
+            with_loss += child.samples as f64;
+        }
+    }
+    sum.loss = (with_loss > 0.0).then(|| loss / with_loss);
+    sum
+}
+
+/// Folds from copies, one input after the other: what their owners write meanwhile changes nothing. The outer error is that
+/// there is no memory for one.
+fn fold_copies(
+    accumulator: &mut Accumulator,
+    out: &mut [u8],
+    inputs: &[Input<'_>],
+) -> anyhow::Result<Result<(), FoldError>> {
+    for (index, input) in inputs.iter().enumerate() {
+        let copy = copied(input.data)?;
+        let data = &copy.as_bytes()[..input.data.len()];
+        let samples = input.samples;
+        let folded = if accumulator.is_finite(data) {
+            accumulator.fold(out, &[Input { data, samples }])
+        } else {
+            Err(FoldError::NotFinite { inputs: Vec::new() })
+        };
+        match folded {
+            Ok(()) => {}
+            Err(FoldError::NotFinite { .. }) => {
+                return Ok(Err(FoldError::NotFinite { inputs: vec![index] }));
+            }
+            other => return Ok(other),
+        }
+    }
+    Ok(Ok(()))
+}
+
+/// A private copy, aligned for every element type.
+fn copied(data: &[u8]) -> anyhow::Result<Vec<u64>> {
+    let words = data.len().div_ceil(size_of::<u64>());
+    let mut copy: Vec<u64> = Vec::new();
+    let room = copy.try_reserve_exact(words);
+    room.with_context(|| format!("no memory for a copy of an update of {} bytes", data.len()))?;
+    copy.resize(words, 0);
+    copy.as_mut_bytes()[..data.len()].copy_from_slice(data);
+    Ok(copy)
 }
 
 /// What is to be done with the updates that were given and are not folded; whether they are enough, so that nobody else is
@@ -240,8 +349,10 @@ fn now(timing: Timing, folded: usize, given: usize, enough: bool) -> Now {
     }
 }
 
-/// When the last object of each level was made, of those that went into an object that is just being made.
+/// When the last object of each level was made, of those that went into an object that is just being made. Nothing was made
+/// later than now.
 fn made<'a>(children: impl Iterator<Item = &'a [u64]>) -> Vec<u64> {
+    let now = monotonic_ns();
     let mut latest: Vec<u64> = Vec::new();
     for times in children {
         if times.is_empty() {
@@ -249,10 +360,10 @@ fn made<'a>(children: impl Iterator<Item = &'a [u64]>) -> Vec<u64> {
         }
         latest.resize(latest.len().max(times.len()), 0);
         for (latest, &time) in latest.iter_mut().zip(times) {
-            *latest = time.max(*latest);
+            *latest = time.min(now).max(*latest);
         }
     }
-    latest.push(monotonic_ns());
+    latest.push(now);
     latest
 }
 

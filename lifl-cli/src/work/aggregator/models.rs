@@ -24,14 +24,24 @@ impl<G: Ground> Aggregator<G> {
     /// A round's model has come.
     pub(super) fn model(&mut self, number: u32, lent: Lent) -> anyhow::Result<()> {
         if self.at_top() || number < self.round.number {
-            tracing::warn!(from = %lent.by, round = number, "a model that was not expected");
+            if self.tell(lent.by, FrameKind::Model as u16) {
+                tracing::warn!(from = %lent.by, round = number, "a model that was not expected");
+            }
             self.release_model(lent, number);
             return Ok(());
         }
-        self.announce(number);
-        let announced = !matches!(self.round.stage, Stage::Silent);
-        if announced && lent.by != self.round.parent {
-            tracing::warn!(from = %lent.by, parent = %self.round.parent, "a model from somebody else than the parent");
+        if number > self.round.number || matches!(self.round.stage, Stage::Silent) {
+            // Whether its lender is the parent, the coordinator will say: anybody can send one.
+            let before = self.early_models.insert(lent.by, (number, lent));
+            if let Some((number, before)) = before.filter(|(_, before)| before.key != lent.key) {
+                self.release_model(before, number);
+            }
+            return Ok(());
+        }
+        if lent.by != self.round.parent {
+            if self.tell(lent.by, FrameKind::Model as u16) {
+                tracing::warn!(from = %lent.by, parent = %self.round.parent, "a model from somebody else than the parent");
+            }
             self.release_model(lent, number);
             return Ok(());
         }
@@ -69,6 +79,21 @@ impl<G: Ground> Aggregator<G> {
                 self.let_go(before.key, number);
             }
             Stage::Over => self.release_model(lent, number),
+        }
+        Ok(())
+    }
+
+    /// The round has been announced: of the models that came before that, its parent's is its.
+    pub(super) fn choose_model(&mut self) -> anyhow::Result<()> {
+        let (number, parent) = (self.round.number, self.round.parent);
+        let early = self.early_models.extract_if(|_, (round, _)| *round <= number);
+        let early: Vec<(u32, Lent)> = early.map(|(_, early)| early).collect();
+        for (round, lent) in early {
+            if round == number && lent.by == parent {
+                self.model(round, lent)?;
+            } else {
+                self.release_model(lent, round);
+            }
         }
         Ok(())
     }
@@ -176,7 +201,10 @@ impl<G: Ground> Aggregator<G> {
         }
         // The coordinator, done with a model that no child has any more.
         if let Err(error) = self.ground.arena().release(frame.key, frame.from) {
-            tracing::warn!(from = %frame.from, "released what was not lent: {error}");
+            if self.tell(frame.from, frame.kind) {
+                tracing::warn!(from = %frame.from, "released what was not lent: {error}");
+            }
+            return;
         }
         self.retire(frame.key);
     }
@@ -186,7 +214,10 @@ impl<G: Ground> Aggregator<G> {
             .models
             .get(&frame.key)
             .is_some_and(|(model, _)| model.by == WorkerId::NONE);
-        if own && let Err(error) = self.ground.arena().release(frame.key, frame.from) {
+        if own
+            && let Err(error) = self.ground.arena().release(frame.key, frame.from)
+            && self.tell(frame.from, frame.kind)
+        {
             tracing::warn!(from = %frame.from, "released what was not lent: {error}");
         }
         self.no_longer_held(frame.from, frame.round, |key| key == frame.key);
@@ -215,6 +246,7 @@ impl<G: Ground> Aggregator<G> {
     /// A peer is gone, or as good as gone: it reads no model any more, and decides on no aggregate. What becomes of its place
     /// among the children the coordinator says.
     pub(super) fn lost(&mut self, worker: WorkerId) {
+        self.early_models.remove(&worker);
         self.no_longer_held(worker, self.round.number, |_| true);
         for sent in &mut self.sent {
             if sent.verdict.is_none() && sent.holder == Some(worker) {

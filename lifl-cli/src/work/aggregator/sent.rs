@@ -59,9 +59,15 @@ impl<G: Ground> Aggregator<G> {
         let undecided =
             |sent: &&mut Sent| sent.key == key && sent.holder == Some(by) && sent.verdict.is_none();
         let Some(sent) = self.sent.iter_mut().find(undecided) else {
-            tracing::warn!(from = %by, %key, "a verdict on what that worker does not have");
+            if self.tell(by, verdict.0 as u16) {
+                tracing::warn!(from = %by, %key, "a verdict on what that worker does not have");
+            }
             return;
         };
+        if let (FrameKind::Refuse, number) = verdict {
+            let refusal = Refusal::from_number(number).unwrap_or(Refusal::BadKey);
+            tracing::warn!(round = sent.round, "the parent refused our aggregate: {refusal}");
+        }
         sent.verdict = Some(verdict);
         let own = sent.own.is_some();
         let children = frames(&sent.children);
@@ -144,7 +150,9 @@ impl<G: Ground> Aggregator<G> {
                 // The predecessor's aggregate went with the parent: it has to be made anew.
                 let sent = self.sent.remove(at);
                 self.round.stage = Stage::Announced;
-                self.round.early.extend(frames(&sent.children));
+                for update in frames(&sent.children) {
+                    self.round.early.keep(update);
+                }
             }
             return;
         };
@@ -218,7 +226,9 @@ impl<G: Ground> Aggregator<G> {
             && frame.round == self.round.number
             && matches!(self.round.stage, Stage::Announced);
         if !expected {
-            tracing::warn!(from = %frame.from, round = frame.round, "a predecessor's aggregate, where none is expected");
+            if self.tell(frame.from, frame.kind) {
+                tracing::warn!(from = %frame.from, round = frame.round, "a predecessor's aggregate, where none is expected");
+            }
             return Ok(());
         }
         let (cover, pieces) = &mut self.round.inherited;
@@ -245,7 +255,7 @@ impl<G: Ground> Aggregator<G> {
             verdict,
             held: false,
         });
-        for early in std::mem::take(&mut self.round.early) {
+        for early in self.round.early.take() {
             self.answer(early).await?;
         }
         Ok(())

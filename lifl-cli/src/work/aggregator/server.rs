@@ -18,7 +18,7 @@ use lifl_common::frame::Frame;
 use lifl_common::id::{Key, WorkerId};
 use lifl_common::update::{Metadata, Schema, image};
 
-use crate::aggregate::{ServerOptimizer, State, Threads};
+use crate::aggregate::{FoldError, ServerOptimizer, State, Threads};
 use crate::work::ground::Ground;
 
 /// The optimizer with its state.
@@ -38,8 +38,8 @@ pub(super) struct Step<'a> {
 
 impl Step<'_> {
     /// Makes `mean` the model.
-    pub(super) fn apply(self, threads: &Threads, model: &[u8], mean: &mut [u8]) -> anyhow::Result<()> {
-        Ok(self.optimizer.step(threads, model, mean, self.state)?)
+    pub(super) fn apply(self, threads: &Threads, model: &[u8], mean: &mut [u8]) -> Result<(), FoldError> {
+        self.optimizer.step(threads, model, mean, self.state)
     }
 }
 
@@ -130,7 +130,7 @@ impl Server {
             return false;
         };
         if let Err(error) = arena.release(frame.key, frame.from) {
-            tracing::warn!(from = %frame.from, "released what was not lent: {error}");
+            tracing::debug!(from = %frame.from, "released what was not lent: {error}");
         }
         if self.current != Some(frame.key) {
             arena.free(frame.key);

@@ -339,7 +339,7 @@ impl World {
         let Node::Trainer(trainer, lesson) = node else {
             unreachable!("only trainers learn")
         };
-        let learned = learn_one(&trainer.shared, lesson.take().expect("a lesson")).expect("learnt");
+        let learned = learn_one(&trainer.shared, lesson.take().expect("a lesson"));
         trainer.deliver(learned).expect("lent");
         if let Some(next) = trainer.start().await.expect("gone on") {
             *lesson = Some(next);
@@ -456,6 +456,7 @@ async fn live(mut job: JobSpec, seed: u64, deaths: u32, rounds: u32) {
     job.rounds = last;
     let workers = job.workers.clone();
     let mut roster = Roster::new(COORDINATOR, &workers);
+    roster.know_samples(learn::known(&job).expect("synthetic").samples);
     let mut world = World::new(job, seed).await;
     let mut tops: Vec<(WorkerId, Arc<PeerArena>)> = Vec::new();
     let mut running = false;

@@ -57,10 +57,7 @@ impl<G: Ground> Aggregator<G> {
                 if let Some(key) = undecided.map(|sent| sent.key) {
                     let (kind, number) = match refusal {
                         None => (FrameKind::Release, 0),
-                        Some(refusal) => {
-                            tracing::warn!(round, "the parent refused our aggregate: {refusal}");
-                            (FrameKind::Refuse, refusal as u16)
-                        }
+                        Some(refusal) => (FrameKind::Refuse, refusal as u16),
                     };
                     self.settle(key, WorkerId::NONE, (kind, number));
                 }
