@@ -6,7 +6,8 @@ use std::time::{Duration, Instant};
 
 use nix::sys::signal::Signal;
 
-use support::{Job, PATIENCE, Place, signal, workers};
+use support::node::{Node, be_the_daemon};
+use support::{Job, PATIENCE, Place, Started, can_have, signal, workers};
 
 /// A job that goes on until something ends it.
 fn endless(levels: &[u32]) -> Job {
@@ -228,4 +229,226 @@ fn terminated_is_interrupted() {
     signal(run.pid(), Signal::SIGTERM);
     let finished = run.wait();
     assert_eq!(finished.code(), Some(130), "{}", finished.stderr);
+}
+
+/// A job whose training comes to nothing in every round.
+fn diverging() -> Job {
+    let mut job = Job::digits(&[1, 2], "softmax");
+    job.rounds = 2;
+    job
+}
+
+#[test]
+fn a_job_that_never_folds_an_update_fails_and_says_why() {
+    let mut file = diverging().file();
+    file["hyperparameters"]["learningRate"] = serde_json::json!(1e308);
+    let place = Place::new(&file);
+    let finished = place.finish(&[]);
+    assert_eq!(finished.code(), Some(4), "{}", finished.stderr);
+    for said in [
+        "no update was folded in any round",
+        "training loss of share",
+        "learningRate",
+    ] {
+        assert!(
+            finished.stderr.contains(said),
+            "no {said:?} in: {}",
+            finished.stderr
+        );
+    }
+    assert!(
+        finished.stderr.contains("warning: round 1: no update was folded"),
+        "{}",
+        finished.stderr
+    );
+    // They have nothing to give, and live.
+    assert_eq!(finished.all("worker_lost").len(), 0, "{:#?}", finished.events);
+    let failed = finished.all("trainer_failed");
+    assert_eq!(failed.len(), 2 * 2, "each in each round: {:#?}", finished.events);
+    for failed in failed {
+        let why = failed["why"].as_str().expect("words");
+        assert!(why.contains("training loss"), "{why}");
+    }
+    for round in finished.all("round") {
+        assert_eq!(round["trainers"], 0, "{round}");
+        assert_eq!(round["left_out"].as_array().map(Vec::len), Some(2), "{round}");
+    }
+    // Nor does it succeed by being resumed.
+    assert!(!place.run().join("model.safetensors").exists());
+    let again = place.start_resume(&[]).wait();
+    assert_eq!(again.code(), Some(4), "{}", again.stderr);
+}
+
+#[test]
+fn a_job_whose_trainers_die_in_every_round_fails() {
+    let mut job = endless(&[1, 2]);
+    job.rounds = 3;
+    let place = Place::new(&job.file());
+    // Without a task no trainer can work: the first ones are killed before they have given anything.
+    let run = place.start(&["--checkpoint-every", "0"]);
+    for trainer in ["trainer-1", "trainer-2"] {
+        let pid = run.wait_for_worker(trainer);
+        std::fs::write(place.run().join(format!("workers/{trainer}.json")), "{}").expect("written");
+        signal(pid, Signal::SIGKILL);
+    }
+    let finished = run.wait();
+    assert_eq!(finished.code(), Some(4), "{}", finished.stderr);
+}
+
+#[test]
+fn what_killed_a_worker_is_told_by_name_and_its_last_words_too() {
+    let place = Place::new(&endless(&[1, 2, 4]).file());
+    let mut run = place.start(&["--checkpoint-every", "0"]);
+    run.wait_for("round");
+    signal(run.wait_for_worker("trainer-1"), Signal::SIGABRT);
+    run.wait_for_several("worker_lost", 1);
+    signal(run.wait_for_worker("middle-aggregator"), Signal::SIGKILL);
+    run.wait_for_several("worker_lost", 2);
+    // Successors that end by themselves, as soon as they have looked at their tasks.
+    std::fs::write(place.run().join("workers/trainer-3.json"), "{}").expect("written");
+    signal(run.wait_for_worker("trainer-3"), Signal::SIGTERM);
+    run.wait_for_several("worker_lost", 6);
+    signal(run.pid(), Signal::SIGTERM);
+    let finished = run.wait();
+    let lost = finished.all("worker_lost");
+    let how = |worker: &str| -> Vec<&str> {
+        let of = lost.iter().filter(|lost| {
+            lost["worker"]
+                .as_str()
+                .is_some_and(|name| name.starts_with(worker))
+        });
+        of.map(|lost| lost["how"].as_str().expect("words")).collect()
+    };
+    assert!(
+        how("trainer-1")[0].starts_with("it was killed by SIGABRT"),
+        "{lost:#?}"
+    );
+    // Behind it may stand that the kernel has killed for lack of memory, if it just did elsewhere on this machine.
+    assert!(
+        how("middle-aggregator")[0].starts_with("it was killed by SIGKILL"),
+        "{lost:#?}"
+    );
+    assert_eq!(
+        how("trainer-3"),
+        [
+            "it was killed by SIGTERM",
+            "exit status: 4",
+            "exit status: 4",
+            "exit status: 4"
+        ]
+    );
+    for lost in &lost {
+        let words = lost["last_words"].as_str().expect("words");
+        let ended_by_itself = lost["how"] == "exit status: 4";
+        assert_eq!(
+            words.contains("is not a worker's task"),
+            ended_by_itself,
+            "{lost}"
+        );
+    }
+}
+
+/// A job whose rounds last longer than its grace time, so that its workers are asked whether they stir.
+fn slow() -> Job {
+    let mut job = Job::digits(&[1, 2], "cnn");
+    job.rounds = 2;
+    job.lifl["trainSamples"] = serde_json::json!(3000);
+    job.with("graceTime", 0.3)
+}
+
+#[test]
+fn a_suspended_machine_kills_nobody() {
+    let place = Place::new(&slow().file());
+    let mut run = place.start(&["--checkpoint-every", "0"]);
+    run.wait_for("job_started");
+    for _ in 0..2 {
+        let processes = [vec![run.pid()], run.workers("")].concat();
+        // As a container is paused, several grace times long.
+        processes.iter().for_each(|&pid| signal(pid, Signal::SIGSTOP));
+        std::thread::sleep(Duration::from_secs(2));
+        processes.iter().for_each(|&pid| signal(pid, Signal::SIGCONT));
+        std::thread::sleep(Duration::from_millis(200));
+    }
+    let finished = run.wait().success();
+    assert_eq!(finished.all("worker_lost").len(), 0, "{}", finished.stderr);
+    for round in finished.all("round") {
+        assert_eq!(round["trainers"], 2, "{round}");
+    }
+}
+
+#[test]
+fn a_suspended_coordinator_kills_nobody() {
+    let place = Place::new(&slow().file());
+    let mut run = place.start(&["--checkpoint-every", "0"]);
+    run.wait_for("job_started");
+    for _ in 0..2 {
+        signal(run.pid(), Signal::SIGSTOP);
+        std::thread::sleep(Duration::from_secs(2));
+        signal(run.pid(), Signal::SIGCONT);
+        std::thread::sleep(Duration::from_millis(200));
+    }
+    let finished = run.wait().success();
+    assert_eq!(finished.all("worker_lost").len(), 0, "{}", finished.stderr);
+}
+
+/// A run in a time namespace whose monotonic clock is ahead of the daemon's and the plane's, or behind.
+fn another_time_namespace_kills_nobody(pins: Option<&str>) {
+    let ahead = |seconds: &str| {
+        let mut command = std::process::Command::new("unshare");
+        command.args(["-T", "--monotonic", seconds, "--boottime", seconds, "--fork"]);
+        command
+    };
+    if !ahead("100")
+        .arg("true")
+        .status()
+        .is_ok_and(|status| status.success())
+    {
+        eprintln!("NOT RUN: no time namespace can be made here");
+        assert!(std::env::var_os("LIFL_REQUIRE_KERNEL").is_none());
+        return;
+    }
+    let mut node = Node::start(pins);
+    node.wait_until_it_listens();
+    for seconds in ["100000", "-200"] {
+        // A machine that has just been started cannot have a clock that is further behind.
+        let uptime = std::fs::read_to_string("/proc/uptime").expect("proc");
+        if seconds.starts_with('-') && uptime.split('.').next().and_then(|s| s.parse().ok()) < Some(300) {
+            continue;
+        }
+        let mut file = slow();
+        file.rounds = 1;
+        let mut place = Place::new(&file.file());
+        place.keep(false);
+        let plain = place.command_at(&node.socket(), &["--checkpoint-every", "0"]);
+        let mut command = ahead(seconds);
+        command.arg(plain.get_program()).args(plain.get_args());
+        let run = Started::new(command, place.run(), &place.folder.path().join("ahead"));
+        let finished = run.wait().success();
+        assert_eq!(
+            finished.all("worker_lost").len(),
+            0,
+            "{seconds}: {}",
+            finished.stderr
+        );
+        assert_eq!(finished.one("round")["trainers"], 2);
+    }
+    node.end();
+}
+
+#[test]
+fn another_time_namespace_kills_nobody_through_the_relay() {
+    another_time_namespace_kills_nobody(None);
+}
+
+#[test]
+fn another_time_namespace_kills_nobody_through_the_kernel() {
+    if can_have("sockmap") {
+        another_time_namespace_kills_nobody(Some("time"));
+    }
+}
+
+#[test]
+#[ignore = "it is the daemon of the other tests"]
+fn daemon_of_the_other_tests() {
+    be_the_daemon();
 }

@@ -1,10 +1,15 @@
-//! An aggregator among children that send it what they should not: each is refused by name, and the round goes on.
+//! An aggregator among children that send it what they should not: each is refused by name, and the round goes on. And a whole
+//! run to which a stranger sends every kind of frame: nothing comes of it.
 //!
-//! The test is the coordinator and the trainers; the top is the real process.
+//! In the former the test is the coordinator and the trainers; the top is the real process.
 
 mod support;
 
+use std::fs::File;
+use std::os::unix::fs::FileExt;
 use std::process::{Child, Command};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use lifl_cli::task::Tasks;
@@ -23,6 +28,9 @@ use support::{Job, Place, can_have};
 
 const TRAINERS: u32 = 3;
 const PARAMETERS: usize = 1000;
+
+/// What each trainer has, as the coordinator says.
+const MOST_SAMPLES: u64 = 1000;
 
 async fn within<T>(what: impl Future<Output = T>) -> T {
     tokio::time::timeout(Duration::from_secs(30), what)
@@ -66,13 +74,24 @@ impl Actor {
     }
 
     async fn expect(&mut self, kind: FrameKind) -> Frame {
-        let frame = within(self.frames.recv()).await.expect("read").expect("open");
+        let mut frame = within(self.frames.recv()).await.expect("read").expect("open");
+        // The coordinator is told of refusals, between other things.
+        while self.arena.is_none() && frame.kind == FrameKind::Refuse as u16 && kind != FrameKind::Refuse {
+            frame = within(self.frames.recv()).await.expect("read").expect("open");
+        }
         assert_eq!(FrameKind::from_number(frame.kind), Some(kind), "{frame:?}");
         frame
     }
 
     /// Writes an update of that schema, all elements of that value, and gives the frame that lends it.
     fn update(&mut self, schema: &Schema, round: u32, value: f32, samples: u64) -> Frame {
+        let cover = Cover::of(self.id.0);
+        self.update_of(schema, round, value, samples, cover)
+    }
+
+    /// The same, said to be the work of those trainers.
+    fn update_of(&mut self, schema: &Schema, round: u32, value: f32, samples: u64, cover: Cover) -> Frame {
+        let covers = cover.count();
         let arena = self.arena.as_mut().expect("an arena");
         self.made.retain(|&key| !arena.free(key));
         let mut slot = arena.begin().expect("free");
@@ -85,7 +104,11 @@ impl Actor {
             round,
             generation,
             samples,
-            cover: Cover::of(self.id.0),
+            cover,
+            // What cannot be is not added up.
+            folded: u64::MAX,
+            bytes_copied: u64::MAX,
+            loss: Some(f64::MAX),
             ..Metadata::default()
         };
         image::write_header(slot.bytes_mut(), schema, &metadata);
@@ -96,7 +119,7 @@ impl Actor {
             key,
             length: image::image_bytes(schema) as u64,
             samples,
-            covers: 1,
+            covers,
             ..Frame::default()
         }
     }
@@ -204,8 +227,10 @@ impl Stage {
             let child = Frame {
                 round,
                 value: u64::from(child.0),
+                samples: MOST_SAMPLES,
                 ..Frame::default()
             };
+            let child = child.with_cover_word(0, 1 << child.value);
             self.coordinator.send(self.top_id, FrameKind::Child, child).await;
         }
         let begin = Frame {
@@ -397,6 +422,262 @@ async fn children_that_misbehave(plane: &str, timing: &str) {
     // No round comes with which it could.
     stage.trainers[0].expect(FrameKind::Release).await;
     stage.leave().await;
+}
+
+/// What a trainer says is held against what the coordinator has said of it, and what it lends against what can be averaged: it
+/// is refused by itself, the others count.
+async fn a_liar_harms_nobody_else(plane: &str, timing: &str) {
+    if !can_have(plane) {
+        return;
+    }
+    const ROUNDS: u32 = 9;
+    let mut stage = Stage::set(plane, timing, ROUNDS, None).await;
+    let schema = stage.schema.clone();
+    let top = stage.top_id;
+    let (own, mut both, mut others) = (
+        Cover::of(stage.trainers[0].id.0),
+        Cover::of(stage.trainers[0].id.0),
+        Cover::of(stage.trainers[1].id.0),
+    );
+    both.add(&others);
+    others.add(&Cover::of(stage.trainers[2].id.0));
+    let lies = [
+        (u64::MAX, &own, 1.0, Refusal::BadSamples),
+        (MOST_SAMPLES + 1, &own, 1.0, Refusal::BadSamples),
+        (10, &both, 1.0, Refusal::BadCover),
+        (10, &others, 1.0, Refusal::BadCover),
+        (10, &Cover::of(4000), 1.0, Refusal::BadCover),
+        (10, &Cover::default(), 1.0, Refusal::BadCover),
+        (10, &own, f32::MAX, Refusal::NotFinite),
+        (10, &own, -3e38, Refusal::NotFinite),
+    ];
+    for (round, (samples, cover, value, refusal)) in (1..).zip(lies) {
+        stage.begin(round).await;
+        // The liar comes first, and last, by turns.
+        let order = if round % 2 == 0 { [0, 1, 2] } else { [1, 2, 0] };
+        for n in order {
+            let trainer = &mut stage.trainers[n];
+            let update = match n {
+                0 => trainer.update_of(&schema, round, value, samples, cover.clone()),
+                n => trainer.update(&schema, round, n as f32, MOST_SAMPLES / n as u64),
+            };
+            trainer.send(top, FrameKind::Update, update).await;
+        }
+        stage.trainers[0].expect_refusal(refusal).await;
+        assert_eq!(stage.result().await, (2, 1500, 4.0 / 3.0), "round {round}");
+        stage.taken = vec![1, 2];
+    }
+    // Nothing of what they said of themselves has been added up beyond what can be.
+    stage.begin(ROUNDS).await;
+    for n in 0..3 {
+        let update = stage.trainers[n].update(&schema, ROUNDS, 5.0, MOST_SAMPLES);
+        stage.trainers[n].send(top, FrameKind::Update, update).await;
+    }
+    let frame = stage.coordinator.expect(FrameKind::Model).await;
+    let arena = stage
+        .coordinator
+        .client
+        .open_arena(frame.key.arena)
+        .await
+        .expect("the top's");
+    let bytes = arena.object(frame.key, frame.length).expect("in bounds");
+    let (metadata, _) = image::check(bytes, &schema).expect("a model");
+    assert!(
+        metadata.folded <= 15 && metadata.bytes_copied < 1 << 20,
+        "{metadata:?}"
+    );
+    assert_eq!(metadata.loss, None);
+    for trainer in &mut stage.trainers {
+        trainer.expect(FrameKind::Release).await;
+    }
+    stage.leave().await;
+}
+
+#[tokio::test]
+async fn a_liar_harms_nobody_else_eager() {
+    a_liar_harms_nobody_else("sockmap", "eager").await;
+}
+
+#[tokio::test]
+async fn a_liar_harms_nobody_else_lazy() {
+    a_liar_harms_nobody_else("relay", "lazy").await;
+}
+
+/// A trainer writes NaN into its update and takes it back, again and again, while it is folded: its own update may be refused,
+/// the aggregator lives, and the others count.
+async fn what_changes_while_it_is_folded(timing: &str) {
+    const ROUNDS: u32 = 60;
+    let mut stage = Stage::set("relay", timing, ROUNDS, None).await;
+    let schema = stage.schema.clone();
+    let top = stage.top_id;
+    let mut refused = 0;
+    for round in 1..=ROUNDS {
+        stage.begin(round).await;
+        for n in 1..3 {
+            let update = stage.trainers[n].update(&schema, round, 2.0, 10);
+            stage.trainers[n].send(top, FrameKind::Update, update).await;
+        }
+        let update = stage.trainers[0].update(&schema, round, 2.0, 10);
+        let arena = stage.trainers[0].arena.as_ref().expect("an arena");
+        let data = &arena.object(update.key).expect("published")[image::data_offset(&schema)..];
+        let flips = Flips::begin(data.as_ptr().addr() as u64);
+        stage.trainers[0].send(top, FrameKind::Update, update).await;
+        let (covers, _, first) = stage.result().await;
+        flips.end();
+        assert_eq!(first, 2.0, "round {round}");
+        stage.taken = vec![1, 2];
+        if covers == 3 {
+            stage.taken.push(0);
+        } else {
+            refused += 1;
+            stage.trainers[0].expect_refusal(Refusal::NotFinite).await;
+        }
+    }
+    assert!(refused > 0, "it was never seen");
+    for n in std::mem::take(&mut stage.taken) {
+        stage.trainers[n].expect(FrameKind::Release).await;
+    }
+    stage.leave().await;
+}
+
+/// A thread that writes NaN, and what was there, at an address of this process, by turns.
+struct Flips {
+    over: Arc<AtomicBool>,
+    thread: std::thread::JoinHandle<()>,
+}
+
+impl Flips {
+    fn begin(address: u64) -> Self {
+        let memory = File::options()
+            .write(true)
+            .open("/proc/self/mem")
+            .expect("own memory");
+        let over = Arc::new(AtomicBool::new(false));
+        let thread = std::thread::spawn({
+            let over = Arc::clone(&over);
+            move || {
+                while !over.load(Ordering::Relaxed) {
+                    for value in [f32::NAN, 2.0] {
+                        memory
+                            .write_all_at(&value.to_le_bytes(), address)
+                            .expect("written");
+                    }
+                }
+            }
+        });
+        Self { over, thread }
+    }
+
+    fn end(self) {
+        self.over.store(true, Ordering::Relaxed);
+        self.thread.join().expect("no panic");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_changes_while_it_is_folded_eager() {
+    what_changes_while_it_is_folded("eager").await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_changes_while_it_is_folded_lazy() {
+    what_changes_while_it_is_folded("lazy").await;
+}
+
+/// A process of the job's user registers as one more worker and sends everybody frames of every kind, with numbers right and
+/// wrong, all the time: the run ends as one that nobody disturbed.
+async fn a_strangers_frames_change_nothing(plane: &'static str) {
+    if !can_have(plane) {
+        return;
+    }
+    let mut job = Job::synthetic(&[1, 2, 4], 1000, "F32").with("timing", "lazy");
+    job.rounds = 80;
+    let options = ["--plane", plane, "--checkpoint-every", "0"];
+    let undisturbed = Place::new(&job.file());
+    undisturbed.finish(&options).success();
+    let place = Place::new(&job.file());
+    let mut run = place.start(&options);
+    let started = run.wait_for("job_started");
+    let socket = std::path::PathBuf::from(started["daemon"].as_str().expect("a path"));
+    let mut client = Client::connect(&socket).await.expect("connected");
+    let status = client.status(None).await.expect("told");
+    let job_id = status.jobs[0].job;
+    let registration = client
+        .register(job_id, "trainer", "stranger")
+        .await
+        .expect("registered");
+    let (mut frames, own) = (registration.frames, registration.worker);
+    let ids: Vec<WorkerId> = status.workers.iter().map(|worker| worker.worker).collect();
+    let arenas: Vec<ArenaId> = ids.iter().filter_map(|&id| ArenaId::of(id, 0)).collect();
+    let mut rounds = [0, 1, 1, 2, u32::MAX];
+    let mut sent = 0_u64;
+    while run.is_running() {
+        let last = run
+            .events()
+            .iter()
+            .filter(|event| event["event"] == "round")
+            .count() as u32;
+        rounds[2..4].copy_from_slice(&[last + 1, last + 2]);
+        for (n, &to) in ids.iter().enumerate() {
+            let mut batch = Vec::new();
+            for kind in 0..=15 {
+                for &round in &rounds {
+                    let turn = sent as usize + n;
+                    let key = Key {
+                        arena: [
+                            arenas[turn % arenas.len()],
+                            ArenaId::of(own, 0).expect("a number"),
+                        ][turn % 2],
+                        slot: (turn % 3) as u32,
+                        generation: Generation(
+                            [1, 2, u64::from(round), u64::from(round) + 1, u64::MAX][turn % 5],
+                        ),
+                    };
+                    batch.push(Frame {
+                        to,
+                        from: own,
+                        kind,
+                        refusal: [0, 17, u16::MAX][turn % 3],
+                        round,
+                        key,
+                        length: [0, 4096, 1 << 20, u64::MAX][turn % 4],
+                        samples: [0, 1, 100, u64::MAX][turn % 4],
+                        value: [u64::from(to.0), u64::from(own.0), 1 << 32, u64::MAX][turn % 4],
+                        covers: [0, 1, u32::MAX][turn % 3],
+                        ..Frame::default()
+                    });
+                    sent += 1;
+                }
+            }
+            if within(frames.send(&batch)).await.is_err() {
+                break;
+            }
+        }
+        // What comes back is read, and the workers get their turn.
+        while let Ok(Some(_)) = frames.try_recv() {}
+        tokio::time::sleep(Duration::from_millis(2)).await;
+    }
+    drop((client, frames));
+    let finished = tokio::task::spawn_blocking(move || run.wait())
+        .await
+        .expect("no panic")
+        .success();
+    assert!(sent > 3000, "only {sent} frames");
+    assert_eq!(finished.all("worker_lost").len(), 0, "{:?}", finished.events);
+    for round in finished.all("round") {
+        assert_eq!(round["trainers"], 4, "{round}");
+    }
+    assert!(place.model() == undisturbed.model(), "another model came out");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_strangers_frames_change_nothing_through_the_kernel() {
+    a_strangers_frames_change_nothing("sockmap").await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_strangers_frames_change_nothing_through_the_relay() {
+    a_strangers_frames_change_nothing("relay").await;
 }
 
 /// With a goal of two, a round is done with two updates, whoever sends them.

@@ -2,6 +2,7 @@
 
 mod support;
 
+use std::collections::HashSet;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -84,6 +85,7 @@ fn ends_as_if_not_killed(file: &Value) {
     let place = Place::new(file);
     let mut run = place.start(&["--plane", "relay"]);
     run.wait_for("round");
+    wait_until("at the first checkpoint", || newest(&place.run()) >= 1);
     let missing = kill_in_mid_round(run, &place);
     let before = newest(&place.run());
     assert!((1..missing).contains(&before), "{before} before {missing}");
@@ -164,6 +166,7 @@ fn who_is_selected_by_chance_is_the_same_when_resumed() {
     let place = Place::new(&file);
     let mut run = place.start(&["--plane", "relay"]);
     run.wait_for("round");
+    wait_until("at the first checkpoint", || newest(&place.run()) >= 1);
     run.kill_everything();
     let resumed = place.start_resume(&["--plane", "relay"]).wait().success();
     let round = resumed.one("resumed")["round"].as_u64().expect("a number");
@@ -298,10 +301,43 @@ fn a_run_may_be_killed_again_and_again() {
         wait_until("at the next checkpoint", || newest(&run) > before);
         started.kill_everything();
         before = newest(&run);
+        every_round_is_told_of(&run, before);
     }
     Killed::resume(&folder, &run, &["--plane", "relay"]);
     let model = fs::read(run.join("model.safetensors")).expect("a model");
     assert!(model == killed.model, "another model");
+    every_round_is_told_of(&run, 60);
+}
+
+/// A round whose checkpoint is there has its event: it comes first, since a run that goes on does not make that round again.
+fn every_round_is_told_of(run: &Path, last: u32) {
+    let metrics = fs::read_to_string(run.join("metrics.jsonl")).expect("metrics");
+    let whole = metrics
+        .lines()
+        .filter_map(|line| serde_json::from_str::<Value>(line).ok());
+    let told: HashSet<u64> = whole
+        .filter_map(|event| (event["event"] == "round").then(|| event["round"].as_u64())?)
+        .collect();
+    for round in 1..=u64::from(last) {
+        assert!(
+            told.contains(&round),
+            "nothing is told of round {round} of {last}"
+        );
+    }
+}
+
+#[test]
+fn a_run_that_is_killed_as_a_checkpoint_appears_has_told_of_its_round() {
+    for life in 1..=6 {
+        let mut job = Job::synthetic(&[1, 2], 10, "F32");
+        job.rounds = 100_000;
+        let place = Place::new(&job.file());
+        let mut run = place.start(&["--plane", "relay", "--keep-checkpoints", "2"]);
+        run.wait_for("job_started");
+        wait_until("at a checkpoint", || newest(&place.run()) >= life * 3);
+        run.kill_everything();
+        every_round_is_told_of(&place.run(), newest(&place.run()));
+    }
 }
 
 /// It must fail with code 2, having started nothing, and say all of that.

@@ -7,6 +7,12 @@
 //!      └── hangs: it is killed
 //! ```
 //!
+//! What follows from a death follows at once; it is told when the process has been reaped, so that all it had to say is in its
+//! log. A process that has closed its connection and does not end is killed.
+//!
+//! Times are those in which this process [was running](super::watch::Awake), so that nobody is held to have been silent while
+//! the machine, or only the coordinator, was suspended.
+//!
 //! The coordinator alone decides. A dead aggregator's place is kept for its successor, which gets the references that its
 //! children still lend; a dead trainer's is empty until the next round.
 
@@ -17,6 +23,7 @@ use anyhow::anyhow;
 use lifl_common::config::Kind;
 use lifl_common::control::Status;
 use lifl_common::id::WorkerId;
+use lifl_common::kernel::Counters;
 
 use super::report::Event;
 use super::rounds::Rounds;
@@ -27,6 +34,9 @@ use crate::memory;
 
 /// How long to wait before a process is started again that could not be.
 const START_AGAIN: Duration = Duration::from_secs(1);
+
+/// How long a process may take to end whose connection is closed.
+const LEAVE: Duration = Duration::from_secs(2);
 
 /// How often a worker may die without having finished a round in between before it is given up.
 const MOST_DEATHS: u32 = 3;
@@ -50,9 +60,16 @@ pub(super) struct Life {
     pub(super) registered: bool,
     /// It is dead and what follows from that has been done, but for the successor's start.
     lost: bool,
+    /// That has been told.
+    told: bool,
     given_up: bool,
     deaths: u32,
-    started: Option<Instant>,
+    /// When it was started, until it is ready.
+    started: Option<Duration>,
+    /// When its connection was closed, while its process runs.
+    closed: Option<Duration>,
+    /// Why it was killed by us.
+    ended: Option<&'static str>,
     /// No successor is started before that: the last attempt has failed.
     not_before: Option<Instant>,
 }
@@ -72,21 +89,23 @@ impl Life {
 pub(super) struct Clock {
     begun: Instant,
     pub(super) begun_ns: u64,
-    /// When trainers ceased to be waited for, by the plane's clock.
-    closed_ns: Option<u64>,
+    begun_awake: Duration,
+    /// Trainers are not waited for any more.
+    closed: bool,
     /// Aggregators that took over after that: when they are told.
-    to_close: Vec<(Instant, usize)>,
-    looked: Instant,
+    to_close: Vec<(Duration, usize)>,
+    looked: Duration,
 }
 
 impl Clock {
-    pub(super) fn start() -> Self {
+    pub(super) fn start(awake: Duration) -> Self {
         Self {
             begun: Instant::now(),
             begun_ns: monotonic_ns(),
-            closed_ns: None,
+            begun_awake: awake,
+            closed: false,
             to_close: Vec::new(),
-            looked: Instant::now(),
+            looked: awake,
         }
     }
 
@@ -95,37 +114,32 @@ impl Clock {
     }
 }
 
-fn nanos(seconds: f64) -> u64 {
-    (seconds * 1e9) as u64
-}
-
 impl Rounds<'_, '_> {
     /// A worker's connection to the daemon, or its proxy's, is closed.
     pub(super) fn connection_closed(&mut self, index: usize) -> Outcome {
-        self.lives[index].registered = false;
-        let remote = memory::is_remote(&self.run.job.workers[index]);
-        let how = if remote {
-            "its session with the gateway is over"
-        } else {
-            "its connection to the daemon closed"
-        };
-        self.is_lost(index, how)?;
-        // Without the connection it is of no use.
-        self.workers.kill(index);
+        let life = &mut self.lives[index];
+        life.registered = false;
+        if life.running {
+            life.closed.get_or_insert(self.awake.time());
+        }
+        self.gone(index);
         Ok(())
     }
 
-    /// A worker's process has ended.
-    pub(super) fn process_ended(&mut self, index: usize, status: &str) -> Outcome {
-        self.lives[index].running = false;
-        self.is_lost(index, status)
+    /// A worker's process has ended, and has been reaped.
+    pub(super) fn process_ended(&mut self, index: usize, how: &str) -> Outcome {
+        let life = &mut self.lives[index];
+        life.running = false;
+        life.closed = None;
+        self.gone(index);
+        self.tell_of_death(index, how)
     }
 
-    /// A worker is dead. Before the first round that ends the job.
-    fn is_lost(&mut self, index: usize, how: &str) -> Outcome {
+    /// A worker is dead: nobody waits for it any more.
+    fn gone(&mut self, index: usize) {
         let life = &mut self.lives[index];
         if std::mem::replace(&mut life.lost, true) {
-            return Ok(());
+            return;
         }
         life.deaths += 1;
         life.started = None;
@@ -134,8 +148,28 @@ impl Rounds<'_, '_> {
         if remote {
             self.to_drop.push(index);
         }
-        let too_often = life.deaths > MOST_DEATHS;
-        if self.round == 0 || (spec.kind == Kind::Top && too_often) {
+        let restarting = !remote && life.deaths <= MOST_DEATHS;
+        if !restarting {
+            life.given_up = true;
+            self.roster.give_up(index);
+        }
+        if spec.kind == Kind::Trainer || !restarting {
+            self.outgoing.extend(self.roster.vacated(index));
+        }
+    }
+
+    /// A worker that is dead has said its last words. Before the first round that ends the job.
+    fn tell_of_death(&mut self, index: usize, how: &str) -> Outcome {
+        let life = &mut self.lives[index];
+        if std::mem::replace(&mut life.told, true) {
+            return Ok(());
+        }
+        let how = match life.ended.take() {
+            Some(why) => format!("{why}, so it was ended"),
+            None => how.to_owned(),
+        };
+        let spec = &self.run.job.workers[index];
+        if self.round == 0 || (spec.kind == Kind::Top && life.given_up) {
             let log = self.run.folder.log_tail(&spec.name, 5);
             let when = if self.round == 0 {
                 "before the first round".to_owned()
@@ -148,20 +182,12 @@ impl Rounds<'_, '_> {
             let error = anyhow!("{} is gone {when} ({how}); the end of its log:\n{log}", spec.name);
             return Err(Failure::new(Cause::Job, error));
         }
-        let restarting = !remote && !too_often;
-        if !restarting {
-            life.given_up = true;
-            self.roster.give_up(index);
-        }
-        if spec.kind == Kind::Trainer || !restarting {
-            self.outgoing.extend(self.roster.vacated(index));
-        }
         let event = Event::WorkerLost {
             worker: spec.name.clone(),
             round: self.round,
-            how: how.to_owned(),
-            last_words: self.run.folder.log_tail(&spec.name, 1),
-            restarting,
+            how,
+            last_words: self.run.folder.last_words(&spec.name),
+            restarting: !life.given_up,
         };
         self.reporter.event(&event).because(Cause::Job)
     }
@@ -185,9 +211,8 @@ impl Rounds<'_, '_> {
                 continue;
             }
             let life = &mut self.lives[index];
-            life.lost = false;
-            life.running = true;
-            life.started = Some(Instant::now());
+            (life.lost, life.told, life.running) = (false, false, true);
+            life.started = Some(self.awake.time());
         }
         Ok(())
     }
@@ -224,8 +249,8 @@ impl Rounds<'_, '_> {
         self.lives[index].started = None;
         let frames = self.roster.succeeds(index);
         self.outgoing.extend(frames);
-        if self.clock.closed_ns.is_some() && self.roster.takes_part(index) {
-            self.clock.to_close.push((Instant::now() + SAY_AGAIN, index));
+        if self.clock.closed && self.roster.takes_part(index) {
+            self.clock.to_close.push((self.awake.time() + SAY_AGAIN, index));
         }
         let event = Event::WorkerReplaced {
             worker: self.run.job.workers[index].name.clone(),
@@ -246,16 +271,31 @@ impl Rounds<'_, '_> {
     /// Looks at the clock: closes a round whose time is over, ends workers that hang.
     pub(super) async fn look(&mut self, in_round: bool) -> Outcome {
         let grace = Duration::from_secs_f64(self.run.job.grace_time_s);
+        let most = (self.pause() * 3 / 2).max(grace / 4);
+        if self.awake.tick(most) {
+            // Whoever was suspended with this process has had no time to answer.
+            self.watch.begin_anew();
+        }
+        let now = self.awake.time();
         for index in 0..self.lives.len() {
-            let started = self.lives[index].started;
-            if started.is_some_and(|started| started.elapsed() > START_TIME.max(grace)) {
+            let Life { started, closed, .. } = self.lives[index];
+            if started.is_some_and(|started| now - started > START_TIME.max(grace)) {
                 self.end_stuck(index, "it did not become ready");
+            }
+            if closed.is_some_and(|closed| now - closed > LEAVE) {
+                let remote = memory::is_remote(&self.run.job.workers[index]);
+                let why = if remote {
+                    "its session with the gateway was over"
+                } else {
+                    "its connection to the daemon was closed"
+                };
+                self.lives[index].closed = None;
+                self.end(index, why);
             }
         }
         if !in_round {
             return Ok(());
         }
-        let now = Instant::now();
         let (due, later): (Vec<_>, Vec<_>) = self
             .clock
             .to_close
@@ -265,61 +305,54 @@ impl Rounds<'_, '_> {
         self.clock.to_close = later;
         self.outgoing
             .extend(due.into_iter().filter_map(|(_, index)| self.roster.close(index)));
-        let elapsed = self.clock.begun.elapsed();
+        let elapsed = now - self.clock.begun_awake;
         let timeout = self.run.job.round_timeout_s.map(Duration::from_secs_f64);
         // Those who are to be left out are asked before that.
         let to_be_closed =
-            self.clock.closed_ns.is_none() && timeout.is_some_and(|timeout| elapsed + LOOK_EVERY > timeout);
+            !self.clock.closed && timeout.is_some_and(|timeout| elapsed + LOOK_EVERY > timeout);
         let every = if to_be_closed {
             LOOK_EVERY
         } else {
             grace / LOOKS_A_GRACE_TIME
         };
-        if !(to_be_closed || elapsed > grace) || self.clock.looked.elapsed() < every {
+        if !(to_be_closed || elapsed > grace) || now - self.clock.looked < every {
             return Ok(());
         }
         self.clock.looked = now;
         // While the daemon is away, nobody can be told to hang.
         if let Some(status) = self.status_now().await? {
-            let last = last_frames(&status);
             if to_be_closed && timeout.is_some_and(|timeout| elapsed > timeout) {
-                self.close_round(&last);
+                self.close_round();
             }
-            self.end_who_hangs(&last);
+            self.end_who_hangs(&status);
             if timeout.is_some_and(|timeout| elapsed > timeout + grace) {
-                self.end_late_trainers(&last);
+                self.end_late_trainers();
             }
         }
         Ok(())
     }
 
     /// The trainers that were told of the round, are still there and, for all that is known, have not answered.
-    fn unanswered(&self, last: &HashMap<WorkerId, u64>) -> Vec<usize> {
+    fn unanswered(&self) -> Vec<usize> {
         let has_answered = |&trainer: &usize| {
-            let Some(id) = self.roster.takes_part_as(trainer) else {
-                return true;
-            };
-            if memory::is_remote(&self.run.job.workers[trainer]) {
-                // Its proxy sends nothing but answers.
-                return last.get(&id).is_some_and(|&last| last >= self.clock.begun_ns);
-            }
-            self.watch.has_answered(id, self.round)
+            let id = self.roster.takes_part_as(trainer);
+            id.is_none_or(|id| self.watch.has_answered(id, self.round))
         };
         let trainers = self.roster.trainers();
         trainers.filter(|trainer| !has_answered(trainer)).collect()
     }
 
     /// The round's time is over: once there is a quorum, whoever has not answered is left out.
-    fn close_round(&mut self, last: &HashMap<WorkerId, u64>) {
+    fn close_round(&mut self) {
         let there = self
             .roster
             .trainers()
             .filter(|&trainer| self.roster.takes_part_as(trainer).is_some());
-        let answered = there.count() - self.unanswered(last).len();
+        let answered = there.count() - self.unanswered().len();
         if (answered as u32) < self.run.job.quorum {
             return;
         }
-        self.clock.closed_ns = Some(monotonic_ns());
+        self.clock.closed = true;
         let job = self.run.job;
         let above_trainers = self.roster.aggregators().filter(|(_, pair)| {
             pair.children
@@ -332,15 +365,23 @@ impl Rounds<'_, '_> {
         self.outgoing.extend(frames);
     }
 
-    /// Asks all who can be asked whether they stir; ends those who have not since they were asked before.
-    fn end_who_hangs(&mut self, last: &HashMap<WorkerId, u64>) {
-        let workers: Vec<WorkerId> = self.roster.present_here().collect();
-        let grace = nanos(self.run.job.grace_time_s);
-        let last = |id| last.get(&id).copied();
-        let Looked { ask, hang } = self.watch.look(&workers, last, monotonic_ns(), grace);
+    /// Asks all who can be asked whether they stir; ends those who have not since they were asked before. Proxies are asked
+    /// too, for what they have answered; they live as long as their sessions.
+    fn end_who_hangs(&mut self, status: &Status) {
+        let proxies: Vec<WorkerId> = self.roster.proxies().collect();
+        let workers: Vec<WorkerId> = self
+            .roster
+            .present_here()
+            .chain(proxies.iter().copied())
+            .collect();
+        let grace = Duration::from_secs_f64(self.run.job.grace_time_s);
+        let sent = status.workers.iter();
+        let sent: HashMap<WorkerId, Counters> = sent.map(|worker| (worker.worker, worker.counters)).collect();
+        let sent = |id| sent.get(&id).copied();
+        let Looked { ask, hang } = self.watch.look(&workers, sent, self.awake.time(), grace);
         self.outgoing
             .extend(ask.into_iter().map(|id| self.roster.ping(id)));
-        for id in hang {
+        for id in hang.into_iter().filter(|id| !proxies.contains(id)) {
             if let Some(index) = self.roster.index(id) {
                 self.end_stuck(index, "it does not stir");
             }
@@ -348,25 +389,25 @@ impl Rounds<'_, '_> {
     }
 
     /// Ends trainers that have not come to an end, long after they ceased to be waited for.
-    fn end_late_trainers(&mut self, last: &HashMap<WorkerId, u64>) {
-        for index in self.unanswered(last) {
+    fn end_late_trainers(&mut self) {
+        for index in self.unanswered() {
             self.end_stuck(index, "it owes an update");
         }
     }
 
-    fn end_stuck(&mut self, index: usize, why: &str) {
+    /// Ends a worker that is of no use any more.
+    pub(super) fn end_stuck(&mut self, index: usize, why: &'static str) {
         let name = &self.run.job.workers[index].name;
         self.reporter
             .say(&format!("round {}: {name} is ended: {why}", self.round));
         self.lives[index].started = None;
-        self.workers.kill(index);
+        self.end(index, why);
     }
-}
 
-/// When each worker sent its last frame.
-fn last_frames(status: &Status) -> HashMap<WorkerId, u64> {
-    let workers = status.workers.iter();
-    workers
-        .map(|worker| (worker.worker, worker.counters.last_ns))
-        .collect()
+    /// Kills a worker's process; that it has ended is told with that reason.
+    fn end(&mut self, index: usize, why: &'static str) {
+        if self.workers.kill(index) {
+            self.lives[index].ended = Some(why);
+        }
+    }
 }

@@ -191,6 +191,13 @@ impl RunFolder {
         lines[lines.len().saturating_sub(count)..].join("\n")
     }
 
+    /// The line that a worker's log ends with, but for the hint that Rust adds to a panic; empty if it has said nothing.
+    pub(super) fn last_words(&self, worker: &str) -> String {
+        let tail = self.log_tail(worker, 20);
+        let said = |line: &&str| !line.trim().is_empty() && !line.starts_with("note: run with");
+        tail.lines().rev().find(said).unwrap_or_default().to_owned()
+    }
+
     /// Writes a round's checkpoint, from which a top can begin: its model and what the optimizer remembers, images as
     /// they lie in their slots.
     ///

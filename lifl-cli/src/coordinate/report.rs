@@ -77,6 +77,24 @@ pub enum Event {
         /// Whether another is started in its place; if not, the job goes on without.
         restarting: bool,
     },
+    /// A trainer has nothing to give in a round; it goes on with the next.
+    TrainerFailed {
+        /// Its name.
+        worker: String,
+        /// In which round.
+        round: u32,
+        /// The last line of its log.
+        why: String,
+    },
+    /// An update was not taken, by the fault of whoever made it.
+    UpdateRefused {
+        /// Its maker's name.
+        worker: String,
+        /// In which round.
+        round: u32,
+        /// What is wrong with it.
+        why: String,
+    },
     /// Another has taken a dead worker's place.
     WorkerReplaced {
         /// Its name, which is the dead one's too.
@@ -472,6 +490,12 @@ pub(crate) fn describe(event: &Event) -> Option<String> {
                 "going on without it"
             };
             format!("round {round}: {worker} is gone ({how}); {then}. Its log ends: {last_words}")
+        }
+        Event::TrainerFailed { worker, round, why } => {
+            format!("round {round}: {worker} has no update. Its log ends: {why}")
+        }
+        Event::UpdateRefused { worker, round, why } => {
+            format!("round {round}: the update of {worker} is refused: {why}")
         }
         Event::WorkerReplaced { worker, round } => {
             format!("round {round}: another {worker} has taken over")

@@ -3,16 +3,25 @@
 //!
 //! A round is decided when the top's `Model` frame has come, whatever happens to the top then: until that frame nobody's
 //! update has been given back, so that a successor can make the round anew.
+//!
+//! Any process of the job's user can register and send frames. Whose frame decides anything is looked up in the
+//! [roster](Roster), and what the top says of its model is held against what is known of the trainers.
+//!
+//! ```text
+//!   model lent ──▶ evaluated ──▶ its event told ──▶ written out, if it is time ──▶ given back
+//! ```
+//!
+//! In this order, so that a run which is killed at any moment and resumed has told of every round.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::{HashMap, HashSet, VecDeque};
 use std::sync::Arc;
 use std::time::Duration;
 
-use anyhow::{Context, anyhow};
+use anyhow::{Context, anyhow, ensure};
 use lifl_common::arena::{Layout, PeerArena};
 use lifl_common::config::Kind;
 use lifl_common::control::{DeadLetter, Event as DaemonEvent, GatewayStatus, JobTraffic, Status};
-use lifl_common::frame::{Frame, FrameKind};
+use lifl_common::frame::{Frame, FrameKind, Refusal};
 use lifl_common::id::{ArenaId, WorkerId};
 use lifl_common::update::{Cover, Metadata, Tensors, image};
 use tokio::task::JoinHandle;
@@ -22,7 +31,7 @@ use super::node::Node;
 use super::peak::Peak;
 use super::report::{Event, LevelTime, Reporter, human_bytes};
 use super::roster::Roster;
-use super::watch::Watch;
+use super::watch::{Awake, Watch};
 use super::workers::Workers;
 use super::{Run, levels};
 use crate::exit::{Because, Cause, Failure, Outcome};
@@ -51,14 +60,22 @@ struct Decided {
 }
 
 /// What became of it.
-struct Examined {
+enum Examined {
+    Evaluated(Box<Evaluated>),
+    /// It has been written out, where it was time; or why its checkpoint could not be.
+    Written(Box<NewModel>, Option<String>),
+}
+
+/// A round's new model, and how good it is.
+struct Evaluated {
     model: NewModel,
-    /// Why its checkpoint could not be written, if it could not.
-    checkpoint_failed: Option<String>,
     metadata: Metadata,
     evaluation: Option<Evaluation>,
     evaluator: Option<Evaluator>,
 }
+
+/// Frames that are read ahead at a death: what others send without end is not read to its end.
+const MOST_UNREAD: usize = 1 << 16;
 
 pub(super) struct Rounds<'r, 'j> {
     pub(super) run: &'r mut Run<'j>,
@@ -69,6 +86,8 @@ pub(super) struct Rounds<'r, 'j> {
     pub(super) lives: Vec<Life>,
     /// Which round runs, or is next; 0 before the first.
     pub(super) round: u32,
+    /// Time as far as this process has been running.
+    pub(super) awake: Awake,
     pub(super) clock: Clock,
     pub(super) watch: Watch,
     /// Frames that are to be sent.
@@ -79,6 +98,8 @@ pub(super) struct Rounds<'r, 'j> {
     early: Vec<Frame>,
     /// Who is the top, and who was.
     tops: Vec<WorkerId>,
+    /// Whose frames of which kind have been told of in the round that runs: what was not expected, and failures.
+    told: HashSet<(WorkerId, u16)>,
     evaluator: Option<Evaluator>,
     examining: Option<JoinHandle<anyhow::Result<Examined>>>,
     /// Of the tops, the dead ones' too: what they made last is still wanted.
@@ -90,12 +111,14 @@ pub(super) struct Rounds<'r, 'j> {
     /// Remote workers that are dead, and whose proxies are to leave.
     pub(super) to_drop: Vec<usize>,
     last: Option<Evaluation>,
+    /// Whether an update has gone into the model, in this run or in those that it goes on from.
+    anything_folded: bool,
     peak: Peak,
 }
 
 /// What the coordinator waits for.
 enum News {
-    /// A frame from a worker.
+    /// A top's: a model, or what the optimizer remembers with it.
     Frame(Frame),
     /// Anything else, already dealt with.
     Other,
@@ -112,12 +135,14 @@ impl<'r, 'j> Rounds<'r, 'j> {
             roster,
             lives,
             round: 0,
-            clock: Clock::start(),
+            awake: Awake::default(),
+            clock: Clock::start(Duration::ZERO),
             watch: Watch::default(),
             outgoing: Vec::new(),
             unread: VecDeque::new(),
             early: Vec::new(),
             tops: Vec::new(),
+            told: HashSet::new(),
             evaluator: None,
             examining: None,
             arenas: HashMap::new(),
@@ -125,6 +150,7 @@ impl<'r, 'j> Rounds<'r, 'j> {
             moved_before: JobTraffic::default(),
             to_drop: Vec::new(),
             last: None,
+            anything_folded: false,
             peak: Peak::default(),
         }
     }
@@ -136,14 +162,16 @@ impl<'r, 'j> Rounds<'r, 'j> {
     /// Everything from the workers' start to the last model.
     pub(super) async fn all(&mut self, node: &Node) -> Outcome {
         let job = self.run.job;
-        self.evaluator = tokio::task::spawn_blocking({
+        let known = tokio::task::spawn_blocking({
             let job = job.clone();
-            move || crate::learn::evaluator(&job)
+            move || crate::learn::known(&job)
         })
         .await
-        .context("the test set could not be read")
+        .context("the data could not be read")
         .because(Cause::Job)?
         .because(Cause::Config)?;
+        self.evaluator = known.evaluator;
+        self.roster.know_samples(known.samples);
         self.wait_for_workers().await?;
         self.announce_job(node).await?;
         for round in self.run.first_round..=job.rounds {
@@ -219,44 +247,35 @@ impl<'r, 'j> Rounds<'r, 'j> {
     async fn one_round(&mut self, round: u32) -> Outcome {
         self.round = round;
         self.plan_round(round).await?;
-        self.clock = Clock::start();
+        self.clock = Clock::start(self.awake.time());
+        self.told.clear();
         self.outgoing.extend(self.roster.announce());
         self.flush().await?;
         let mut state: Option<Frame> = None;
-        let frame = loop {
+        let (frame, decided) = loop {
             match self.news().await? {
-                News::Frame(frame) if frame.kind == FrameKind::State as u16 && frame.round == round => {
-                    state = Some(frame);
-                }
-                News::Frame(frame) if frame.kind == FrameKind::Model as u16 && frame.round == round => {
-                    break frame;
-                }
-                News::Frame(frame) => tracing::warn!(kind = frame.kind, from = %frame.from, "not expected"),
-                News::Other => self.look(true).await?,
+                News::Frame(frame) if frame.round != round => {}
+                News::Frame(frame) if frame.kind == FrameKind::State as u16 => state = Some(frame),
+                News::Frame(frame) => match self.decided(frame, state.take()).await {
+                    Ok(decided) => break (frame, decided),
+                    Err(error) => self.bad_model(&frame, &error),
+                },
+                News::Other => {}
             }
+            self.look(true).await?;
         };
         let seconds = self.clock.seconds();
-        if !self.tops.contains(&frame.from) {
-            return Err(Failure::new(
-                Cause::Job,
-                anyhow!("{} sent a model but is not the top", frame.from),
-            ));
-        }
         let asked = self.asked();
         self.round_finished();
         // What moved while no daemon was there to tell counts for the round after.
         let now = self.traffic().await?.unwrap_or(self.moved_before);
         let moved = since(&now, &self.moved_before);
         self.moved_before = now;
-        let arena = self.arena(frame.key.arena).await?;
-        let state = match state.filter(|state| state.from == frame.from) {
-            Some(state) => Some((state, self.arena(state.key.arena).await?)),
-            None => None,
-        };
-        self.decided = Some(Decided {
-            model: (frame, Arc::clone(&arena)),
-            state: state.clone(),
-        });
+        let Decided {
+            model: (_, arena),
+            state,
+        } = decided.clone();
+        self.decided = Some(decided);
         self.examined().await?;
         self.examine(NewModel {
             frame,
@@ -268,6 +287,62 @@ impl<'r, 'j> Rounds<'r, 'j> {
             asked,
         });
         Ok(())
+    }
+
+    /// Holds a model that a top has lent against what is known of the round.
+    async fn decided(&mut self, frame: Frame, state: Option<Frame>) -> anyhow::Result<Decided> {
+        let (arena, state) = (
+            self.lent(&frame).await?,
+            match state.filter(|state| state.from == frame.from) {
+                Some(state) => Some((state, self.lent(&state).await?)),
+                None => None,
+            },
+        );
+        let bytes = arena.object(frame.key, frame.length)?;
+        let (metadata, _) = image::check(bytes, &self.run.schema).context("it is not the job's")?;
+        ensure!(
+            metadata.generation == frame.key.generation && metadata.round <= frame.round,
+            "it is of round {}",
+            metadata.round
+        );
+        let covers = if metadata.round == frame.round {
+            metadata.cover.count()
+        } else {
+            0
+        };
+        let most = self.roster.samples_of(&metadata.cover);
+        ensure!(
+            frame.covers == covers && metadata.samples <= most,
+            "it is said to be of {} trainers with {} samples, and is of {covers} with {most}",
+            frame.covers,
+            metadata.samples
+        );
+        Ok(Decided {
+            model: (frame, arena),
+            state,
+        })
+    }
+
+    /// The arena that an object lies in which its owner has lent.
+    async fn lent(&mut self, frame: &Frame) -> anyhow::Result<Arc<PeerArena>> {
+        ensure!(
+            frame.key.arena.owner() == frame.from,
+            "{} is not in an arena of its own",
+            frame.key
+        );
+        let arena = self.arena(frame.key.arena).await;
+        let arena = arena.map_err(|failure| failure.error)?;
+        arena.object(frame.key, frame.length)?;
+        Ok(arena)
+    }
+
+    /// A top has lent what is no model of the round: it is of no use.
+    fn bad_model(&mut self, frame: &Frame, error: &anyhow::Error) {
+        tracing::warn!(from = %frame.from, round = frame.round, "a model that is none: {error:#}");
+        // One that is dead has a successor, or will have.
+        if let Some(index) = self.roster.index(frame.from) {
+            self.end_stuck(index, "its model is not the job's");
+        }
     }
 
     /// An arena of the top, mapped at the first use.
@@ -294,7 +369,10 @@ impl<'r, 'j> Rounds<'r, 'j> {
                 }
                 if coming == 0 {
                     let error = match trainers {
-                        0 => anyhow!("round {round}: no trainer that is left has a way to the top"),
+                        0 => anyhow!(
+                            "round {round}: no trainer that is left has a way to the top; {}",
+                            self.trainers_words()
+                        ),
                         some => anyhow!(
                             "round {round}: {some} trainers can take part, its quorum is {}: lower lifl.quorum, or see why \
                              the others are gone",
@@ -310,13 +388,8 @@ impl<'r, 'j> Rounds<'r, 'j> {
 
     /// Deals with what comes while no round runs.
     async fn between_rounds(&mut self) -> Outcome {
-        match self.news().await? {
-            News::Frame(frame) => {
-                tracing::warn!(kind = frame.kind, from = %frame.from, "not expected");
-                Ok(())
-            }
-            News::Other => self.look(false).await,
-        }
+        self.news().await?;
+        self.look(false).await
     }
 
     /// Sends what is to be sent.
@@ -332,9 +405,14 @@ impl<'r, 'j> Rounds<'r, 'j> {
         }
     }
 
-    /// Waits for whatever comes next, and deals with it unless it is a frame about a round.
+    /// How long it may be until the clock is looked at again.
+    pub(super) fn pause(&self) -> Duration {
+        Duration::from_millis(100).max(Duration::from_millis(2) * self.lives.len() as u32)
+    }
+
+    /// Waits for whatever comes next, and deals with it unless it is a top's frame about a round.
     async fn news(&mut self) -> Outcome<News> {
-        let pause = Duration::from_millis(100).max(Duration::from_millis(2) * self.lives.len() as u32);
+        let pause = self.pause();
         let frame = match self.unread.pop_front() {
             Some(frame) => Some(frame),
             None => tokio::select! {
@@ -347,14 +425,17 @@ impl<'r, 'j> Rounds<'r, 'j> {
                     self.daemon_event(event)?;
                     None
                 }
-                (index, status) = self.workers.exited() => {
+                (index, how) = self.workers.exited() => {
                     self.read_all();
-                    self.process_ended(index, &status)?;
+                    self.process_ended(index, &how)?;
                     None
                 }
                 examined = done(&mut self.examining) => {
                     self.examining = None;
-                    self.report(examined.because(Cause::Job)?).await?;
+                    match examined.because(Cause::Job)? {
+                        Examined::Evaluated(evaluated) => self.report(*evaluated)?,
+                        Examined::Written(model, failed) => self.give_back(&model, failed).await?,
+                    }
                     None
                 }
                 () = tokio::time::sleep(pause) => None,
@@ -366,8 +447,17 @@ impl<'r, 'j> Rounds<'r, 'j> {
             } else {
                 match FrameKind::from_number(frame.kind) {
                     Some(FrameKind::Ready) => self.ready(frame).await?,
-                    Some(FrameKind::Pong) => self.watch.heard(frame.from, frame.round),
-                    _ => return Ok(News::Frame(frame)),
+                    Some(FrameKind::Pong) => self.pong(&frame),
+                    Some(FrameKind::Nothing) => self.failed(&frame)?,
+                    Some(FrameKind::Refuse) => self.refused(&frame)?,
+                    Some(FrameKind::Model | FrameKind::State) if self.tops.contains(&frame.from) => {
+                        return Ok(News::Frame(frame));
+                    }
+                    kind => {
+                        if self.told.insert((frame.from, kind.map_or(0, |kind| kind as u16))) {
+                            tracing::warn!(?kind, from = %frame.from, "not expected");
+                        }
+                    }
                 }
             }
         }
@@ -385,18 +475,85 @@ impl<'r, 'j> Rounds<'r, 'j> {
     }
 
     /// Reads what the dead have said before they died, so that it counts before their death does. That the socket has failed is
-    /// found by whoever waits for it.
+    /// found by whoever waits for it. What decides nothing is not kept, however much of it comes.
     fn read_all(&mut self) {
-        while let Ok(Some(frame)) = self.run.frames.try_recv() {
-            self.unread.push_back(frame);
+        for _ in 0..MOST_UNREAD {
+            let Ok(Some(frame)) = self.run.frames.try_recv() else {
+                return;
+            };
+            match FrameKind::from_number(frame.kind) {
+                Some(FrameKind::Pong) => self.pong(&frame),
+                Some(FrameKind::Model | FrameKind::State) if !self.tops.contains(&frame.from) => {}
+                Some(
+                    FrameKind::Ready
+                    | FrameKind::Model
+                    | FrameKind::State
+                    | FrameKind::Nothing
+                    | FrameKind::Refuse,
+                ) if self.unread.len() < MOST_UNREAD => self.unread.push_back(frame),
+                _ => {}
+            }
         }
+    }
+
+    /// A worker says that it stirs.
+    fn pong(&mut self, frame: &Frame) {
+        if self.roster.index(frame.from).is_some() {
+            self.watch.heard(frame.from, frame.round);
+        }
+    }
+
+    /// A trainer, or its proxy, says that it has nothing to give in the round: its log says why.
+    fn failed(&mut self, frame: &Frame) -> Outcome {
+        let index = self.roster.index(frame.from);
+        let trainer = index.filter(|&index| self.run.job.workers[index].kind == Kind::Trainer);
+        let (Some(index), true) = (trainer, frame.round == self.round) else {
+            return Ok(());
+        };
+        if !self.told.insert((frame.from, frame.kind)) {
+            return Ok(());
+        }
+        let worker = self.run.job.workers[index].name.clone();
+        let event = Event::TrainerFailed {
+            round: frame.round,
+            why: self.run.folder.last_words(&worker),
+            worker,
+        };
+        self.reporter.event(&event).because(Cause::Job)
+    }
+
+    /// A parent says that it has refused a child's update.
+    fn refused(&mut self, frame: &Frame) -> Outcome {
+        let refusal = Refusal::from_number(frame.refusal).filter(|refusal| refusal.is_senders_fault());
+        let child = u32::try_from(frame.value).ok().map(WorkerId);
+        let (Some(refusal), Some(child)) = (refusal, child) else {
+            return Ok(());
+        };
+        let child_index = self.roster.index(child);
+        let parent = child_index.and_then(|index| self.roster.parent(index));
+        if frame.round != self.round || parent.is_none() || parent != self.roster.index(frame.from) {
+            return Ok(());
+        }
+        if let Some(index) = child_index
+            && self.told.insert((child, frame.kind))
+        {
+            let event = Event::UpdateRefused {
+                worker: self.run.job.workers[index].name.clone(),
+                round: frame.round,
+                why: refusal.to_string(),
+            };
+            self.reporter.event(&event).because(Cause::Job)?;
+        }
+        Ok(())
     }
 
     /// A worker can begin.
     async fn ready(&mut self, frame: Frame) -> Outcome {
         let id = frame.from;
         if self.roster.index(id).is_none() {
-            self.early.push(frame);
+            if !self.early.iter().any(|known| known.from == id) {
+                self.early.push(frame);
+            }
             return Ok(());
         }
         let Some(index) = self.roster.ready(id) else {
@@ -438,6 +595,7 @@ impl<'r, 'j> Rounds<'r, 'j> {
                 self.unread.extend(ready);
             }
             DaemonEvent::PeerLost(lost) => {
+                self.early.retain(|frame| frame.from != lost.worker);
                 self.read_all();
                 if let Some(index) = self.roster.left(lost.worker) {
                     self.connection_closed(index)?;
@@ -523,78 +681,70 @@ impl<'r, 'j> Rounds<'r, 'j> {
         (0..workers.len()).filter(asked).collect()
     }
 
-    /// Begins to write out and evaluate a new model, beside the rounds.
+    /// Begins to evaluate a new model, beside the rounds.
     fn examine(&mut self, model: NewModel) {
         let evaluator = self.evaluator.take();
         let schema = self.run.schema.clone();
-        let folder = self.run.folder.clone();
-        let round = model.frame.round;
-        let last = round == self.run.job.rounds;
-        let every = self.run.checkpoint_every;
-        let checkpoint = every > 0 && (round.is_multiple_of(every) || last);
-        let keep = self.run.keep_checkpoints;
         self.examining = Some(tokio::task::spawn_blocking(move || {
             let bytes = model.arena.object(model.frame.key, model.frame.length)?;
             let (metadata, offset) =
                 image::check(bytes, &schema).context("the top's model is not the job's")?;
-            let mut checkpoint_failed = None;
-            if checkpoint {
-                let state = model.state.as_ref();
-                let state = state.map(|(frame, arena)| arena.object(frame.key, frame.length));
-                match folder.checkpoint(round, bytes, state.transpose()?) {
-                    Ok(_) => keep.into_iter().for_each(|keep| folder.prune(round, keep)),
-                    // The job can do without: the next one may have room.
-                    Err(error) => checkpoint_failed = Some(format!("{error:#}")),
-                }
-            }
-            if last {
-                folder.last_model(round, bytes, checkpoint && checkpoint_failed.is_none())?;
-            }
             let tensors = Tensors::new(&schema, &bytes[offset..][..schema.data_bytes()]);
             let evaluation = evaluator
                 .as_ref()
                 .map(|evaluator| evaluator.evaluate(tensors))
                 .transpose()?;
-            Ok(Examined {
+            Ok(Examined::Evaluated(Box::new(Evaluated {
                 model,
-                checkpoint_failed,
                 metadata,
                 evaluation,
                 evaluator,
-            })
+            })))
+        }));
+    }
+
+    /// Begins to write it out, if it is time and there is any work in it.
+    fn write_out(&mut self, model: NewModel) {
+        let folder = self.run.folder.clone();
+        let round = model.frame.round;
+        let at_end = round == self.run.job.rounds;
+        let every = self.run.checkpoint_every;
+        let due = every > 0 && (round.is_multiple_of(every) || at_end);
+        // What is of no use is not kept as the result.
+        let of_use = self.anything_folded && !(at_end && self.no_result().is_some());
+        let (checkpoint, last) = (due && of_use, at_end && of_use);
+        let keep = self.run.keep_checkpoints;
+        self.examining = Some(tokio::task::spawn_blocking(move || {
+            let mut failed = None;
+            if checkpoint || last {
+                let bytes = model.arena.object(model.frame.key, model.frame.length)?;
+                if checkpoint {
+                    let state = model.state.as_ref();
+                    let state = state.map(|(frame, arena)| arena.object(frame.key, frame.length));
+                    match folder.checkpoint(round, bytes, state.transpose()?) {
+                        Ok(_) => keep.into_iter().for_each(|keep| folder.prune(round, keep)),
+                        // The job can do without: the next one may have room.
+                        Err(error) => failed = Some(format!("{error:#}")),
+                    }
+                }
+                if last {
+                    folder.last_model(round, bytes, checkpoint && failed.is_none())?;
+                }
+            }
+            Ok(Examined::Written(Box::new(model), failed))
         }));
     }
 
     /// Waits until the model that is being examined, if any, has been.
     async fn examined(&mut self) -> Outcome {
         while self.examining.is_some() {
-            if let News::Frame(frame) = self.news().await? {
-                tracing::warn!(kind = frame.kind, from = %frame.from, "not expected");
-            }
+            self.between_rounds().await?;
         }
         Ok(())
     }
 
-    /// Gives the model back and tells of its round.
-    async fn report(&mut self, examined: Examined) -> Outcome {
-        let Examined {
-            model:
-                NewModel {
-                    frame,
-                    state,
-                    begun_ns,
-                    seconds,
-                    moved,
-                    asked,
-                    ..
-                },
-            checkpoint_failed,
-            metadata,
-            evaluation,
-            evaluator,
-        } = examined;
-        self.evaluator = evaluator;
-        self.last = evaluation;
+    /// Gives a model back that has been written out.
+    async fn give_back(&mut self, model: &NewModel, checkpoint_failed: Option<String>) -> Outcome {
         let release = |lent: &Frame| Frame {
             to: lent.from,
             from: self.run.id,
@@ -603,8 +753,8 @@ impl<'r, 'j> Rounds<'r, 'j> {
             key: lent.key,
             ..Frame::default()
         };
-        let state = state.iter().map(|(state, _)| release(state));
-        let releases: Vec<Frame> = [release(&frame)].into_iter().chain(state).collect();
+        let state = model.state.iter().map(|(state, _)| release(state));
+        let releases: Vec<Frame> = [release(&model.frame)].into_iter().chain(state).collect();
         self.run
             .frames
             .send(&releases)
@@ -612,10 +762,26 @@ impl<'r, 'j> Rounds<'r, 'j> {
             .context("the frame socket failed")
             .because(Cause::Job)?;
         if let Some(error) = checkpoint_failed {
-            let round = frame.round;
+            let round = model.frame.round;
             let event = Event::CheckpointFailed { round, error };
             self.reporter.event(&event).because(Cause::Job)?;
         }
+        Ok(())
+    }
+
+    /// Tells of a model's round, and has it written out.
+    fn report(&mut self, evaluated: Evaluated) -> Outcome {
+        let Evaluated {
+            mut model,
+            metadata,
+            evaluation,
+            evaluator,
+        } = evaluated;
+        self.evaluator = evaluator;
+        self.last = evaluation;
+        // A model's round is 0 until something has been folded into it.
+        self.anything_folded = metadata.round > 0;
+        let frame = model.frame;
         // A model that no update changed is the round's before, and says so.
         let changed = metadata.round == frame.round;
         let cover = if changed {
@@ -624,34 +790,74 @@ impl<'r, 'j> Rounds<'r, 'j> {
             &Cover::default()
         };
         let workers = &self.run.job.workers;
-        let missing = asked.into_iter().map(|index| &workers[index]);
+        let missing = std::mem::take(&mut model.asked).into_iter();
+        let missing = missing.map(|index| &workers[index]);
         let missing = missing.filter(|worker| worker.share.is_none_or(|share| !cover.contains(share)));
-        let left_out = missing.map(|worker| worker.name.clone()).collect();
+        let left_out: Vec<String> = missing.map(|worker| worker.name.clone()).collect();
         let event = Event::Round {
             round: frame.round,
-            seconds,
+            seconds: model.seconds,
             loss: evaluation.map(|evaluation| evaluation.loss),
             accuracy: evaluation.map(|evaluation| evaluation.accuracy),
             train_loss: metadata.loss.filter(|_| changed),
-            trainers: frame.covers,
+            trainers: cover.count(),
             left_out,
             samples: if changed { metadata.samples } else { 0 },
             updates_folded: if changed { metadata.folded } else { 0 },
-            bytes_referenced: moved.bytes_referenced,
+            bytes_referenced: model.moved.bytes_referenced,
             bytes_copied: if changed { metadata.bytes_copied } else { 0 },
-            bytes_received: moved.gateway.bytes_received,
-            bytes_sent: moved.gateway.bytes_sent,
+            bytes_received: model.moved.gateway.bytes_received,
+            bytes_sent: model.moved.gateway.bytes_sent,
             levels: self
-                .level_times(&metadata, begun_ns)
+                .level_times(&metadata, model.begun_ns)
                 .filter(|_| changed)
                 .unwrap_or_default(),
         };
         self.reporter.event(&event).because(Cause::Job)?;
+        if !changed {
+            self.reporter.say(&format!(
+                "warning: round {}: no update was folded, the model is as it was",
+                frame.round
+            ));
+        }
         let accuracy = evaluation.map_or(String::new(), |it| {
             format!("accuracy {:.2} %", it.accuracy * 100.0)
         });
         self.reporter.position(u64::from(frame.round), accuracy);
+        self.write_out(model);
         Ok(())
+    }
+
+    /// Why the job's work has come to nothing, if it has.
+    fn no_result(&self) -> Option<String> {
+        if !self.anything_folded {
+            return Some(format!(
+                "no update was folded in any round, the model is the one that the job began with; {}",
+                self.trainers_words()
+            ));
+        }
+        let loss = self.last.map(|evaluation| evaluation.loss);
+        let loss = loss.filter(|loss| !loss.is_finite())?;
+        Some(format!(
+            "the last model is of no use, its loss on the test set is {loss}: a lower learningRate may help"
+        ))
+    }
+
+    /// What the logs of some trainers end with, each end once.
+    fn trainers_words(&self) -> String {
+        const MOST: usize = 3;
+        let mut said: Vec<String> = Vec::new();
+        let mut ends: HashSet<String> = HashSet::new();
+        for trainer in self.run.job.trainers() {
+            let words = self.run.folder.last_words(&trainer.name);
+            if said.len() < MOST && !words.is_empty() && ends.insert(words.clone()) {
+                said.push(format!("{}: {words}", trainer.name));
+            }
+        }
+        if said.is_empty() {
+            return "the trainers' logs are empty".to_owned();
+        }
+        format!("the trainers' logs end:\n{}", said.join("\n"))
     }
 
     /// When each level was done with a round, if the model tells of all of them.
@@ -675,6 +881,9 @@ impl<'r, 'j> Rounds<'r, 'j> {
         let mut own = jobs.filter(|job| job.job == self.run.job_id);
         let arenas = own.next().map_or(0, |job| job.arena_peak_bytes);
         self.reporter.end();
+        if let Some(why) = self.no_result() {
+            return Err(Failure::new(Cause::Job, anyhow!(why)));
+        }
         let event = Event::JobFinished {
             rounds: self.run.job.rounds,
             seconds: self.run.started.elapsed().as_secs_f64(),

@@ -1,6 +1,7 @@
 //! The run's worker processes: started, watched, ended.
 
 use std::collections::HashMap;
+use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::{ExitStatus, Stdio};
 use std::time::Duration;
@@ -8,7 +9,9 @@ use std::time::Duration;
 use anyhow::Context;
 use lifl_common::config::{JobSpec, Kind, WorkerSpec};
 use lifl_common::id::JobId;
+use lifl_common::limits;
 use lifl_common::session::{SECRET_VARIABLE, Secret};
+use nix::sys::signal::Signal;
 use tokio::process::{Child, Command};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
@@ -20,6 +23,9 @@ use crate::task::Tasks;
 
 /// How long workers have to leave when the job has ended.
 const GRACE: Duration = Duration::from_secs(5);
+
+/// The exit status of a Rust program that has panicked.
+const PANICKED: i32 = 101;
 
 /// The processes of a run, each played by this very program.
 pub(super) struct Workers {
@@ -36,6 +42,7 @@ pub(super) struct Workers {
     /// Trainers work all at once: between them they get each core about once.
     trainer_threads: String,
     processes: JoinSet<(usize, std::io::Result<ExitStatus>)>,
+    oom: OomKills,
     /// By worker: the process, and what kills it.
     running: HashMap<usize, (u32, CancellationToken)>,
 }
@@ -65,6 +72,7 @@ impl Workers {
             start,
             trainer_threads: (cores / trainers.max(1)).max(1).to_string(),
             processes: JoinSet::new(),
+            oom: OomKills::so_far(),
             running: HashMap::new(),
         };
         Tasks::of(job).write_into(folder.dir())?;
@@ -143,16 +151,21 @@ impl Workers {
         });
     }
 
-    /// Waits for the next process to end, by its index; for ever when none is left. Cancel-safe.
+    /// Waits for the next process to end: its index, and what its end was; for ever when none is left. Cancel-safe.
     pub(super) async fn exited(&mut self) -> (usize, String) {
         loop {
             match self.processes.join_next().await {
                 Some(Ok((index, status))) => {
-                    self.running.remove(&index);
-                    return (
-                        index,
-                        status.map_or_else(|error| error.to_string(), |status| status.to_string()),
-                    );
+                    let by_us = self
+                        .running
+                        .remove(&index)
+                        .is_some_and(|(_, kill)| kill.is_cancelled());
+                    let how = match status {
+                        Ok(status) if by_us => explain(status),
+                        Ok(status) => explain(status) + self.oom.explain(status, &OomKills::so_far()),
+                        Err(error) => error.to_string(),
+                    };
+                    return (index, how);
                 }
                 Some(Err(error)) => tracing::error!("a process's watcher failed: {error}"),
                 None => std::future::pending().await,
@@ -170,11 +183,10 @@ impl Workers {
         self.start = Some(round);
     }
 
-    /// Kills one, if it runs; that it has ended is told as of any other.
-    pub(super) fn kill(&self, index: usize) {
-        if let Some((_, kill)) = self.running.get(&index) {
-            kill.cancel();
-        }
+    /// Kills one, if it runs, and says whether it does; that it has ended is told as of any other.
+    pub(super) fn kill(&self, index: usize) -> bool {
+        let running = self.running.get(&index);
+        running.inspect(|(_, kill)| kill.cancel()).is_some()
     }
 
     /// Waits until all have left, which the job's end tells them to; kills those that do not. Says how many.
@@ -189,5 +201,100 @@ impl Workers {
         }
         while self.processes.join_next().await.is_some() {}
         left
+    }
+}
+
+/// What the end of a process was.
+fn explain(status: ExitStatus) -> String {
+    let Some(number) = status.signal() else {
+        return match status.code() {
+            Some(0) => "it left by itself, exit status 0".to_owned(),
+            Some(PANICKED) => format!("it panicked, exit status {PANICKED}"),
+            _ => status.to_string(),
+        };
+    };
+    let signal = match Signal::try_from(number) {
+        Ok(signal) => signal.as_str().to_owned(),
+        Err(_) => format!("signal {number}"),
+    };
+    let core = if status.core_dumped() { ", core dumped" } else { "" };
+    format!("it was killed by {signal}{core}")
+}
+
+/// How often the kernel has killed for lack of memory: in this process's control group, and on the machine.
+struct OomKills {
+    group: u64,
+    machine: u64,
+}
+
+impl OomKills {
+    fn so_far() -> Self {
+        Self {
+            group: limits::oom_kills().unwrap_or(0),
+            machine: on_machine(),
+        }
+    }
+
+    /// Whether a process that has ended so was one of them, as far as can be told by the counts as they are now.
+    fn explain(&mut self, status: ExitStatus, now: &Self) -> &'static str {
+        if status.signal() != Some(Signal::SIGKILL as i32) {
+            return "";
+        }
+        // One at a time: others who were killed with it are told of next.
+        if now.group > self.group {
+            self.group += 1;
+            self.machine = now.machine.min(self.machine + 1);
+            return ": out of memory, the kernel took it (`lifl plan` says what a job takes; see the limit of its cgroup)";
+        }
+        if now.machine > self.machine {
+            self.machine += 1;
+            return ": out of memory as it seems, the kernel has just killed a process of this machine for that";
+        }
+        ""
+    }
+}
+
+/// The kernel's count for the whole machine.
+fn on_machine() -> u64 {
+    let counts = std::fs::read_to_string("/proc/vmstat").unwrap_or_default();
+    let count = counts.lines().find_map(|line| line.strip_prefix("oom_kill "));
+    count.and_then(|count| count.trim().parse().ok()).unwrap_or(0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn ended(raw: i32) -> String {
+        explain(ExitStatus::from_raw(raw))
+    }
+
+    #[test]
+    fn ends_are_told_by_name() {
+        assert_eq!(ended(9), "it was killed by SIGKILL");
+        assert_eq!(ended(11 | 0x80), "it was killed by SIGSEGV, core dumped");
+        assert_eq!(ended(64), "it was killed by signal 64");
+        assert_eq!(ended(101 << 8), "it panicked, exit status 101");
+        assert_eq!(ended(0), "it left by itself, exit status 0");
+        assert_eq!(ended(4 << 8), "exit status: 4");
+    }
+
+    #[test]
+    fn a_kill_is_for_lack_of_memory_if_the_kernel_has_counted_one() {
+        let (killed, crashed) = (ExitStatus::from_raw(9), ExitStatus::from_raw(11));
+        let mut kills = OomKills { group: 5, machine: 8 };
+        let now = OomKills {
+            group: 7,
+            machine: 11,
+        };
+        assert_eq!(kills.explain(crashed, &now), "");
+        let mut said = || kills.explain(killed, &now);
+        assert!(
+            [said(), said()]
+                .iter()
+                .all(|said| said.starts_with(": out of memory, the kernel"))
+        );
+        assert!(said().starts_with(": out of memory as it seems"));
+        assert_eq!(said(), "", "each counts once");
     }
 }

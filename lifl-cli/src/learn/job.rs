@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use anyhow::Context;
-use lifl_common::config::{DataSource, JobSpec, Kind, WorkerSpec};
+use lifl_common::config::{Dataset, JobSpec, Kind, WorkerSpec};
 
 use super::{Evaluator, Learner, build, synthetic};
 use crate::data;
@@ -72,7 +72,9 @@ pub fn known(job: &JobSpec) -> anyhow::Result<Known> {
     for (index, worker) in job.workers.iter().enumerate() {
         if worker.kind == Kind::Trainer {
             let share = worker.share.context("a trainer without a number")?;
-            let trainers = sharing.entry(worker.dataset.as_deref()).or_default();
+            let trainers = sharing
+                .entry(worker.dataset.as_ref().map(Dataset::as_str))
+                .or_default();
             trainers.push((share, index));
         }
     }
@@ -80,11 +82,11 @@ pub fn known(job: &JobSpec) -> anyhow::Result<Known> {
     for (dataset, mut trainers) in sharing {
         let other;
         let source = match dataset {
-            Some(dataset) if dataset != data.dataset => {
-                let data = DataSource {
-                    dataset: dataset.to_owned(),
-                    ..data.clone()
-                };
+            Some(dataset) if dataset != data.dataset.as_str() => {
+                let (_, first) = trainers[0];
+                let data = job
+                    .data_of(&job.workers[first])
+                    .context("a network without data")?;
                 other = data::open(&data, job.seed)?;
                 &other
             }
