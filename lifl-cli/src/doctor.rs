@@ -362,6 +362,14 @@ fn listening(socket: &Path, welcome: &Welcome, serves_flame: bool) -> Check {
         welcome.plane,
         welcome.uid
     );
+    if excess.is_empty() && welcome.uid == 0 {
+        // Its files are root's to it, capabilities or not.
+        return Check::warn(
+            DAEMON,
+            format!("{found}, root's"),
+            "sudo useradd --system lifl, and start it anew",
+        );
+    }
     if excess.is_empty() {
         return Check::ok(DAEMON, found);
     }
@@ -418,6 +426,16 @@ mod tests {
             capabilities: capabilities.iter().map(ToString::to_string).collect(),
         };
         let check = |capabilities: &[&str], flame| listening(Path::new("/x"), &welcome(capabilities), flame);
+        let of_root = listening(
+            Path::new("/x"),
+            &Welcome {
+                uid: 0,
+                ..welcome(&[])
+            },
+            false,
+        );
+        assert_eq!(of_root.state, State::Warn);
+        assert!(of_root.remedy.is_some_and(|remedy| remedy.contains("useradd")));
         let bare = check(&[], false);
         assert_eq!(bare.state, State::Ok);
         assert_eq!(

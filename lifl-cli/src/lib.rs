@@ -25,6 +25,7 @@ mod inputs;
 pub mod learn;
 pub mod memory;
 mod output;
+pub mod privileges;
 mod program;
 mod random;
 mod runs;

@@ -37,8 +37,8 @@ use crate::plane::PlaneError;
 use crate::pool::{HugePages, Pool};
 pub use crate::registry::quota::{Quota, Quotas};
 use crate::registry::{Facts, Registry};
-pub use crate::server::ListenError;
 use crate::server::{Beside, Connections, Listener};
+pub use crate::server::{ListenError, listen_at};
 
 /// Connections beside those of workers: coordinators that have no worker yet, `lifl status`.
 const SPARE_CONNECTIONS: u32 = 256;
@@ -85,6 +85,8 @@ pub struct Options {
 pub struct Host {
     /// A socket that listens already, as a service manager hands it over. Its file stays when the daemon goes.
     pub listener: Option<OwnedFd>,
+    /// Where that socket is, if it was bound under another name.
+    pub listens_at: Option<PathBuf>,
     /// What users may have.
     pub quotas: Quotas,
     /// Whom the registry's task tells that it is well.
@@ -97,6 +99,7 @@ impl Default for Host {
     fn default() -> Self {
         Self {
             listener: None,
+            listens_at: None,
             quotas: Quotas::unlimited(),
             watch: None,
             unprivileged: None,
@@ -208,7 +211,7 @@ impl Daemon {
             Some(listener) => Listener::take(listener)?,
             None => Listener::bind(&options.socket, options.socket_mode, options.socket_group)?,
         };
-        options.socket = listener.path().to_owned();
+        options.socket = host.listens_at.unwrap_or_else(|| listener.path().to_owned());
         let mut chosen = plane::choose(
             options.plane,
             plane::Options {

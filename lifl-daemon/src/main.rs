@@ -5,6 +5,7 @@
 
 mod settings;
 mod supervisor;
+mod user;
 
 use std::io::{self, IsTerminal};
 use std::path::{Path, PathBuf};
@@ -39,7 +40,7 @@ const GROUP: &str = "lifl";
 ///
 ///   sudo lifl-daemon
 ///
-/// Then `lifl run JOB` uses it. Each option is also a key of /etc/lifl/daemon.toml, which has users' quotas besides. Members of the group `lifl` may connect where that group exists; else only root may,
+/// It becomes user `lifl` where there is one, without capabilities. Then `lifl run JOB` uses it. Each option is also a key of /etc/lifl/daemon.toml, which has users' quotas besides. Members of the group `lifl` may connect where that group exists; else only root may,
 /// unless --socket-mode says otherwise. It ends on SIGINT, SIGTERM and SIGHUP (those of them that were not ignored when it was started, as `nohup` and `command &` of a script have it) and leaves nothing behind but jobs that are under way:
 /// those go on without it, and the next daemon takes them over.
 #[derive(Parser, Debug)]
@@ -58,11 +59,17 @@ struct Cli {
 }
 
 fn main() -> ExitCode {
+    // It may have been started from a link, after which it would be called.
+    let _ = nix::sys::prctl::set_name(c"lifl-daemon");
+    if let Some(code) = user::cleaner() {
+        return code;
+    }
     signals::survive_writes();
     let log = Sink::new(io::stderr(), logging::LOG_BYTES, |lost| {
         format!("{lost} lines of this log could not be written")
     });
     let code = logged(&log);
+    user::clean_up();
     log.flush(logging::LAST_LINES);
     code
 }
@@ -84,7 +91,7 @@ fn logged(log: &Sink) -> ExitCode {
     log_to(log, settings.log_format.unwrap_or(LogFormat::Text));
     let done = match cli.reset {
         true => reset(&settings),
-        false => run(&settings, &file),
+        false => run(&settings, &file, log),
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,
@@ -159,23 +166,36 @@ fn reset(settings: &Settings) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn run(settings: &Settings, file: &Path) -> anyhow::Result<()> {
+fn run(settings: &Settings, file: &Path, log: &Sink) -> anyhow::Result<()> {
     let listener = supervisor::listener()?;
     raise_open_files();
     privileges::no_more().context("prctl(PR_SET_NO_NEW_PRIVS)")?;
     let options = options(settings, listener.is_some())?;
+    let flame = options.flame.is_some();
+    if let Some(user) = user::wanted(settings.user.as_deref())? {
+        // The log's thread does not outlive that.
+        log.flush(logging::LAST_LINES);
+        match user::execute_as(&user, listener, &options, flame)? {}
+    }
     let share = Quota::share_of(
         options.pool_bytes,
         options.max_workers,
         max_connections(options.max_workers),
     );
-    let kept = privileges::running(options.flame.is_some());
+    let kept = privileges::running(flame);
     let host = Host {
         listener,
+        listens_at: user::socket(),
         quotas: settings.quota.resolve(share, file)?,
         watch: supervisor::watch(),
         // This thread is the last that has more than it needs.
-        unprivileged: Some(Box::new(move || give_up(kept))),
+        unprivileged: Some(Box::new(move || {
+            give_up(kept);
+            if let Err(error) = privileges::restrict_system_calls(flame) {
+                let error: &dyn std::error::Error = &error;
+                tracing::warn!(error, "system calls that are not needed stay open");
+            }
+        })),
     };
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
@@ -262,7 +282,7 @@ fn options(settings: &Settings, handed_over: bool) -> anyhow::Result<Options> {
     let max_workers = settings.max_workers.unwrap_or(DEFAULT_MAX_WORKERS);
     let pinned = !settings.no_pin.unwrap_or(false);
     let pin = || settings.pin.clone().unwrap_or_else(|| DEFAULT_PINS.into());
-    let serves_flame = !settings.no_flame.unwrap_or(false);
+    let serves_flame = settings.serves_flame().unwrap_or(false);
     Ok(Options {
         socket: match &settings.socket {
             Some(socket) => socket.clone(),

@@ -10,14 +10,20 @@
 //! is done by others or by nobody: they have given up theirs when they begin. So there is no moment at which a request
 //! is served with more than [`running`] has, and no signal needs to be sent to all threads.
 //!
+//! `lifl-daemon` that root starts becomes another user besides, before any of this: the binary's `user` says how. A
+//! [filter](restrict_system_calls) holds back system calls that nobody here needs.
+//!
 //! What a running daemon needs was measured on Linux 6.18: nothing. Maps are changed through descriptors that are open,
 //! and `bpf(2)` asks for `CAP_BPF` only to make maps and programs. Before Linux 5.19 it asked each time, unless
 //! `kernel.unprivileged_bpf_disabled` is 0 (`c8644cd0efe7`, "refine kernel.unprivileged_bpf_disabled behaviour").
+
+mod system_calls;
 
 use caps::errors::CapsError;
 use caps::{CapSet, Capability, CapsHashSet};
 
 use crate::plane::support;
+pub use system_calls::{FilterError, restrict_system_calls};
 
 /// The kernel from which on `bpf(2)` lets whoever has a map's descriptor change the map.
 const MAPS_BY_DESCRIPTOR: (u32, u32) = (5, 19);

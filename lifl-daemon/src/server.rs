@@ -23,12 +23,14 @@ use lifl_common::control::{ErrorCode, Message, Reply, Request};
 use lifl_common::frame::Frame;
 use lifl_common::watch::watch;
 use nix::errno::Errno;
-use nix::fcntl::{FcntlArg, FdFlag, OFlag, fcntl};
+use nix::fcntl::{AtFlags, FcntlArg, FdFlag, OFlag, fcntl, open};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{
     AddressFamily, Backlog, SockFlag, SockType, UnixAddr, accept4, bind, connect, getsockname, getsockopt,
     listen, socket, sockopt,
 };
+use nix::sys::stat::{Mode, SFlag, fstat};
+use nix::unistd::fchownat;
 use tokio::io::unix::AsyncFd;
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
@@ -100,49 +102,15 @@ pub(crate) struct Listener {
 }
 
 impl Listener {
-    /// Listens at `path`, whose folder is made if need be. A socket file that nobody listens at is replaced.
+    /// [Listens](listen_at) at `path`.
     pub(crate) fn bind(path: &Path, mode: u32, group: Option<nix::unistd::Gid>) -> Result<Self, ListenError> {
-        let failed = |call, source| ListenError::System {
-            call,
+        let fd = listen_at(path, mode, group)?;
+        // Only now: epoll would find a socket that does not listen yet hung up, and tokio would remember that for good.
+        let fd = watch(fd).map_err(|source| ListenError::System {
+            call: "epoll_ctl",
             path: path.to_owned(),
             source,
-        };
-        let folder = path
-            .parent()
-            .filter(|folder| !folder.as_os_str().is_empty())
-            .unwrap_or(Path::new("."));
-        let bytes = path.as_os_str().as_bytes().len();
-        if bytes > paths::MAX_PATH_BYTES {
-            return Err(ListenError::TooLong {
-                path: path.to_owned(),
-                bytes,
-            });
-        }
-        make_folder(folder).map_err(|source| failed("mkdir", source))?;
-        // Made beside and put in its place when it is complete: whoever finds a socket there that nobody listens at
-        // may be sure that its daemon is gone.
-        let beside = Temporary::new(folder);
-        let address = UnixAddr::new(&beside.0).map_err(|errno| failed("sockaddr_un", errno.into()))?;
-        let fd = new_socket().map_err(|errno| failed("socket", errno.into()))?;
-        bind(fd.as_raw_fd(), &address).map_err(|errno| failed("bind", errno.into()))?;
-        if group.is_some() {
-            nix::unistd::chown(&beside.0, None, group).map_err(|errno| failed("chown", errno.into()))?;
-        }
-        let permissions = std::fs::Permissions::from_mode(mode);
-        std::fs::set_permissions(&beside.0, permissions).map_err(|source| failed("chmod", source))?;
-        listen(&fd, Backlog::MAXCONN).map_err(|errno| failed("listen", errno.into()))?;
-        // Only now: epoll would find a socket that does not listen yet hung up, and tokio would remember that for good.
-        let fd = watch(fd).map_err(|source| failed("epoll_ctl", source))?;
-        match std::fs::hard_link(&beside.0, path) {
-            Ok(()) => {}
-            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
-                if is_listened_at(path).map_err(|source| failed("connect", source))? {
-                    return Err(ListenError::InUse(path.to_owned()));
-                }
-                std::fs::rename(&beside.0, path).map_err(|source| failed("rename", source))?;
-            }
-            Err(source) => return Err(failed("link", source)),
-        }
+        })?;
         Ok(Self {
             fd,
             path: path.to_owned(),
@@ -260,6 +228,65 @@ impl Lobby {
         sent.map_err(|_| io::Error::other("the daemon is stopping"))?;
         Ok(near)
     }
+}
+
+/// Makes a socket that listens at `path`, whose folder is made if need be. A socket file that nobody listens at is replaced.
+///
+/// # Errors
+/// If the folder cannot be used or written to, or another daemon listens there.
+pub fn listen_at(path: &Path, mode: u32, group: Option<nix::unistd::Gid>) -> Result<OwnedFd, ListenError> {
+    let failed = |call, source| ListenError::System {
+        call,
+        path: path.to_owned(),
+        source,
+    };
+    let folder = path
+        .parent()
+        .filter(|folder| !folder.as_os_str().is_empty())
+        .unwrap_or(Path::new("."));
+    let bytes = path.as_os_str().as_bytes().len();
+    if bytes > paths::MAX_PATH_BYTES {
+        return Err(ListenError::TooLong {
+            path: path.to_owned(),
+            bytes,
+        });
+    }
+    make_folder(folder).map_err(|source| failed("mkdir", source))?;
+    // Made beside and put in its place when it is complete: whoever finds a socket there that nobody listens at
+    // may be sure that its daemon is gone.
+    let beside = Temporary::new(folder);
+    let address = UnixAddr::new(&beside.0).map_err(|errno| failed("sockaddr_un", errno.into()))?;
+    let fd = new_socket().map_err(|errno| failed("socket", errno.into()))?;
+    bind(fd.as_raw_fd(), &address).map_err(|errno| failed("bind", errno.into()))?;
+    // Through a descriptor: where others may write to the folder, the name may be a link to something else by now.
+    let flags = OFlag::O_PATH | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
+    let file = open(&beside.0, flags, Mode::empty()).map_err(|errno| failed("open", errno.into()))?;
+    let found = fstat(&file).map_err(|errno| failed("fstat", errno.into()))?;
+    if SFlag::from_bits_truncate(found.st_mode) & SFlag::S_IFMT != SFlag::S_IFSOCK {
+        return Err(failed(
+            "open",
+            io::Error::other("somebody has put another file in its place"),
+        ));
+    }
+    if group.is_some() {
+        let changed = fchownat(&file, "", None, group, AtFlags::AT_EMPTY_PATH);
+        changed.map_err(|errno| failed("chown", errno.into()))?;
+    }
+    let permissions = std::fs::Permissions::from_mode(mode);
+    let by_descriptor = format!("/proc/self/fd/{}", file.as_raw_fd());
+    std::fs::set_permissions(by_descriptor, permissions).map_err(|source| failed("chmod", source))?;
+    listen(&fd, Backlog::MAXCONN).map_err(|errno| failed("listen", errno.into()))?;
+    match std::fs::hard_link(&beside.0, path) {
+        Ok(()) => {}
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
+            if is_listened_at(path).map_err(|source| failed("connect", source))? {
+                return Err(ListenError::InUse(path.to_owned()));
+            }
+            std::fs::rename(&beside.0, path).map_err(|source| failed("rename", source))?;
+        }
+        Err(source) => return Err(failed("link", source)),
+    }
+    Ok(fd)
 }
 
 /// Whether somebody waits to be accepted.

@@ -28,6 +28,10 @@ pub(crate) struct Settings {
     /// a service manager hands over takes its place
     #[arg(long, value_name = "PATH")]
     pub(crate) socket: Option<PathBuf>,
+    /// The user that the daemon becomes when root starts it, before it serves anybody; root to stay root's uid [default:
+    /// lifl, where there is such a user]
+    #[arg(long, value_name = "USER")]
+    pub(crate) user: Option<String>,
     /// The control socket's permission bits, octal [default: 660 with a group, else 600]
     #[arg(long, value_name = "MODE", value_parser = octal)]
     #[serde(deserialize_with = "octal_key")]
@@ -71,10 +75,14 @@ pub(crate) struct Settings {
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=65535))]
     #[serde(deserialize_with = "count_key")]
     pub(crate) flame_workers: Option<u32>,
-    /// Do not serve Flame's Python workers
+    /// Serve Flame's Python workers, at two ports of the loopback: keeps CAP_SYS_PTRACE, to take their connections out of
+    /// their processes
+    #[arg(long, num_args = 0..=1, require_equals = true, default_missing_value = "true")]
+    pub(crate) flame: Option<bool>,
+    /// Do not serve them, which is so unless asked for
     #[arg(
         long, num_args = 0..=1, require_equals = true, default_missing_value = "true",
-        conflicts_with_all = ["flame_skmsg", "flame_rpc", "flame_hold", "flame_workers"]
+        conflicts_with_all = ["flame", "flame_skmsg", "flame_rpc", "flame_hold", "flame_workers"]
     )]
     pub(crate) no_flame: Option<bool>,
     /// An address, beside the loopback's, on which jobs may open the gateway, where their remote workers come in over
@@ -196,11 +204,23 @@ impl Settings {
         serde_path_to_error::deserialize(read).map_err(|error| wrong(error.path().to_string(), error.inner()))
     }
 
+    /// Whether Flame's workers are to be served, if anything says so: who asks for a detail of it asks for it.
+    pub(crate) fn serves_flame(&self) -> Option<bool> {
+        let details = self.flame_skmsg.is_some()
+            || self.flame_rpc.is_some()
+            || self.flame_hold.is_some()
+            || self.flame_workers.is_some();
+        let said = self.flame.or(self.no_flame.map(|no| !no));
+        said.or(details.then_some(true))
+    }
+
     /// These, and where they say nothing, those.
     pub(crate) fn over(self, below: Self) -> Self {
+        let flame = self.serves_flame().or_else(|| below.serves_flame());
         // Every field is named, so that none is forgotten.
         let Self {
             socket,
+            user,
             socket_mode,
             socket_group,
             plane,
@@ -214,7 +234,8 @@ impl Settings {
             flame_rpc,
             flame_hold,
             flame_workers,
-            no_flame,
+            flame: _,
+            no_flame: _,
             gateway_listen,
             gateway_broker,
             insecure,
@@ -223,11 +244,9 @@ impl Settings {
         } = self;
         // Who asks for a thing's details asks for the thing.
         let pins = pin.is_some().then_some(false);
-        let asks =
-            flame_skmsg.is_some() || flame_rpc.is_some() || flame_hold.is_some() || flame_workers.is_some();
-        let flame = asks.then_some(false);
         Self {
             socket: socket.or(below.socket),
+            user: user.or(below.user),
             socket_mode: socket_mode.or(below.socket_mode),
             socket_group: socket_group.or(below.socket_group),
             plane: plane.or(below.plane),
@@ -241,7 +260,8 @@ impl Settings {
             flame_rpc: flame_rpc.or(below.flame_rpc),
             flame_hold: flame_hold.or(below.flame_hold),
             flame_workers: flame_workers.or(below.flame_workers),
-            no_flame: no_flame.or(flame).or(below.no_flame),
+            flame,
+            no_flame: None,
             gateway_listen: gateway_listen.or(below.gateway_listen),
             gateway_broker: gateway_broker.or(below.gateway_broker),
             insecure: insecure.or(below.insecure),
@@ -423,18 +443,31 @@ mod tests {
         let file =
             parse("pool_mib = 100\nmax_workers = 7\nno_flame = true\nno_pin = true").expect("settings");
         let both = cli(&["--pool-mib", "200"]).over(file.clone());
-        assert_eq!(
-            (both.pool_mib, both.max_workers, both.no_flame),
-            (Some(200), Some(7), Some(true))
-        );
+        assert_eq!((both.pool_mib, both.max_workers), (Some(200), Some(7)));
         let flame = cli(&["--no-flame=false", "--pin", "/x"]).over(file.clone());
-        assert_eq!((flame.no_flame, flame.no_pin), (Some(false), Some(false)));
-        assert_eq!(
-            cli(&["--flame-hold", "5"]).over(file.clone()).no_flame,
-            Some(false)
-        );
-        assert_eq!(cli(&[]).over(file.clone()), file);
-        assert_eq!(cli(&["--no-flame", "--no-pin"]).no_flame, Some(true));
+        assert_eq!((flame.flame, flame.no_pin), (Some(true), Some(false)));
+        let unsaid = Settings {
+            flame: Some(false),
+            no_flame: None,
+            ..file.clone()
+        };
+        assert_eq!(cli(&[]).over(file), unsaid);
+    }
+
+    #[test]
+    fn flames_workers_are_served_to_who_asks_for_it_or_for_a_detail_of_it() {
+        let of = |options: &[&str], file: &str| cli(options).over(parse(file).expect("settings")).flame;
+        assert_eq!(of(&[], ""), None);
+        assert_eq!(of(&["--flame"], ""), Some(true));
+        assert_eq!(of(&[], "flame = true"), Some(true));
+        assert_eq!(of(&[], "flame_hold = 5"), Some(true));
+        assert_eq!(of(&["--flame-hold", "5"], "flame = false"), Some(true));
+        assert_eq!(of(&["--no-flame"], "flame = true"), Some(false));
+        assert_eq!(of(&["--flame=false"], "flame_hold = 5"), Some(false));
+        // As files said it when it was on unless said otherwise.
+        assert_eq!(of(&[], "no_flame = true"), Some(false));
+        assert_eq!(of(&[], "no_flame = false"), Some(true));
+        assert_eq!(of(&[], "no_flame = true\nflame_hold = 5"), Some(false));
     }
 
     #[test]

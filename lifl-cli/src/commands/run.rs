@@ -14,6 +14,7 @@ use crate::coordinate::{self, Destination, Resumed, RunOptions};
 use crate::dir::Trust;
 use crate::exit::{Because, Cause, Outcome};
 use crate::memory;
+use crate::privileges::Privileges;
 
 /// Runs a job until it is done, fails or is interrupted; the last event says which.
 pub(crate) fn run(args: &RunArgs) -> Outcome {
@@ -52,6 +53,11 @@ fn run_with(args: &RunArgs, reporter: &mut Reporter) -> Outcome {
             (loaded.job, Destination::New(args.out.clone()))
         }
     };
+    let folder_of = match &destination {
+        Destination::Resumed(resumed) => resumed.owner(),
+        Destination::New(_) => None,
+    };
+    let privileges = Privileges::of(&job, folder_of);
     let options = RunOptions {
         node: NodeOptions {
             daemon: args.daemon.clone(),
@@ -63,12 +69,17 @@ fn run_with(args: &RunArgs, reporter: &mut Reporter) -> Outcome {
         },
         destination,
         trust,
+        privileges,
         checkpoint_every: args.checkpoint_every,
         keep_checkpoints: args.keep_checkpoints,
     };
     // Its own daemon's descriptors are this process's.
     lifl_daemon::raise_open_files();
-    let runtime = runtime(Builder::new_multi_thread().worker_threads(2))?;
+    let mut builder = Builder::new_multi_thread();
+    builder
+        .worker_threads(2)
+        .on_thread_start(move || privileges.give_up());
+    let runtime = runtime(&mut builder)?;
     let outcome = runtime.block_on(async {
         let shutdown = CancellationToken::new();
         let mut ending = Ending::watch().because(Cause::Machine)?;

@@ -48,6 +48,7 @@ use crate::exit::{Because, Cause, Failure, Outcome};
 use crate::inputs;
 use crate::learn;
 use crate::memory;
+use crate::privileges::Privileges;
 
 /// How to run a job.
 #[derive(Debug)]
@@ -58,6 +59,8 @@ pub struct RunOptions {
     pub destination: Destination,
     /// Whose folders may be used for it.
     pub trust: Trust,
+    /// What this process keeps of root's rights once the plane is loaded and the folder is there.
+    pub privileges: Privileges,
     /// A checkpoint every so many rounds, and of the last; 0 for the last model only.
     pub checkpoint_every: u32,
     /// How many checkpoints stay; all when not given.
@@ -285,6 +288,7 @@ async fn with_node(
             (folder, resumed.from)
         }
     };
+    options.privileges.give_up_last();
     if let Some(note) = &node.passed_over {
         reporter.say(note);
     }

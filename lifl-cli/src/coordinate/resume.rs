@@ -70,6 +70,11 @@ impl Resumed {
         })
     }
 
+    /// The user whose the folder is.
+    pub(crate) fn owner(&self) -> Option<u32> {
+        self.folder.dir().owner().ok()
+    }
+
     /// What there is to say of one that goes on.
     pub(super) fn event(&self) -> Event {
         Event::Resumed {

@@ -36,7 +36,7 @@ use tokio::sync::mpsc;
 use crate::errands::Foreign;
 
 pub use bare::Bare;
-pub use pins::{PinError, reset};
+pub use pins::{PinError, give as give_pins, reset};
 pub use recover::Recovered;
 pub use relay::Relay;
 pub use socket::SocketError;

@@ -22,6 +22,7 @@ use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
 use nix::mount::{MsFlags, mount};
 use nix::sys::statfs::{BPF_FS_MAGIC, statfs};
+use nix::unistd::{Gid, Uid, UnlinkatFlags, chown, geteuid, unlinkat};
 use zerocopy::transmute;
 
 /// Where BPF filesystems are mounted.
@@ -99,7 +100,7 @@ pub enum PinError {
 #[derive(Debug)]
 pub(super) struct Pins {
     folder: PathBuf,
-    _lock: Flock<File>,
+    lock: Flock<File>,
 }
 
 impl Pins {
@@ -170,14 +171,15 @@ impl Pins {
         let mut removed = Vec::new();
         for map in MAPS {
             let path = self.path(map);
-            match fs::remove_file(&path) {
+            // Below the folder that is held: a daemon that was root's has no way to it any more.
+            match unlinkat(&*self.lock, map, UnlinkatFlags::NoRemoveDir) {
                 Ok(()) => removed.push(path),
-                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-                Err(source) => {
+                Err(Errno::ENOENT) => {}
+                Err(errno) => {
                     return Err(PinError::System {
                         call: "unlink",
                         path,
-                        source,
+                        source: errno.into(),
                     });
                 }
             }
@@ -191,13 +193,36 @@ impl Pins {
     /// If one stays.
     pub(super) fn remove(self) -> Result<Vec<PathBuf>, PinError> {
         let removed = self.clear()?;
-        fs::remove_dir(&self.folder).map_err(|source| PinError::System {
-            call: "rmdir",
-            path: self.folder.clone(),
-            source,
-        })?;
-        Ok(removed)
+        match fs::remove_dir(&self.folder) {
+            Ok(()) => Ok(removed),
+            // In a folder of root's, who gave it this one: empty, it is taken away when this process has ended.
+            Err(error) if error.kind() == io::ErrorKind::PermissionDenied && !geteuid().is_root() => {
+                Ok(removed)
+            }
+            Err(source) => Err(PinError::System {
+                call: "rmdir",
+                path: self.folder,
+                source,
+            }),
+        }
     }
+}
+
+/// Makes the folder for a daemon that will run as that user, and gives it the folder and the maps that are in it.
+///
+/// # Errors
+/// If there can be no such folder, or a daemon holds it.
+pub fn give(folder: &Path, user: Uid, group: Gid) -> Result<(), PinError> {
+    let pins = Pins::hold(folder)?;
+    let maps = MAPS.iter().map(|map| pins.path(map)).filter(|path| path.exists());
+    for path in maps.chain([folder.to_owned()]) {
+        chown(&path, Some(user), Some(group)).map_err(|errno| PinError::System {
+            call: "chown",
+            path,
+            source: errno.into(),
+        })?;
+    }
+    Ok(())
 }
 
 /// Takes away what daemons left in a folder, of whatever version; says what.
@@ -262,7 +287,7 @@ fn lock(folder: &Path) -> Result<Option<Pins>, PinError> {
         fs::metadata(folder).is_ok_and(|there| (there.dev(), there.ino()) == (opened.dev(), opened.ino()));
     Ok(same.then(|| Pins {
         folder: folder.to_owned(),
-        _lock: lock,
+        lock,
     }))
 }
 

@@ -4,4 +4,5 @@ mod full;
 mod output;
 mod process;
 mod supervised;
+mod user;
 mod users;

@@ -93,7 +93,8 @@ impl Daemon {
         fs::read_to_string(self.folder.path().join("log")).unwrap_or_default()
     }
 
-    /// The command with that and, unless it is among it, without pins and Flame's ports; run by a shell that first does something: set a limit, say, then `exec "$@"`.
+    /// The command with that and, unless it is among it, without pins and Flame's ports, and with root's uid where root is the
+    /// tester; run by a shell that first does something: set a limit, say, then `exec "$@"`.
     pub(crate) fn command(&self, shell: &str, more: &[&str]) -> Command {
         let mut command = Command::new("bash");
         command
@@ -107,8 +108,13 @@ impl Daemon {
             .env_remove("RUST_LOG")
             .stdin(Stdio::null());
         // What is one for all of the machine only where a test asks for it.
-        for (unless, option) in [("--pin", "--no-pin"), ("--flame-rpc", "--no-flame")] {
-            if !more.contains(&unless) {
+        for (unless, option) in [
+            ("--pin", "--no-pin"),
+            ("--flame", "--no-flame"),
+            ("--user", "--user=root"),
+        ] {
+            let possible = unless != "--user" || nix::unistd::geteuid().is_root();
+            if possible && !more.contains(&unless) {
                 command.arg(option);
             }
         }

@@ -224,23 +224,30 @@ async fn wrong_settings_are_named_with_their_place_and_nothing_is_started() {
 }
 
 /// The masks of each thread of a process, by the names in `/proc/PID/status`.
-fn threads(pid: u32, name: &str) -> BTreeSet<u64> {
+pub(crate) fn threads(pid: u32, name: &str) -> BTreeSet<u64> {
+    let masks = threads_words(pid, name);
+    let mask = |words: String| u64::from_str_radix(&words, 16).expect("a mask");
+    masks.into_iter().map(mask).collect()
+}
+
+/// What all threads of a process say under that name in their status.
+pub(crate) fn threads_words(pid: u32, name: &str) -> BTreeSet<String> {
     let tasks = fs::read_dir(format!("/proc/{pid}/task")).expect("a process");
-    let mask = |task: std::io::Result<fs::DirEntry>| {
+    let words = |task: std::io::Result<fs::DirEntry>| {
         let status = fs::read_to_string(task.expect("a thread").path().join("status")).expect("a status");
         let line = status
             .lines()
-            .find_map(|line| line.strip_prefix(name))
+            .find_map(|line| line.strip_prefix(name)?.strip_prefix(':'))
             .expect(name);
-        u64::from_str_radix(line.trim_start_matches(':').trim(), 16).expect("a mask")
+        line.split_whitespace().collect::<Vec<_>>().join(" ")
     };
-    tasks.map(mask).collect()
+    tasks.map(words).collect()
 }
 
-const SETS: [&str; 5] = ["CapEff", "CapPrm", "CapInh", "CapAmb", "CapBnd"];
+pub(crate) const SETS: [&str; 5] = ["CapEff", "CapPrm", "CapInh", "CapAmb", "CapBnd"];
 
 /// A job from its beginning to a worker's death, on whatever the daemon has left.
-async fn everything_works(socket: &Path) {
+pub(crate) async fn everything_works(socket: &Path) {
     let (mut parent, id, mut up) = job(socket, "served").await;
     let (mut child, mut down) = worker(socket, id, "trainer-1").await;
     let layout = Layout {
@@ -309,6 +316,7 @@ async fn a_daemon_that_root_starts_keeps_no_capability_in_any_thread_and_does_al
         assert_eq!(threads(daemon.pid(), set), BTreeSet::from([0]), "{set}");
     }
     assert_eq!(threads(daemon.pid(), "NoNewPrivs"), BTreeSet::from([1]));
+    assert_eq!(threads(daemon.pid(), "Seccomp"), BTreeSet::from([2]));
     everything_works(&daemon.socket()).await;
     for set in SETS {
         assert_eq!(threads(daemon.pid(), set), BTreeSet::from([0]), "{set}, later");
@@ -355,7 +363,9 @@ async fn two_capabilities_are_enough_for_a_user_and_are_given_up() {
 #[tokio::test]
 async fn with_flames_workers_one_capability_stays_and_is_enough() {
     if is_root() {
-        serve_flame(0, "exec \"$@\"", &["CapEff", "CapPrm", "CapBnd"]).await;
+        let sets = ["CapEff", "CapPrm", "CapBnd"];
+        serve_flame(0, "exec \"$@\"", "root", &sets).await;
+        serve_flame(0, "exec \"$@\"", "nobody", &sets).await;
     }
 }
 
@@ -367,11 +377,11 @@ async fn four_capabilities_are_enough_for_a_user_with_flames_workers_and_one_sta
                      --inh-caps=-all,+bpf,+net_admin,+perfmon,+sys_ptrace \
                      --bounding-set=-all,+bpf,+net_admin,+perfmon,+sys_ptrace \
                      --ambient-caps=-all,+bpf,+net_admin,+perfmon,+sys_ptrace --no-new-privs -- \"$@\"";
-        serve_flame(65533, shell, &["CapEff", "CapPrm"]).await;
+        serve_flame(65533, shell, "", &["CapEff", "CapPrm"]).await;
     }
 }
 
-async fn serve_flame(uid: u32, shell: &str, sets: &[&str]) {
+async fn serve_flame(uid: u32, shell: &str, user: &str, sets: &[&str]) {
     let free = || {
         let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).expect("bound");
         listener.local_addr().expect("bound").port()
@@ -379,7 +389,10 @@ async fn serve_flame(uid: u32, shell: &str, sets: &[&str]) {
     let (skmsg, rpc) = (free(), free());
     let ports = [skmsg, rpc].map(|port| format!("127.0.0.1:{port}"));
     let mut daemon = Daemon::new("");
-    let more = ["--flame-skmsg", &ports[0], "--flame-rpc", &ports[1]];
+    let mut more = vec!["--flame", "--flame-skmsg", &ports[0], "--flame-rpc", &ports[1]];
+    if uid == 0 {
+        more.extend(["--user", user]);
+    }
     std::os::unix::fs::chown(daemon.folder.path(), Some(uid), Some(uid)).expect("given");
     let command = daemon.command(shell, &more);
     daemon.spawn(command);
@@ -388,7 +401,10 @@ async fn serve_flame(uid: u32, shell: &str, sets: &[&str]) {
     let mut client = connect(&daemon.socket()).await;
     assert_eq!(client.welcome().capabilities, ["CAP_SYS_PTRACE"]);
     for set in sets {
-        assert_eq!(threads(daemon.pid(), set), BTreeSet::from([1 << 19]), "{set}");
+        // The log's thread has none at all.
+        let mut kept = threads(daemon.pid(), set);
+        kept.remove(&0);
+        assert_eq!(kept, BTreeSet::from([1 << 19]), "{set}");
     }
     // As Flame's SDK does it: "descriptor 5 of process $$ is my connection, and I am 7".
     let script = format!(
