@@ -9,7 +9,8 @@
 //! | a symbolic link on the way | the same | |
 //!
 //! A group may write where it is its owner's alone (a group of the user's name, as many systems give each user). An
-//! ordinary user's folder may lie in one that is shared with a group of theirs: the run's own folder is not.
+//! ordinary user's folder may lie in one that is shared with a group of theirs, and be made anew in one that everybody
+//! may write to: the run's own folder is not.
 //!
 //! Trusted are, for root only: who called sudo; in a container, below a mount, the owner of that mount's root, which is
 //! whose folder was handed in; and for anybody whom `--trust-owner` names.
@@ -23,8 +24,8 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::{Component, Path, PathBuf};
 
 use nix::errno::Errno;
-use nix::fcntl::{OFlag, open, openat, readlinkat};
-use nix::sys::stat::{FileStat, Mode, SFlag, fstat, mkdirat};
+use nix::fcntl::{AtFlags, OFlag, open, openat, readlinkat};
+use nix::sys::stat::{FileStat, Mode, SFlag, fstat, fstatat, mkdirat};
 use nix::sys::statfs::fstatfs;
 use nix::unistd::{Gid, Group, Uid, User, getegid, geteuid, getgroups};
 
@@ -217,7 +218,7 @@ impl Trust {
         let mut ahead: VecDeque<OsString> = names(&path).collect();
         let mut links = 0;
         while let Some(name) = ahead.pop_front() {
-            if self.root || ahead.is_empty() {
+            if self.root || (ahead.is_empty() && walk.has(&name)) {
                 walk.check_above()?;
             }
             match walk.enter(&name) {
@@ -235,7 +236,12 @@ impl Trust {
                     }
                 }
                 Err(FolderError::System { source, .. }) if source.kind() == io::ErrorKind::NotFound => {
-                    walk.check_above()?;
+                    // What an ordinary user makes anew is its own, and is held: others who may write here can at most move it
+                    // away. The next run does not find it then.
+                    match self.root {
+                        true => walk.check_above()?,
+                        false => walk.check_owner_above()?,
+                    }
                     return Ok((walk, std::iter::once(name).chain(ahead).collect()));
                 }
                 Err(error) => return Err(error),
@@ -347,15 +353,32 @@ impl<'t> Walk<'t> {
         })
     }
 
+    /// Whether something has that name in it.
+    fn has(&self, name: &OsStr) -> bool {
+        fstatat(&self.fd, name, AtFlags::AT_SYMLINK_NOFOLLOW).is_ok()
+    }
+
+    /// Whether a group of this user's may write to it.
+    fn is_shared(&self) -> bool {
+        let group = Gid::from_raw(self.found.st_gid);
+        let group_writes = self.found.st_mode & GROUP_WRITES != 0;
+        !self.trust.root && group_writes && self.trust.groups.contains(&group)
+    }
+
+    /// Whether it is of somebody who is trusted, or shared with this user.
+    fn check_owner_above(&self) -> Result<(), FolderError> {
+        match self.is_shared() {
+            true => Ok(()),
+            false => self.check_owner(&self.path, &self.found),
+        }
+    }
+
     /// Whether its name can be one that others change: as a folder above a run's.
     fn check_above(&self) -> Result<(), FolderError> {
         let sticky = self.found.st_mode & STICKY != 0;
-        let group = Gid::from_raw(self.found.st_gid);
         let group_writes = self.found.st_mode & GROUP_WRITES != 0;
-        let shared = !self.trust.root && group_writes && self.trust.groups.contains(&group);
-        if !shared {
-            self.check_owner(&self.path, &self.found)?;
-        }
+        let shared = self.is_shared();
+        self.check_owner_above()?;
         if sticky || self.without_modes() {
             return Ok(());
         }

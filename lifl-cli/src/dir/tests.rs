@@ -218,7 +218,10 @@ fn folders_that_others_may_write_to_are_refused_with_what_helps() {
     let (outer, _) = folder();
     let (above, run) = (outer.path().join("above"), outer.path().join("above/run"));
     fs::create_dir(&above).expect("made");
-    let trust = Trust::new(&[]);
+    let trust = Trust {
+        root: true,
+        ..of_user(nix::unistd::geteuid().as_raw())
+    };
     set_mode(&above, 0o777);
     let error = trust.make(&run).expect_err("everybody's").to_string();
     assert!(
@@ -226,6 +229,12 @@ fn folders_that_others_may_write_to_are_refused_with_what_helps() {
         "{error}"
     );
     assert!(!run.exists());
+    // An ordinary user may make one there, which is held, but uses none that is there already.
+    let user = of_user(nix::unistd::geteuid().as_raw());
+    drop(user.make(&run).expect("its own"));
+    let error = user.open(&run).expect_err("everybody's").to_string();
+    assert!(error.contains("above (mode 777)"), "{error}");
+    fs::remove_dir(&run).expect("empty");
     // As /tmp is.
     set_mode(&above, 0o1777);
     drop(trust.make(&run).expect("sticky"));
