@@ -23,6 +23,7 @@ use std::time::Duration;
 
 use anyhow::{Context, bail, ensure};
 use clap::{Args, Subcommand};
+use lifl_common::control::paths::MAX_PATH_BYTES;
 use lifl_common::update::DType;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -198,9 +199,20 @@ impl Scene {
     /// # Errors
     /// If it cannot be made.
     pub(crate) fn new() -> anyhow::Result<Self> {
-        let folder = tempfile::Builder::new().prefix("lifl-bench-").tempdir();
+        // Sockets' names are added to it.
+        const MOST_BYTES: usize = MAX_PATH_BYTES - 30;
+        let mut builder = tempfile::Builder::new();
+        builder.prefix("lifl-bench-");
+        let short = |folder: &TempDir| folder.path().as_os_str().len() <= MOST_BYTES;
+        let folder = match builder.tempdir() {
+            Ok(folder) if short(&folder) => Ok(folder),
+            // TMPDIR is not there, cannot be written to, or is too long.
+            _ => builder.tempdir_in("/tmp"),
+        };
         Ok(Self {
-            folder: folder.context("no folder for the bench's jobs")?,
+            folder: folder.context(
+                "no folder for the bench's jobs, neither in TMPDIR nor in /tmp: set TMPDIR to a folder of your own",
+            )?,
             children: Mutex::default(),
             cut: AtomicBool::new(false),
         })
