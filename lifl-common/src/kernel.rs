@@ -73,13 +73,30 @@ pub struct Member {
     pub job: JobId,
     /// Whose that job is.
     pub uid: u32,
-    /// [`Member::MAKER`], or 0.
+    /// Bit 0: [`Member::MAKER`], or 0. The others: pages of 4 KiB in its arenas.
     pub flags: u32,
 }
 
 impl Member {
     /// The process that made the job: the job ends with it.
     pub const MAKER: u32 = 1;
+
+    /// Bytes in its arenas, which are whole pages: what a later daemon counts for its user until it is back.
+    pub const fn arena_bytes(&self) -> u64 {
+        (self.flags >> 1) as u64 * 4096
+    }
+
+    /// The same member with so many bytes in its arenas; of 8 TiB and more, 8 TiB.
+    #[must_use]
+    pub const fn with_arena_bytes(self, bytes: u64) -> Self {
+        let pages = bytes.div_ceil(4096);
+        let most = (u32::MAX >> 1) as u64;
+        let pages = if pages > most { most } else { pages };
+        Self {
+            flags: (self.flags & Self::MAKER) | ((pages as u32) << 1),
+            ..self
+        }
+    }
 
     /// Whether it made its job.
     pub const fn is_maker(&self) -> bool {

@@ -4,16 +4,17 @@
 //! may see and join is judged by its own uid all the same: a container is not its owner.
 
 use std::fs;
-use std::io;
 use std::os::unix::fs::MetadataExt;
-use std::path::Path;
 use std::sync::{LazyLock, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
 /// Who has which subordinate uids.
 const SUBUID: &str = "/etc/subuid";
 
-/// How often it is looked whether the file has changed.
+/// The machine's own users.
+const PASSWD: &str = "/etc/passwd";
+
+/// How often it is looked whether the files have changed.
 const LOOK: Duration = Duration::from_secs(5);
 
 /// A range of subordinate uids, and whose they are.
@@ -34,18 +35,22 @@ impl Range {
 #[derive(Debug)]
 struct Owners {
     ranges: Vec<Range>,
-    /// When the file was changed, and its length.
-    seen: Option<(i64, i64, u64)>,
+    /// `passwd(5)`.
+    accounts: String,
+    /// When the files were changed, and their lengths.
+    seen: Stamps,
     looked: Instant,
 }
 
 static OWNERS: LazyLock<RwLock<Owners>> = LazyLock::new(|| {
     RwLock::new(Owners {
-        ranges: read(Path::new(SUBUID)).unwrap_or_default(),
-        seen: stamp(Path::new(SUBUID)),
-        looked: Instant::now(),
+        seen: stamps(),
+        ..read()
     })
 });
+
+/// Changes of the two files, as their times and lengths tell them.
+type Stamps = [Option<(i64, i64, u64)>; 2];
 
 /// The user for whom that one's amounts count: its owner, or itself.
 pub(crate) fn owner_of(uid: u32) -> u32 {
@@ -53,9 +58,8 @@ pub(crate) fn owner_of(uid: u32) -> u32 {
     owner_in(&owners.ranges, uid)
 }
 
-/// Reads the file again if it has changed. Reads files: not for the registry's task.
+/// Reads the files again if they have changed: not for the registry's task.
 pub(crate) fn refresh() {
-    let path = Path::new(SUBUID);
     let (looked, seen) = {
         let owners = OWNERS.read().unwrap_or_else(PoisonError::into_inner);
         (owners.looked, owners.seen)
@@ -63,24 +67,48 @@ pub(crate) fn refresh() {
     if looked.elapsed() < LOOK {
         return;
     }
-    let now = stamp(path);
-    let ranges = (now != seen).then(|| read(path).unwrap_or_default());
+    let now = stamps();
+    let changed = (now != seen).then(|| Owners { seen: now, ..read() });
     let mut owners = OWNERS.write().unwrap_or_else(PoisonError::into_inner);
-    owners.looked = Instant::now();
-    if let Some(ranges) = ranges {
-        owners.ranges = ranges;
-        owners.seen = now;
+    match changed {
+        Some(changed) => *owners = changed,
+        None => owners.looked = Instant::now(),
     }
 }
 
-fn stamp(path: &Path) -> Option<(i64, i64, u64)> {
-    let file = fs::metadata(path).ok()?;
-    Some((file.mtime(), file.mtime_nsec(), file.len()))
+/// A user by its name, if it is one of the machine's own; asked of no directory service, which could take its time.
+pub(crate) fn name_of(uid: u32) -> String {
+    let owners = OWNERS.read().unwrap_or_else(PoisonError::into_inner);
+    match name_in(&owners.accounts, uid) {
+        Some(name) => format!("user {name}"),
+        None => format!("uid {uid}"),
+    }
 }
 
-fn read(path: &Path) -> io::Result<Vec<Range>> {
-    let accounts = fs::read_to_string("/etc/passwd").unwrap_or_default();
-    Ok(ranges_in(&fs::read_to_string(path)?, &accounts))
+fn stamps() -> Stamps {
+    [PASSWD, SUBUID].map(|path| {
+        let file = fs::metadata(path).ok()?;
+        Some((file.mtime(), file.mtime_nsec(), file.len()))
+    })
+}
+
+fn read() -> Owners {
+    let [accounts, subuid] = [PASSWD, SUBUID].map(|path| fs::read_to_string(path).unwrap_or_default());
+    Owners {
+        ranges: ranges_in(&subuid, &accounts),
+        accounts,
+        seen: Stamps::default(),
+        looked: Instant::now(),
+    }
+}
+
+/// `passwd(5)`: name, password, uid, and more.
+fn name_in(accounts: &str, uid: u32) -> Option<&str> {
+    accounts.lines().find_map(|line| {
+        let mut fields = line.split(':');
+        let name = fields.next()?;
+        (fields.nth(1)?.parse() == Ok(uid)).then_some(name)
+    })
 }
 
 /// `subuid(5)`: a login name or uid, the first subordinate uid, how many.
@@ -95,7 +123,6 @@ fn ranges_in(subuid: &str, accounts: &str) -> Vec<Range> {
     subuid.lines().filter_map(range).collect()
 }
 
-/// `passwd(5)`: name, password, uid, and more.
 fn uid_in(accounts: &str, name: &str) -> Option<u32> {
     accounts.lines().find_map(|line| {
         let mut fields = line.split(':');
@@ -112,6 +139,14 @@ fn owner_in(ranges: &[Range], uid: u32) -> u32 {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_user_is_named_as_the_accounts_name_it() {
+        let accounts = "root:x:0:0:root:/root:/bin/sh\nbroken\nalice:x:1000:1000::/home/alice:/bin/sh\n";
+        assert_eq!(name_in(accounts, 1000), Some("alice"));
+        assert_eq!(name_in(accounts, 1001), None);
+        assert_eq!(name_of(0), "user root");
+    }
 
     #[test]
     fn a_subordinate_user_counts_for_its_owner_and_everybody_else_for_itself() {

@@ -15,6 +15,7 @@ use std::sync::{Arc, Condvar, LazyLock, Mutex, MutexGuard, PoisonError};
 use std::thread::Builder;
 use std::time::Duration;
 
+use lifl_common::control::packet::recv_with_fds;
 use nix::sys::socket::{setsockopt, sockopt};
 
 use crate::accounts;
@@ -58,16 +59,27 @@ fn table() -> MutexGuard<'static, Table> {
 }
 
 /// Does something on a thread of that user's. It must not panic.
-#[cfg_attr(not(test), expect(dead_code, reason = "the next commit's"))]
 pub(crate) fn run(uid: u32, errand: impl FnOnce() + Send + 'static) {
     submit(accounts::owner_of(uid), Box::new(errand), 0);
 }
 
 /// Closes a descriptor on a thread of that user's.
 pub(crate) fn close(uid: u32, fd: OwnedFd) {
+    close_with(uid, move || dispose(fd));
+}
+
+/// Closes a Unix socket of the daemon's own, whose other end is that user's, with what lies unread in it.
+pub(crate) fn close_own(uid: u32, fd: OwnedFd) {
+    close_with(uid, move || {
+        empty(fd.as_fd());
+        drop(fd);
+    });
+}
+
+fn close_with(uid: u32, closing: impl FnOnce() + Send + 'static) {
     let account = accounts::owner_of(uid);
     let errand = move || {
-        dispose(fd);
+        closing();
         if let Some(user) = table().users.get_mut(&account) {
             user.closing = user.closing.saturating_sub(1);
         }
@@ -111,6 +123,27 @@ fn dispose(fd: OwnedFd) {
     // What is no socket has no such option.
     let _ = setsockopt(&fd, sockopt::Linger, &now);
     drop(fd);
+}
+
+/// Takes the descriptors out of a Unix socket that nobody reads any more: the kernel would close them with it, linger time and
+/// all.
+fn empty(socket: BorrowedFd<'_>) {
+    /// Packets of which that is tried, and empty ones, which look like the end, one after the other.
+    const PACKETS: usize = 1024;
+    const EMPTY: usize = 32;
+
+    let mut room = vec![0; 4096];
+    let mut nothing = 0;
+    for _ in 0..PACKETS {
+        let Ok(received) = recv_with_fds(socket, &mut room) else {
+            return;
+        };
+        nothing = if received.length == 0 { nothing + 1 } else { 0 };
+        received.fds.into_iter().for_each(dispose);
+        if nothing == EMPTY {
+            return;
+        }
+    }
 }
 
 fn submit(account: u32, errand: Errand, closing: usize) {

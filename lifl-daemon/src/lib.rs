@@ -15,6 +15,7 @@ pub mod flame;
 mod gateway;
 mod limits;
 pub mod logging;
+mod mailbox;
 pub mod plane;
 pub mod pool;
 pub mod privileges;
@@ -22,6 +23,7 @@ mod refusals;
 mod registry;
 mod server;
 pub mod signals;
+mod turns;
 
 use std::fmt;
 use std::os::fd::OwnedFd;
@@ -37,7 +39,7 @@ use crate::plane::PlaneError;
 use crate::pool::{HugePages, Pool};
 pub use crate::registry::quota::{Quota, Quotas};
 use crate::registry::{Facts, Registry};
-use crate::server::{Beside, Connections, Listener};
+use crate::server::{Connections, Listener, Others};
 pub use crate::server::{ListenError, listen_at};
 
 /// Connections beside those of workers: coordinators that have no worker yet, `lifl status`.
@@ -252,7 +254,7 @@ impl Daemon {
         let served = server::serve(
             listener,
             registry,
-            Beside {
+            Others {
                 dead_letters: chosen.dead_letters,
                 opened,
                 own,

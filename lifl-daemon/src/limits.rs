@@ -27,6 +27,12 @@ pub(crate) fn explain(error: &io::Error, bytes: u64) -> Option<String> {
     }
 }
 
+/// Descriptors that this process may have.
+pub(crate) fn open_files() -> u32 {
+    let soft = getrlimit(Resource::RLIMIT_NOFILE).map_or(RLIM_INFINITY, |(soft, _)| soft);
+    u32::try_from(soft).unwrap_or(u32::MAX)
+}
+
 /// That no descriptor is left, with the number that there may be.
 pub(crate) fn descriptors() -> String {
     let limit = match getrlimit(Resource::RLIMIT_NOFILE) {

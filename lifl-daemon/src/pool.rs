@@ -7,9 +7,15 @@
 
 use std::fs::{self, File};
 use std::io;
-use std::path::PathBuf;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+use std::time::{Duration, Instant};
 
 use lifl_common::arena::{Layout, memfd};
+use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
 
 use crate::limits;
@@ -79,8 +85,10 @@ pub enum PoolError {
 /// An arena's memory.
 #[derive(Debug)]
 pub(crate) struct Allocation {
-    /// The memfd.
+    /// The memfd, opened for the daemon.
     pub(crate) memfd: File,
+    /// The same, opened for its owner.
+    pub(crate) handed: OwnedFd,
     /// Its bytes, which count against the ceiling.
     pub(crate) bytes: u64,
     /// Bytes of its pages.
@@ -96,16 +104,21 @@ pub(crate) struct Pool {
     used_bytes: u64,
     huge_pages: HugePages,
     kernel: KernelPool,
+    /// Whether huge pages are to be expected, when it was last looked.
+    expected: Arc<AtomicBool>,
 }
 
 impl Pool {
     pub(crate) fn new(ceiling_bytes: u64, huge_pages: HugePages) -> Self {
-        Self {
+        let pool = Self {
             ceiling_bytes,
             used_bytes: 0,
             huge_pages,
             kernel: KernelPool::default(),
-        }
+            expected: Arc::default(),
+        };
+        pool.refresher()();
+        pool
     }
 
     pub(crate) fn ceiling_bytes(&self) -> u64 {
@@ -118,60 +131,84 @@ impl Pool {
 
     /// Whether huge pages are to be expected.
     pub(crate) fn expects_huge_pages(&self) -> bool {
-        self.huge_pages != HugePages::Never
-            && self.kernel.read("nr_hugepages").is_some()
-            && (self.kernel.free() + self.kernel.allowed_surplus() > 0 || self.kernel.may_allow_surplus())
+        self.expected.load(Relaxed)
     }
 
-    /// Makes memory for an arena. `admit` says whether its user may have so many bytes more.
-    pub(crate) fn allocate(
+    /// Sets bytes aside for an arena, which is then [made](Plan::make) elsewhere. `admit` says whether its user may have so many
+    /// bytes more.
+    pub(crate) fn plan(
         &mut self,
-        name: &str,
+        name: String,
         layout: Layout,
         admit: impl Fn(u64) -> Result<(), QuotaError>,
-    ) -> Result<Allocation, PoolError> {
+    ) -> Result<Plan, PoolError> {
         let Layout { slots, slot_bytes } = layout;
         let bad_layout = || PoolError::Layout { slots, slot_bytes };
         if slots == 0 {
             return Err(bad_layout());
         }
-        let mut note = None;
+        let plain_bytes = layout.memfd_bytes(false).ok_or_else(bad_layout)?;
+        let (mut huge_bytes, mut note) = (None, None);
         if self.huge_pages != HugePages::Never && layout.suits_huge_pages() {
             let bytes = layout.memfd_bytes(true).ok_or_else(bad_layout)?;
             let room = admit(bytes).map_err(PoolError::from);
-            let room = room.and_then(|()| self.check_room(bytes));
-            match room.and_then(|()| self.huge(name, bytes)) {
-                Ok(memfd) => {
-                    self.used_bytes += bytes;
-                    return Ok(Allocation {
-                        memfd,
-                        bytes,
-                        page_bytes: memfd::HUGE_PAGE_BYTES,
-                        note: None,
-                    });
-                }
+            match room.and_then(|()| self.check_room(bytes)) {
+                Ok(()) => huge_bytes = Some(bytes),
                 Err(error) if self.huge_pages == HugePages::Always => return Err(error),
                 Err(error) => note = Some(error.to_string()),
             }
         }
-        let bytes = layout.memfd_bytes(false).ok_or_else(bad_layout)?;
-        admit(bytes)?;
-        self.check_room(bytes)?;
-        let memfd = memfd::create(name, bytes, false).map_err(|source| refused(bytes, source))?;
+        let bytes = match huge_bytes {
+            // Never fewer than of ordinary pages.
+            Some(bytes) => bytes,
+            None => {
+                admit(plain_bytes)?;
+                self.check_room(plain_bytes)?;
+                plain_bytes
+            }
+        };
         self.used_bytes += bytes;
-        Ok(Allocation {
-            memfd,
+        Ok(Plan {
+            name,
             bytes,
-            page_bytes: Layout::SLOT_ALIGN,
+            huge_bytes,
+            plain_bytes,
             note,
+            always: self.huge_pages == HugePages::Always,
+            most_surplus: self.ceiling_bytes / memfd::HUGE_PAGE_BYTES,
+            kernel: self.kernel.clone(),
         })
     }
 
-    /// Takes over arenas that a daemon before this one made.
-    pub(crate) fn adopt(&mut self, bytes: u64) -> Result<(), PoolError> {
-        self.check_room(bytes)?;
-        self.used_bytes += bytes;
-        Ok(())
+    /// Makes memory for an arena, here and now.
+    #[cfg(test)]
+    fn allocate(
+        &mut self,
+        name: &str,
+        layout: Layout,
+        admit: impl Fn(u64) -> Result<(), QuotaError>,
+    ) -> Result<Allocation, PoolError> {
+        let plan = self.plan(name.to_owned(), layout, admit)?;
+        let made = plan.make();
+        self.free(plan.bytes() - made.as_ref().map_or(0, |made| made.bytes));
+        made
+    }
+
+    /// Looks anew whether huge pages are to be expected. Reads files: not for the registry's task.
+    pub(crate) fn refresher(&self) -> impl FnOnce() + Send + use<> {
+        let (kernel, expected) = (self.kernel.clone(), Arc::clone(&self.expected));
+        let never = self.huge_pages == HugePages::Never;
+        move || expected.store(!never && kernel.has_some(), Relaxed)
+    }
+
+    /// Takes over arenas that a daemon before this one made; they may be more than there is room for.
+    pub(crate) fn adopt(&mut self, bytes: u64) {
+        self.used_bytes = self.used_bytes.saturating_add(bytes);
+    }
+
+    /// Whether there is room for so many bytes.
+    pub(crate) fn has_room(&self, bytes: u64) -> Result<(), PoolError> {
+        self.check_room(bytes)
     }
 
     /// An arena is gone.
@@ -191,16 +228,53 @@ impl Pool {
             ceiling_mib: mib(self.ceiling_bytes),
         })
     }
+}
 
-    fn huge(&mut self, name: &str, bytes: u64) -> Result<File, PoolError> {
-        let need = bytes / memfd::HUGE_PAGE_BYTES;
-        let memfd = memfd::create(name, bytes, true).map_err(|source| match refused(bytes, source) {
-            PoolError::Memfd { source, .. } => {
-                PoolError::NoHugePages(format!("the kernel has no huge pages of 2 MiB ({source})"))
+/// An arena whose bytes are set aside.
+#[derive(Debug)]
+pub(crate) struct Plan {
+    name: String,
+    bytes: u64,
+    huge_bytes: Option<u64>,
+    plain_bytes: u64,
+    note: Option<String>,
+    always: bool,
+    /// Surplus pages that the kernel may be let make: no more than the pool has, whoever holds those that there are.
+    most_surplus: u64,
+    kernel: KernelPool,
+}
+
+impl Plan {
+    /// What is set aside.
+    pub(crate) fn bytes(&self) -> u64 {
+        self.bytes
+    }
+
+    /// Makes it. The kernel may have to look for memory: not for the registry's task.
+    pub(crate) fn make(&self) -> Result<Allocation, PoolError> {
+        let mut note = self.note.clone();
+        if let Some(bytes) = self.huge_bytes {
+            match self.huge(bytes) {
+                Ok(memfd) => return opened(&memfd, bytes, memfd::HUGE_PAGE_BYTES, None),
+                Err(error) if self.always => return Err(error),
+                Err(error) => note = Some(error.to_string()),
             }
-            limit => limit,
-        })?;
-        let _surplus = self.kernel.allow_surplus(need);
+        }
+        let bytes = self.plain_bytes;
+        let memfd = memfd::create(&self.name, bytes, false).map_err(|source| refused(bytes, source))?;
+        opened(&memfd, bytes, Layout::SLOT_ALIGN, note)
+    }
+
+    fn huge(&self, bytes: u64) -> Result<File, PoolError> {
+        let need = bytes / memfd::HUGE_PAGE_BYTES;
+        let memfd =
+            memfd::create(&self.name, bytes, true).map_err(|source| match refused(bytes, source) {
+                PoolError::Memfd { source, .. } => {
+                    PoolError::NoHugePages(format!("the kernel has no huge pages of 2 MiB ({source})"))
+                }
+                limit => limit,
+            })?;
+        let _surplus = self.kernel.allow_surplus(need, self.most_surplus);
         match memfd::reserve(&memfd, bytes) {
             Ok(()) => Ok(memfd),
             Err(_) => {
@@ -210,6 +284,22 @@ impl Pool {
             }
         }
     }
+}
+
+/// A memfd as an arena: opened once for the daemon and once for its owner, so that the kernel can tell whether anybody but the
+/// daemon still has it.
+fn opened(memfd: &File, bytes: u64, page_bytes: u64, note: Option<String>) -> Result<Allocation, PoolError> {
+    let private = memfd::keep_private(memfd.as_fd());
+    let open = || memfd::reopen(memfd.as_fd(), true);
+    let opened = private.and_then(|()| Ok((open()?, open()?)));
+    let (own, handed) = opened.map_err(|source| refused(bytes, source))?;
+    Ok(Allocation {
+        memfd: own,
+        handed: handed.into(),
+        bytes,
+        page_bytes,
+        note,
+    })
 }
 
 /// Why the kernel gives no memfd.
@@ -224,7 +314,7 @@ fn refused(bytes: u64, source: io::Error) -> PoolError {
 }
 
 /// The kernel's pool of huge pages.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 struct KernelPool {
     folder: PathBuf,
 }
@@ -246,6 +336,12 @@ impl KernelPool {
             .ok()
     }
 
+    /// Whether there are some, or could be.
+    fn has_some(&self) -> bool {
+        self.read("nr_hugepages").is_some()
+            && (self.free() + self.allowed_surplus() > 0 || self.may_allow_surplus())
+    }
+
     /// Huge pages that are neither in use nor promised.
     fn free(&self) -> u64 {
         let free = self.read("free_hugepages").unwrap_or(0);
@@ -265,16 +361,19 @@ impl KernelPool {
 
     /// Lets the kernel make what is missing to `pages` free ones, for as long as the result lives. `None` if nothing
     /// is missing, or this process may not.
-    fn allow_surplus(&self, pages: u64) -> Option<SurplusAllowed> {
+    fn allow_surplus(&self, pages: u64, most: u64) -> Option<SurplusAllowed> {
         let path = self.folder.join(SURPLUS_LIMIT);
         // Other daemons wait: each must put back the limit that it found.
-        let lock = Flock::lock(File::open(&path).ok()?, FlockArg::LockExclusive).ok()?;
+        let lock = lock(&path)?;
         let missing = pages.saturating_sub(self.free());
         if missing <= self.allowed_surplus() {
             return None;
         }
         let limit = self.read(SURPLUS_LIMIT)?;
         let needed = self.read("surplus_hugepages")?.saturating_add(missing);
+        if needed > most.max(limit) {
+            return None;
+        }
         fs::write(&path, needed.to_string()).ok()?;
         Some(SurplusAllowed {
             path,
@@ -287,6 +386,48 @@ impl KernelPool {
 /// How many surplus pages there may be (`Documentation/admin-guide/mm/hugetlbpage.rst`). Those that are there stay when
 /// it is lowered, until their memfd goes.
 const SURPLUS_LIMIT: &str = "nr_overcommit_hugepages";
+
+/// The lock of those daemons that change the limit; `None` if it is not to be had.
+///
+/// It lies on a file that only they may open. Where that cannot be had, on the limit's own, which every user may lock: so it
+/// is tried for a while only.
+fn lock(limit: &Path) -> Option<Flock<File>> {
+    let there = File::options()
+        .read(true)
+        .custom_flags(libc::O_NOFOLLOW)
+        .open(LOCK);
+    let own = there
+        .or_else(|_| {
+            let mut made = File::options();
+            made.read(true).write(true).create_new(true).mode(0o600);
+            made.open(LOCK)
+        })
+        .and_then(|file| Ok((file.metadata()?.mode() & 0o077 == 0).then_some(file)));
+    let mut file = match own {
+        Ok(Some(own)) => own,
+        _ => File::open(limit).ok()?,
+    };
+    let begun = Instant::now();
+    loop {
+        match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
+            Ok(lock) => return Some(lock),
+            Err((unlocked, Errno::EWOULDBLOCK)) if begun.elapsed() < LOCK_WAIT => {
+                file = unlocked;
+                std::thread::sleep(Duration::from_millis(5));
+            }
+            Err((_, errno)) => {
+                tracing::warn!("vm.{SURPLUS_LIMIT} is not changed: another process has its lock ({errno})");
+                return None;
+            }
+        }
+    }
+}
+
+/// What daemons lock that change the limit.
+const LOCK: &str = "/run/lifl/huge-pages.lock";
+
+/// How long to wait for that.
+const LOCK_WAIT: Duration = Duration::from_secs(2);
 
 /// The raised limit; dropping it puts back the one before.
 #[derive(Debug)]

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use crate::accounts;
 
 /// Lines of one user at once.
-const BURST: u32 = 20;
+const BURST: u32 = 100;
 
 /// After those, one in so long.
 const EACH: Duration = Duration::from_millis(500);

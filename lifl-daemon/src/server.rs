@@ -17,22 +17,23 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use lifl_common::control::packet::{PacketError, PacketSocket};
+use lifl_common::control::packet::{MAX_BYTES, PacketError, PacketSocket};
 use lifl_common::control::paths;
 use lifl_common::control::{ErrorCode, Message, Reply, Request};
 use lifl_common::frame::Frame;
+use lifl_common::plane::PlaneKind;
 use lifl_common::watch::watch;
 use nix::errno::Errno;
 use nix::fcntl::{AtFlags, FcntlArg, FdFlag, OFlag, fcntl, open};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{
     AddressFamily, Backlog, SockFlag, SockType, UnixAddr, accept4, bind, connect, getsockname, getsockopt,
-    listen, socket, sockopt,
+    listen, setsockopt, socket, sockopt,
 };
 use nix::sys::stat::{Mode, SFlag, fstat};
 use nix::unistd::fchownat;
 use tokio::io::unix::AsyncFd;
-use tokio::sync::mpsc;
+use tokio::sync::{OwnedSemaphorePermit, mpsc, oneshot};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
@@ -43,19 +44,25 @@ use crate::errands::{self, Foreign};
 use crate::flame::Desk;
 use crate::gateway::Opened;
 use crate::limits;
+use crate::mailbox::{Account, Accounts, Letter, Mailbox};
+use crate::plane;
 use crate::refusals::{may_log, plain};
 use crate::registry::quota::{Quotas, Use, Want};
 use crate::registry::reattach::CHECK;
-use crate::registry::{ConnId, Outgoing, Peer, Registry};
+use crate::registry::{Beside, ConnId, Outgoing, Peer, Registry};
+use crate::turns::Turns;
 
-/// Answers and events that wait for one client; who lets more pile up is disconnected.
-const QUEUE: usize = 8192;
+/// Bytes in the kernel that wait for one client. It takes them twice, for its own part of each packet.
+const SEND_BUFFER: usize = MAX_BYTES / 2 + 1024;
 
 /// How long a client may take to say hello.
 const HELLO_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// How long the daemon takes to turn somebody away.
 const TURNED_AWAY: Duration = Duration::from_millis(100);
+
+/// How often it is looked who still has the memory of workers that have left.
+const DEPARTURES: Duration = Duration::from_millis(20);
 
 /// How long clients have to leave when the daemon ends.
 const DRAIN: Duration = Duration::from_secs(3);
@@ -169,6 +176,8 @@ impl Listener {
         };
         // SAFETY: accept4 has just made this descriptor for this call; nobody else knows it.
         let fd = unsafe { OwnedFd::from_raw_fd(fd) };
+        // Room for a packet: what more waits for who does not read is counted by its mailbox.
+        setsockopt(&fd, sockopt::SndBuf, &SEND_BUFFER)?;
         let credentials = getsockopt(&fd.as_fd(), sockopt::PeerCredentials)?;
         let peer = Peer::new(credentials.pid(), credentials.uid());
         Ok((Line::new(PacketSocket::new(fd)?, peer), peer))
@@ -198,7 +207,7 @@ impl Line {
 impl Drop for Line {
     fn drop(&mut self) {
         if let Some(socket) = self.socket.take() {
-            errands::close(self.uid, socket.into_inner());
+            errands::close_own(self.uid, socket.into_inner());
         }
     }
 }
@@ -206,25 +215,25 @@ impl Drop for Line {
 /// The way to the registry for this process's own proxies. Nothing beyond the process has it: whoever comes through it need
 /// not show who it is.
 #[derive(Clone, Debug)]
-pub(crate) struct Lobby(mpsc::Sender<PacketSocket>);
+pub(crate) struct Lobby(mpsc::Sender<(u32, PacketSocket)>);
 
 /// Connections of the daemon's own that wait to be accepted.
 const LOBBY: usize = 64;
 
 /// The way in, and where those come out that took it.
-pub(crate) fn lobby() -> (Lobby, mpsc::Receiver<PacketSocket>) {
+pub(crate) fn lobby() -> (Lobby, mpsc::Receiver<(u32, PacketSocket)>) {
     let (enter, entered) = mpsc::channel(LOBBY);
     (Lobby(enter), entered)
 }
 
 impl Lobby {
-    /// A connection with the registry.
+    /// A connection with the registry, for a job of that user's.
     ///
     /// # Errors
     /// If the process is out of descriptors, or the daemon ends.
-    pub(crate) async fn enter(&self) -> io::Result<PacketSocket> {
+    pub(crate) async fn enter(&self, uid: u32) -> io::Result<PacketSocket> {
         let (near, far) = PacketSocket::pair()?;
-        let sent = self.0.send(far).await;
+        let sent = self.0.send((uid, far)).await;
         sent.map_err(|_| io::Error::other("the daemon is stopping"))?;
         Ok(near)
     }
@@ -363,19 +372,20 @@ fn make_folder(folder: &Path) -> io::Result<()> {
 }
 
 enum Command {
-    Connected(ConnId, Peer, mpsc::Sender<Outgoing>, CancellationToken),
-    Request(ConnId, Request, Vec<Foreign>),
+    Connected(ConnId, Peer, Mailbox, CancellationToken),
+    /// A request, and its place among those of its user that are under way.
+    Request(ConnId, Request, Beside, OwnedSemaphorePermit),
     /// What somebody else than the registry answers.
     Answer(ConnId, Reply),
     Closed(ConnId),
 }
 
 /// What the registry is served beside.
-pub(crate) struct Beside {
+pub(crate) struct Others {
     /// Frames that the plane did not deliver.
     pub(crate) dead_letters: mpsc::Receiver<Frame>,
     /// Proxies that have come through the lobby.
-    pub(crate) own: mpsc::Receiver<PacketSocket>,
+    pub(crate) own: mpsc::Receiver<(u32, PacketSocket)>,
     /// Doors that the gateway has opened, or could not.
     pub(crate) opened: mpsc::UnboundedReceiver<Opened>,
     /// Flame's workers, where they are served.
@@ -389,6 +399,7 @@ pub(crate) struct Connections {
     max: u32,
     quotas: Quotas,
     of: Arc<Mutex<HashMap<u32, u32>>>,
+    accounts: Accounts,
 }
 
 impl Connections {
@@ -397,6 +408,7 @@ impl Connections {
             max,
             quotas,
             of: Arc::default(),
+            accounts: Accounts::default(),
         }
     }
 
@@ -422,11 +434,15 @@ impl Connections {
             };
             let admitted = self.quotas.admit(uid, &used, Want::Connection);
             admitted.map_err(|error| error.to_string())?;
+            if used.connections >= self.quotas.of(uid).descriptors {
+                return Err(limits::descriptors());
+            }
             *of.entry(uid).or_default() += 1;
         }
         Ok(Place {
             uid,
             of: Arc::clone(&self.of),
+            account: self.accounts.of(peer.account),
         })
     }
 }
@@ -435,6 +451,7 @@ impl Connections {
 struct Place {
     uid: Option<u32>,
     of: Arc<Mutex<HashMap<u32, u32>>>,
+    account: Arc<Account>,
 }
 
 impl Drop for Place {
@@ -463,33 +480,36 @@ impl Spare {
 pub(crate) async fn serve(
     listener: Listener,
     mut registry: Registry,
-    Beside {
+    Others {
         mut dead_letters,
         mut opened,
         own,
         flame,
         watch,
-    }: Beside,
+    }: Others,
     connections: Connections,
     shutdown: CancellationToken,
 ) -> Registry {
-    let (commands, mut inbox) = mpsc::channel(1024);
+    let commands = Turns::new();
     let tasks = TaskTracker::new();
     let accepting = shutdown.child_token();
-    let answers = commands.downgrade();
     tasks.spawn(accept(
         listener,
         own,
-        commands,
+        commands.clone(),
         tasks.clone(),
         connections,
+        registry.plane_kind(),
         accepting,
     ));
-    let mut queues: HashMap<ConnId, (mpsc::Sender<Outgoing>, CancellationToken)> = HashMap::new();
+    let mut mailboxes: HashMap<ConnId, (Mailbox, CancellationToken)> = HashMap::new();
+    let mut errands_done = registry.take_done();
     let mut draining = false;
     let mut jobs_stay = false;
     let mut check = tokio::time::interval(CHECK);
     check.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    let mut departures = tokio::time::interval(DEPARTURES);
+    departures.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     let (mut beat, mut tell) = match watch {
         Some(Watch { every, tell }) => (tokio::time::interval(every), Some(tell)),
         None => (tokio::time::interval(Duration::MAX), None),
@@ -498,31 +518,34 @@ pub(crate) async fn serve(
     tokio::pin!(drained);
     loop {
         tokio::select! {
-            command = inbox.recv() => match command {
-                Some(Command::Connected(id, peer, queue, kick)) => {
+            command = commands.next() => match command {
+                Command::Connected(id, peer, mailbox, kick) => {
                     registry.connected(id, peer);
-                    queues.insert(id, (queue, kick));
+                    mailboxes.insert(id, (mailbox, kick));
                 }
-                Some(Command::Request(id, Request::Flame { after }, _)) => {
-                    if let (Some(uid), Some(answers)) = (registry.may_ask(id), answers.upgrade()) {
-                        let flame = flame.clone();
+                Command::Request(id, Request::Flame { after }, ..) => {
+                    if let Some(Peer { uid, account, .. }) = registry.may_ask(id) {
+                        let (flame, answers) = (flame.clone(), commands.clone());
                         tasks.spawn(async move {
                             let page = match flame {
                                 Some(flame) => flame.page(uid, after).await,
                                 None => None,
                             };
-                            let _ = answers.send(Command::Answer(id, Reply::Flame { page })).await;
+                            let _ = answers.push(account, Command::Answer(id, Reply::Flame { page }));
                         });
                     }
                 }
-                Some(Command::Request(id, request, fds)) => registry.request(id, request, fds),
-                Some(Command::Answer(id, reply)) => registry.reply(id, reply, None),
-                Some(Command::Closed(id)) => {
-                    queues.remove(&id);
+                Command::Request(id, request, beside, _under_way) => registry.request(id, request, beside),
+                Command::Answer(id, reply) => registry.reply(id, reply, None),
+                Command::Closed(id) => {
+                    if let Some((mailbox, _)) = mailboxes.remove(&id) {
+                        mailbox.clear();
+                    }
                     registry.closed(id);
                 }
-                None => break,
             },
+            Some(done) = errands_done.recv() => registry.done(done),
+            _ = departures.tick(), if registry.has_departed() => registry.check_departed(),
             Some(frame) = dead_letters.recv() => registry.dead_letter(&frame),
             Some(opened) = opened.recv() => registry.gateway_opened(opened),
             () = shutdown.cancelled(), if !draining => {
@@ -537,6 +560,7 @@ pub(crate) async fn serve(
             }
             now = check.tick() => {
                 errands::retry();
+                registry.refresh();
                 if registry.awaits() {
                     registry.check_awaited(now);
                 }
@@ -546,13 +570,17 @@ pub(crate) async fn serve(
                 break;
             }
         }
-        for outgoing in registry.take_outbox() {
-            let to = outgoing.to;
-            if let Some((queue, kick)) = queues.get(&to)
-                && queue.try_send(outgoing).is_err()
+        for Outgoing { to, message, fd } in registry.take_outbox() {
+            if let Some((mailbox, kick)) = mailboxes.get(&to)
+                && !kick.is_cancelled()
+                && mailbox.push(Letter { message, fd }).is_err()
             {
-                tracing::warn!(conn = to.0, "a client does not read its messages: disconnected");
                 kick.cancel();
+                mailbox.clear();
+                let uid = registry.uid_of(to);
+                if let Some(dropped) = may_log(uid) {
+                    tracing::warn!(uid, dropped, "a client does not read its messages: disconnected");
+                }
             }
         }
         if draining && registry.is_deserted(jobs_stay) {
@@ -562,10 +590,10 @@ pub(crate) async fn serve(
     if jobs_stay {
         tracing::info!("jobs go on without this daemon, until the next one is started");
     }
-    for (_, kick) in queues.values() {
+    for (_, kick) in mailboxes.values() {
         kick.cancel();
     }
-    inbox.close();
+    commands.close();
     tasks.close();
     tasks.wait().await;
     registry
@@ -573,10 +601,11 @@ pub(crate) async fn serve(
 
 async fn accept(
     listener: Listener,
-    mut own: mpsc::Receiver<PacketSocket>,
-    commands: mpsc::Sender<Command>,
+    mut own: mpsc::Receiver<(u32, PacketSocket)>,
+    commands: Turns<Command>,
     tasks: TaskTracker,
     connections: Connections,
+    plane: PlaneKind,
     shutdown: CancellationToken,
 ) {
     let mut spare = Spare::new();
@@ -585,8 +614,8 @@ async fn accept(
         let accepted = tokio::select! {
             () = shutdown.cancelled() => return,
             accepted = listener.accept() => accepted,
-            Some(socket) = own.recv() => {
-                let peer = Peer::own();
+            Some((uid, socket)) = own.recv() => {
+                let peer = Peer::own(uid);
                 Ok((Line::new(socket, peer), peer))
             }
         };
@@ -628,24 +657,21 @@ async fn accept(
         };
         last += 1;
         let id = ConnId(last);
-        let (queue, outgoing) = mpsc::channel(QUEUE);
+        let mailbox = Mailbox::new(Arc::clone(&place.account));
         let kick = CancellationToken::new();
-        if commands
-            .send(Command::Connected(id, peer, queue, kick.clone()))
-            .await
-            .is_err()
-        {
+        let connected = Command::Connected(id, peer, mailbox.clone(), kick.clone());
+        if commands.push(peer.account, connected).is_err() {
             return;
         }
         let commands = commands.clone();
         tasks.spawn(async move {
             tokio::select! {
                 () = kick.cancelled() => {}
-                () = converse(line.socket(), id, peer, &commands, outgoing) => {}
+                () = converse(line.socket(), (id, peer, plane), &commands, &mailbox, &place.account) => {}
             }
             // Who hears that there is room again finds it.
             drop((line, place));
-            let _ = commands.send(Command::Closed(id)).await;
+            let _ = commands.push(peer.account, Command::Closed(id));
         });
     }
 }
@@ -672,28 +698,42 @@ async fn turn_away(line: Line, peer: Peer, message: String) {
 
 /// A client's request, or what is wrong with its packet, and the descriptors beside it. From here on whoever drops those does
 /// not wait for them.
-type Asked = (Result<Request, PacketError>, Vec<Foreign>);
+type Asked = (Result<Request, PacketError>, Vec<Foreign>, OwnedSemaphorePermit);
 
-/// Waits for a client's next packet; `None` when it has left. Cancel-safe.
-async fn next_packet(socket: &PacketSocket, peer: Peer) -> io::Result<Option<Asked>> {
-    socket.readable().await?;
-    errands::until_closed(peer.uid).await;
-    let mut packet = socket.recv_packet().await?;
-    let fds = packet.fds.len();
-    let request = if packet.is_end() {
-        None
-    } else {
-        Some(packet.message())
-    };
-    let foreign = packet
-        .fds
-        .drain(..)
-        .map(|fd| Foreign::new(peer.uid, fd))
-        .collect();
-    if fds > 0 && request.is_none() {
-        tracing::debug!(uid = peer.uid, fds, "descriptors without a message");
+/// Waits for a client's next packet, and for its place among its user's; `None` when it has left. Cancel-safe.
+///
+/// The places are why one user's thousands of connections do not keep the runtime's threads from another's one.
+async fn next_packet(socket: &PacketSocket, peer: Peer, account: &Account) -> io::Result<Option<Asked>> {
+    loop {
+        socket.readable().await?;
+        errands::until_closed(peer.uid).await;
+        let place = Arc::clone(&account.requests).acquire_owned().await;
+        let place = place.map_err(io::Error::other)?;
+        let mut packet = match socket.try_recv_packet() {
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => continue,
+            packet => packet?,
+        };
+        let request = (!packet.is_end()).then(|| packet.message());
+        let foreign = packet.fds.drain(..);
+        let foreign: Vec<Foreign> = foreign.map(|fd| Foreign::new(peer.uid, fd)).collect();
+        return Ok(request.map(|request| (request, foreign, place)));
     }
-    Ok(request.map(|request| (request, foreign)))
+}
+
+/// Has the first descriptor looked at, a worker's socket, on a thread of its user's.
+async fn examined(plane: PlaneKind, peer: Peer, mut fds: Vec<Foreign>) -> Beside {
+    if fds.is_empty() {
+        return Beside::default();
+    }
+    let socket = fds.remove(0);
+    let (tell, told) = oneshot::channel();
+    errands::run(peer.uid, move || {
+        let _ = tell.send(plane::examine(plane, socket));
+    });
+    Beside {
+        socket: told.await.ok(),
+        fds,
+    }
 }
 
 /// Whether descriptors belong beside a request.
@@ -705,10 +745,10 @@ fn takes_descriptors(request: &Request) -> bool {
 /// come in the requests' order and nobody fills the registry's queue alone.
 async fn converse(
     socket: &PacketSocket,
-    id: ConnId,
-    peer: Peer,
-    commands: &mpsc::Sender<Command>,
-    mut outgoing: mpsc::Receiver<Outgoing>,
+    (id, peer, plane): (ConnId, Peer, PlaneKind),
+    commands: &Turns<Command>,
+    mailbox: &Mailbox,
+    account: &Account,
 ) {
     let hello = tokio::time::sleep(HELLO_TIMEOUT);
     tokio::pin!(hello);
@@ -716,27 +756,28 @@ async fn converse(
     let mut unanswered = false;
     loop {
         tokio::select! {
-            Some(Outgoing { message, fd, .. }) = outgoing.recv() => {
+            () = mailbox.filled() => {
+                let Some(Letter { message, fd }) = mailbox.take() else { continue };
                 let fds: Vec<_> = fd.iter().map(AsRawFd::as_raw_fd).collect();
-                if let Err(error) = socket.send(&message, &fds).await {
+                if let Err(error) = socket.send(&*message, &fds).await {
                     tracing::debug!(pid = peer.pid, "cannot be answered: {}", error_chain(&error));
                     return;
                 }
-                unanswered &= !matches!(message, Message::Reply(_));
+                unanswered &= !matches!(*message, Message::Reply(_));
             }
-            packet = next_packet(socket, peer), if !unanswered => match packet {
-                Ok(Some((Ok(request), fds))) => {
+            packet = next_packet(socket, peer, account), if !unanswered => match packet {
+                Ok(Some((Ok(request), fds, under_way))) => {
                     silent = false;
                     unanswered = true;
                     let command = match takes_descriptors(&request) || fds.is_empty() {
-                        true => Command::Request(id, request, fds),
+                        true => Command::Request(id, request, examined(plane, peer, fds).await, under_way),
                         false => {
                             let code = ErrorCode::BadRequest;
                             let message = "this request takes no descriptor beside it".to_owned();
                             Command::Answer(id, Reply::Error { code, message })
                         }
                     };
-                    if commands.send(command).await.is_err() {
+                    if commands.push(peer.account, command).is_err() {
                         return;
                     }
                 }
@@ -745,7 +786,7 @@ async fn converse(
                     tracing::debug!(pid = peer.pid, "control socket: {error}");
                     return;
                 }
-                Ok(Some((Err(error), _))) => {
+                Ok(Some((Err(error), ..))) => {
                     let (code, message) = match error {
                         PacketError::NoDescriptors => (ErrorCode::Full, limits::descriptors()),
                         error => (ErrorCode::BadPacket, error.told()),

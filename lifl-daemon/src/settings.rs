@@ -311,6 +311,7 @@ impl UserSettings {
             workers: self.workers.unwrap_or(below.workers),
             jobs: self.jobs.unwrap_or(below.jobs),
             connections: self.connections.unwrap_or(below.connections),
+            descriptors: below.descriptors,
         }
     }
 }

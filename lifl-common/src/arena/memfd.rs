@@ -7,6 +7,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 
 use nix::fcntl::{FcntlArg, SealFlag, fcntl};
 use nix::sys::memfd::{MFdFlags, memfd_create};
+use nix::sys::stat::{Mode, fchmod};
 
 /// A huge page's size: the only one that arenas use.
 pub const HUGE_PAGE_BYTES: u64 = 2 << 20;
@@ -33,14 +34,51 @@ pub fn create(name: &str, bytes: u64, huge: bool) -> io::Result<File> {
     Ok(file)
 }
 
-/// Opens a memfd once more: a description of its own, which the kernel counts apart from the one that it was made with.
+/// Opens a memfd once more: an open file of its own, which the kernel counts. (It does not count the one that
+/// `memfd_create` gives.)
 ///
 /// # Errors
 /// What `open(2)` answers: `EACCES` for another user's.
-pub fn reopen(memfd: BorrowedFd<'_>) -> io::Result<File> {
+pub fn reopen(memfd: BorrowedFd<'_>, write: bool) -> io::Result<File> {
     let path = format!("/proc/self/fd/{}", memfd.as_raw_fd());
-    File::options().read(true).write(true).open(path)
+    File::options().read(true).write(write).open(path)
 }
+
+/// Lets no other user open a memfd that it does not have open.
+///
+/// # Errors
+/// What `fchmod(2)` answers.
+pub fn keep_private(memfd: BorrowedFd<'_>) -> io::Result<()> {
+    Ok(fchmod(memfd, Mode::S_IRUSR | Mode::S_IWUSR)?)
+}
+
+/// Whether nobody has a memfd open or mapped but through this file, which must be [reopened](reopen) for writing, as all
+/// others must be that are to be seen. `O_PATH` descriptors are not.
+///
+/// The kernel gives a write lease on a file only to the sole opener of it (`check_conflicting_open` in `fs/locks.c`).
+///
+/// # Errors
+/// If the kernel gives no leases on such files, or not to this user.
+pub fn is_sole_opener(memfd: BorrowedFd<'_>) -> io::Result<bool> {
+    let lease = |kind: libc::c_int| {
+        // SAFETY: takes two numbers; the descriptor is open.
+        match unsafe { libc::fcntl(memfd.as_raw_fd(), libc::F_SETLEASE, kind) } {
+            0 => Ok(()),
+            _ => Err(io::Error::last_os_error()),
+        }
+    };
+    // Whoever opens it at this moment has the kernel signal the lease's holder: by one that is ignored.
+    // SAFETY: takes two numbers; the descriptor is open.
+    unsafe { libc::fcntl(memfd.as_raw_fd(), F_SETSIG, libc::SIGURG) };
+    match lease(libc::F_WRLCK) {
+        Ok(()) => lease(libc::F_UNLCK).map(|()| true),
+        Err(error) if error.raw_os_error() == Some(libc::EAGAIN) => Ok(false),
+        Err(error) => Err(error),
+    }
+}
+
+/// `F_SETSIG` in `include/uapi/asm-generic/fcntl.h`.
+const F_SETSIG: libc::c_int = 10;
 
 /// Seals an arena for good. Its owner must have mapped it before: mappings made later cannot be written.
 ///

@@ -125,8 +125,11 @@ impl PacketSocket {
         let rights = [ControlMessage::ScmRights(fds)];
         let rights = if fds.is_empty() { &[][..] } else { &rights[..] };
         let flags = MsgFlags::MSG_NOSIGNAL | MsgFlags::MSG_DONTWAIT;
+        drop(bytes);
         loop {
             let mut ready = self.fd.writable().await?;
+            // Anew each time: what waits for room, for many who do not read, is not kept in two forms.
+            let bytes = serde_json::to_vec(message)?;
             let sent = ready.try_io(|fd| {
                 sendmsg::<()>(fd.as_raw_fd(), &[IoSlice::new(&bytes)], rights, flags, None)
                     .map_err(io::Error::from)
@@ -157,14 +160,10 @@ impl PacketSocket {
     pub async fn recv_packet(&self) -> io::Result<Packet> {
         loop {
             let mut ready = self.fd.readable().await?;
-            // Not before: a worker waits here beside whatever else it waits for, and begins anew each time.
-            let mut bytes = vec![0_u8; MAX_BYTES];
-            let Ok(received) = ready.try_io(|fd| recv_whole(fd.as_fd(), &mut bytes)) else {
+            let Ok(received) = ready.try_io(|fd| receive(fd.as_fd())) else {
                 continue;
             };
-            let Received { length, fds, flags } = received?;
-            bytes.truncate(length);
-            return Ok(Packet { bytes, fds, flags });
+            return received;
         }
     }
 
@@ -176,12 +175,13 @@ impl PacketSocket {
         self.fd.readable().await.map(drop)
     }
 
-    /// Waits until there is room for a packet.
+    /// The next packet, if there is one already.
     ///
     /// # Errors
-    /// If the socket fails.
-    pub async fn writable(&self) -> io::Result<()> {
-        self.fd.writable().await.map(drop)
+    /// `WouldBlock` if there is none, and if the socket fails.
+    pub fn try_recv_packet(&self) -> io::Result<Packet> {
+        self.fd
+            .try_io(tokio::io::Interest::READABLE, |fd| receive(fd.as_fd()))
     }
 
     /// The socket itself, for its credentials.
@@ -238,6 +238,14 @@ pub struct Received {
     pub fds: Vec<OwnedFd>,
     /// `msg_flags`.
     pub flags: libc::c_int,
+}
+
+fn receive(fd: BorrowedFd<'_>) -> io::Result<Packet> {
+    let mut bytes = vec![0_u8; MAX_BYTES];
+    let Received { length, fds, flags } = recv_whole(fd, &mut bytes)?;
+    bytes.truncate(length);
+    bytes.shrink_to_fit();
+    Ok(Packet { bytes, fds, flags })
 }
 
 /// One `recvmsg`, for a packet; an end that was a reset is an end like any other.

@@ -16,7 +16,7 @@ use std::str::FromStr;
 use serde::{Deserialize, Serialize};
 
 use super::cover::{Cover, MAX_TRAINERS};
-use super::schema::{DType, Schema, TensorSpec, TensorsMut};
+use super::schema::{DType, MAX_TENSORS, Schema, SchemaError, TensorSpec, TensorsMut};
 use crate::id::Generation;
 
 /// The data's alignment within the image, and so in memory: slots are page-aligned.
@@ -29,6 +29,9 @@ const METADATA_ROOM: usize = 1152 + MAX_TRAINERS as usize / 4;
 
 /// Levels that a job may have, the trainers' among them.
 const MOST_LEVELS: usize = 4;
+
+/// What a header has for each tensor.
+const DTYPE: &[u8] = b"\"dtype\"";
 
 /// The largest header that is read from another worker's image.
 const MAX_HEADER_BYTES: usize = 16 << 20;
@@ -326,6 +329,14 @@ fn copy_header(image: &[u8]) -> Result<(Vec<u8>, usize), ImageError> {
 }
 
 fn parse(header: &[u8]) -> Result<safetensors::tensor::Metadata, ImageError> {
+    // Before they are all made: each takes many times its bytes in the header.
+    let tensors = header
+        .windows(DTYPE.len())
+        .filter(|window| *window == DTYPE)
+        .count();
+    if tensors > MAX_TENSORS {
+        return Err(SchemaError::TooMany(tensors).into());
+    }
     serde_json::from_slice(header).map_err(ImageError::HeaderSyntax)
 }
 

@@ -11,4 +11,4 @@ mod schema;
 
 pub use cover::{Cover, MAX_TRAINERS, NoCover};
 pub use image::{ImageError, Metadata};
-pub use schema::{DType, Region, Schema, SchemaError, TensorSpec, Tensors, TensorsMut};
+pub use schema::{DType, MAX_TENSORS, Region, Schema, SchemaError, TensorSpec, Tensors, TensorsMut};

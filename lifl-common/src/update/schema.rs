@@ -132,12 +132,18 @@ pub struct Region {
     pub range: Range<usize>,
 }
 
+/// The most tensors of a model: many times what the largest ones have.
+pub const MAX_TENSORS: usize = 131_072;
+
 /// What is wrong with a list of tensors.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 pub enum SchemaError {
     /// Nothing to average.
     #[error("the model has no tensor")]
     Empty,
+    /// More than [`MAX_TENSORS`].
+    #[error("the model has {0} tensors, and may have {MAX_TENSORS}: merge some")]
+    TooMany(usize),
     /// Two tensors share a name.
     #[error("two tensors are called {0:?}")]
     Duplicate(String),
@@ -158,6 +164,8 @@ pub enum SchemaError {
 pub struct Schema {
     tensors: Vec<TensorSpec>,
     ranges: Vec<Range<usize>>,
+    /// The tensors' places, in the order of their names.
+    by_name: Vec<u32>,
     header: String,
 }
 
@@ -169,6 +177,9 @@ impl Schema {
     pub fn new(mut tensors: Vec<TensorSpec>) -> Result<Self, SchemaError> {
         if tensors.is_empty() {
             return Err(SchemaError::Empty);
+        }
+        if tensors.len() > MAX_TENSORS {
+            return Err(SchemaError::TooMany(tensors.len()));
         }
         tensors.sort_by(|a, b| {
             let wide_first = b.dtype.bytes().cmp(&a.dtype.bytes());
@@ -196,9 +207,12 @@ impl Schema {
             end = next;
         }
         let header = header(&tensors, &ranges);
+        let mut by_name: Vec<u32> = (0..tensors.len() as u32).collect();
+        by_name.sort_by(|&a, &b| tensors[a as usize].name.cmp(&tensors[b as usize].name));
         Ok(Self {
             tensors,
             ranges,
+            by_name,
             header,
         })
     }
@@ -215,7 +229,10 @@ impl Schema {
 
     /// The tensor of that name with its byte range in the data.
     pub fn get(&self, name: &str) -> Option<(&TensorSpec, Range<usize>)> {
-        self.iter().find(|(tensor, _)| tensor.name == name)
+        let name_of = |&place: &u32| self.tensors[place as usize].name.as_str();
+        let found = self.by_name.binary_search_by(|place| name_of(place).cmp(name));
+        let place = self.by_name[found.ok()?] as usize;
+        Some((&self.tensors[place], self.ranges[place].clone()))
     }
 
     /// Bytes of the data.
@@ -376,6 +393,25 @@ impl<'a> TensorsMut<'a> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// A header is judged name by name: each must be found without looking through all.
+    #[test]
+    fn each_of_as_many_tensors_as_there_may_be_is_found_by_its_name_and_one_more_is_refused() {
+        let tensors = |count: usize| -> Vec<TensorSpec> {
+            let kinds = [DType::F32, DType::I64, DType::U8];
+            let tensor = |n| TensorSpec::new(format!("layer.{n}"), kinds[n % 3], [1]);
+            (0..count).map(tensor).collect()
+        };
+        let schema = Schema::new(tensors(MAX_TENSORS)).expect("a schema");
+        for (tensor, range) in schema.iter() {
+            assert_eq!(schema.get(&tensor.name), Some((tensor, range)));
+        }
+        assert_eq!(schema.get("layer.x"), None);
+        assert_eq!(
+            Schema::new(tensors(MAX_TENSORS + 1)),
+            Err(SchemaError::TooMany(MAX_TENSORS + 1))
+        );
+    }
 
     #[test]
     fn elements_are_aligned_to_their_size_and_leave_no_hole() {

@@ -27,6 +27,7 @@ use super::owner::{self, Owner, SocketTable};
 use super::rules::{Claim, Refusal};
 use super::switch::{Conn, ConnId, Switch};
 use super::wire::{Message, Registration, Splitter};
+use crate::refusals::may_log;
 
 /// How long a registration may take to come.
 const REGISTRATION: Duration = Duration::from_secs(5);
@@ -223,7 +224,9 @@ async fn accept_workers(
             continue;
         };
         let Some(share) = quota.take(Some(uid)) else {
-            tracing::warn!(uid, %peer, each, "a Flame worker too many of this user: refused (--flame-workers raises the number)");
+            if let Some(dropped) = may_log(uid) {
+                tracing::warn!(uid, %peer, each, dropped, "a Flame worker too many of this user: refused (--flame-workers raises the number)");
+            }
             continue;
         };
         let id = ConnId(number);
@@ -287,7 +290,10 @@ async fn converse(
                 }
             }
             if let Err(error) = pushed {
-                return tracing::warn!(uid, %peer, "Flame connection closed: {error}");
+                if let Some(dropped) = may_log(uid) {
+                    tracing::warn!(uid, %peer, dropped, "Flame connection closed: {error}");
+                }
+                return;
             }
         }
     };
@@ -317,7 +323,9 @@ async fn accept_registrations(
         let (stream, peer, owner) = port.accept().await;
         let caller = owner.and_then(|owner| owner.uid);
         let Some(share) = quota.take(caller) else {
-            tracing::warn!(caller, %peer, "too many Flame registrations of this user at a time: refused");
+            if let Some(dropped) = may_log(caller.unwrap_or(u32::MAX)) {
+                tracing::warn!(caller, %peer, dropped, "too many Flame registrations of this user at a time: refused");
+            }
             continue;
         };
         let caller = Caller { uid: caller, peer };
@@ -356,7 +364,9 @@ impl Caller {
         let bytes = received.filled();
         let Some(registration) = Registration::parse(bytes) else {
             let refusal = Refusal::NotARegistration { bytes: bytes.len() };
-            tracing::warn!(caller = self.uid, peer = %self.peer, "Flame registration refused: {refusal}");
+            if let Some(dropped) = may_log(self.uid.unwrap_or(u32::MAX)) {
+                tracing::warn!(caller = self.uid, peer = %self.peer, dropped, "Flame registration refused: {refusal}");
+            }
             return None;
         };
         Some(Claim {

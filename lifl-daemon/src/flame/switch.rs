@@ -33,6 +33,7 @@ use super::wire::{Message, Registration};
 use crate::chain::error_chain;
 use crate::errands::Foreign;
 use crate::plane::connection;
+use crate::refusals::may_log;
 
 /// How long a connection may be without a registration.
 const UNREGISTERED: Duration = Duration::from_secs(30);
@@ -542,6 +543,10 @@ fn take_socket(Registration { pid, fd, .. }: Registration, uid: u32, inode: u32)
 
 /// One line for whoever wonders why a worker cannot be reached.
 fn log_refused(claim: &Claim, refusal: &Refusal) {
+    // Those whom the kernel does not name are counted as one.
+    let Some(dropped) = may_log(claim.caller.unwrap_or(u32::MAX)) else {
+        return;
+    };
     let Registration { pid, fd, id } = claim.registration;
     let process = owner::process(pid);
     let refusal = if process.is_none() {
@@ -556,6 +561,7 @@ fn log_refused(claim: &Claim, refusal: &Refusal) {
         fd,
         id = show_id(id),
         caller = claim.caller,
+        dropped,
         "Flame registration refused: {refusal}"
     );
 }

@@ -22,7 +22,7 @@ mod proxy;
 
 use std::collections::{HashMap, HashSet};
 use std::net::{IpAddr, SocketAddr};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use lifl_common::control::{ErrorCode, RemoteWorker, Reply};
@@ -31,6 +31,7 @@ use lifl_common::session::handshake::Participant;
 use lifl_common::session::mqtt::Broker;
 use lifl_common::session::reach::{Exposed, Reach};
 use lifl_common::session::{GRACE, JobToken, Message, ParticipantId, Traffic, Wire};
+use lifl_common::update::Schema;
 use tokio::sync::{mpsc, oneshot};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -127,6 +128,8 @@ impl GatewayOptions {
 pub(crate) struct Door {
     pub(crate) conn: ConnId,
     pub(crate) job: JobId,
+    /// Whose that is.
+    pub(crate) uid: u32,
     pub(crate) p2p: Option<SocketAddr>,
     pub(crate) mqtt: Option<Broker>,
     pub(crate) object_bytes: u64,
@@ -222,9 +225,11 @@ impl Handle {
 
 /// A job that the gateway is open for.
 struct OpenJob {
+    uid: u32,
     token: JobToken,
     object_bytes: u64,
     traffic: Arc<Traffic>,
+    schema: Arc<OnceLock<Arc<Schema>>>,
     expected: HashMap<String, Expected>,
     /// The answer that waits for the broker, and to whom it goes.
     opening: Option<(ConnId, Reply)>,
@@ -397,9 +402,11 @@ impl Gateway {
         self.jobs.insert(
             door.job,
             OpenJob {
+                uid: door.uid,
                 token,
                 object_bytes: door.object_bytes,
                 traffic: door.traffic,
+                schema: Arc::default(),
                 expected: HashMap::new(),
                 opening: later,
                 open,
@@ -529,11 +536,13 @@ impl Gateway {
         let stand = Stand {
             lobby: self.lobby.clone(),
             job: id,
+            uid: job.uid,
             role: expected.role.clone(),
             name,
             object_bytes: job.object_bytes,
             grace: self.grace,
             traffic: Arc::clone(&job.traffic),
+            schema: Arc::clone(&job.schema),
             wires: inbox,
             leave,
         };

@@ -12,24 +12,25 @@
 
 use std::collections::HashMap;
 use std::io;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use lifl_common::arena::{ArenaError, Layout, OwnedArena, PeerArena, SlotError};
 use lifl_common::client::{Client, ClientError, FrameSocket};
 use lifl_common::control::{ErrorCode, Event};
 use lifl_common::frame::{Frame, FrameKind, Refusal};
-use lifl_common::id::{ArenaId, JobId, WorkerId};
+use lifl_common::id::{ArenaId, JobId, Key, WorkerId};
 use lifl_common::session::{
     Broken, Exchange, Happened, Malformed, Message, Object, Patience, Room, Source, Traffic, UpdateHeader,
     Wire, proxy_name,
 };
 use lifl_common::update::{ImageError, Metadata, Schema, image};
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, oneshot};
 use tokio_util::sync::CancellationToken;
 
 use super::FAREWELL;
 use crate::chain::error_chain;
+use crate::errands;
 use crate::server::Lobby;
 
 /// Whom a proxy stands for, and what it needs for that.
@@ -37,11 +38,15 @@ pub(super) struct Stand {
     /// The way to the daemon's registry.
     pub(super) lobby: Lobby,
     pub(super) job: JobId,
+    /// Whose that is.
+    pub(super) uid: u32,
     pub(super) role: String,
     pub(super) name: String,
     pub(super) object_bytes: u64,
     pub(super) grace: Duration,
     pub(super) traffic: Arc<Traffic>,
+    /// The job's tensors, which its proxies share.
+    pub(super) schema: Arc<OnceLock<Arc<Schema>>>,
     /// The worker's connections, one after the other.
     pub(super) wires: mpsc::Receiver<Wire>,
     /// The worker is dead, or the gateway ends.
@@ -78,6 +83,8 @@ enum ModelError {
     Client(#[from] ClientError),
     #[error("it cannot be read")]
     Arena(#[from] ArenaError),
+    #[error("the daemon has not read it")]
+    Unread,
     #[error("it is not the job's")]
     Image(#[from] ImageError),
     #[error("the job's updates take {needed} bytes, but {announced} were announced")]
@@ -97,11 +104,15 @@ pub(super) struct Proxy {
     id: WorkerId,
     coordinator: WorkerId,
     arena: OwnedArena,
+    /// Whose the job is.
+    uid: u32,
     peers: HashMap<ArenaId, Arc<PeerArena>>,
     name: String,
     exchange: Exchange,
     wire: Option<Wire>,
-    schema: Option<Schema>,
+    schema: Option<Arc<Schema>>,
+    /// The job's, once one of its proxies has seen a model: a long one is there once.
+    shared_schema: Arc<OnceLock<Arc<Schema>>>,
     ready: bool,
     /// The round and the parent that the coordinator named last.
     begun: (u32, WorkerId),
@@ -193,7 +204,7 @@ impl Proxy {
     }
 
     async fn join(stand: &Stand) -> Result<Self, ProxyError> {
-        let line = stand.lobby.enter().await.map_err(ProxyError::Lobby)?;
+        let line = stand.lobby.enter(stand.uid).await.map_err(ProxyError::Lobby)?;
         let mut client = Client::over(line).await?;
         let registration = client
             .register(stand.job, &stand.role, &proxy_name(&stand.name))
@@ -208,11 +219,13 @@ impl Proxy {
             id: registration.worker,
             coordinator: registration.owner,
             arena: created.arena,
+            uid: stand.uid,
             peers: HashMap::new(),
             name: stand.name.clone(),
             exchange: Exchange::with_grace(stand.grace),
             wire: None,
             schema: None,
+            shared_schema: Arc::clone(&stand.schema),
             ready: false,
             begun: (0, WorkerId::NONE),
             model: None,
@@ -489,13 +502,17 @@ impl Proxy {
                 arena
             }
         };
-        let bytes = arena.object(model.key, model.length)?;
-        let schema = match &mut self.schema {
-            Some(schema) => schema,
-            none => none.insert(image::schema(bytes)?),
-        };
-        let (_, start) = image::check(bytes, schema)?;
-        let (needed, announced) = (image::image_bytes(schema) as u64, self.arena.layout().slot_bytes);
+        // Its header can be long, and not be what it should be: not for a thread that others wait for.
+        let (known, shared) = (self.schema.clone(), Arc::clone(&self.shared_schema));
+        let lent = Arc::clone(&arena);
+        let (key, length) = (model.key, model.length);
+        let (tell, told) = oneshot::channel();
+        errands::run(self.uid, move || {
+            let _ = tell.send(look(&lent, (key, length), known, &shared));
+        });
+        let (schema, start) = told.await.map_err(|_| ModelError::Unread)??;
+        self.schema = Some(Arc::clone(&schema));
+        let (needed, announced) = (image::image_bytes(&schema) as u64, self.arena.layout().slot_bytes);
         if needed > announced {
             return Err(ModelError::Room { needed, announced });
         }
@@ -615,6 +632,27 @@ impl Proxy {
         self.lent = Some(Lent { update, parent });
         self.send(parent, FrameKind::Update, update).await
     }
+}
+
+/// The schema of a model that is lent, the job's if that is known, and where its data begins.
+fn look(
+    arena: &PeerArena,
+    (key, length): (Key, u64),
+    known: Option<Arc<Schema>>,
+    shared: &OnceLock<Arc<Schema>>,
+) -> Result<(Arc<Schema>, usize), ModelError> {
+    let bytes = arena.object(key, length)?;
+    let schema = match known {
+        Some(schema) => schema,
+        None => {
+            let own = Arc::new(image::schema(bytes)?);
+            let first = shared.get_or_init(|| Arc::clone(&own));
+            // As a rule it is the same. One that is not is its sender's word, and nobody else's.
+            if **first == *own { Arc::clone(first) } else { own }
+        }
+    };
+    let (_, start) = image::check(bytes, &schema)?;
+    Ok((schema, start))
 }
 
 /// Waits for the wire; for ever when there is none.

@@ -161,19 +161,36 @@ impl Plane {
     /// If the descriptor is not the socket that this plane needs, the worker or its socket is registered already, or
     /// the plane is full; everybody else's registration stands.
     pub fn register(&mut self, worker: WorkerId, member: Member, socket: OwnedFd) -> Result<(), PlaneError> {
-        self.register_foreign(worker, member, Foreign::new(member.uid, socket))
+        let socket = Foreign::new(member.uid, socket);
+        match self.begin_register(worker, member, examine(self.kind(), socket))? {
+            None => Ok(()),
+            Some(joining) => joining.insert().inspect_err(|_| {
+                if let Err(error) = self.unregister(worker) {
+                    tracing::error!(%worker, "cannot take back a registration that failed: {error}");
+                }
+            }),
+        }
     }
 
-    /// As [`register`](Self::register).
-    pub(crate) fn register_foreign(
+    /// As [`register`](Self::register), but for what may have to wait for the worker's socket: that is [`Joining::insert`], after
+    /// which the worker is registered, or is to be [unregistered](Self::unregister).
+    pub(crate) fn begin_register(
         &mut self,
         worker: WorkerId,
         member: Member,
-        socket: Foreign,
-    ) -> Result<(), PlaneError> {
+        socket: Examined,
+    ) -> Result<Option<Joining>, PlaneError> {
         match self {
-            Self::Sockmap(plane) => plane.register(worker, member, socket),
-            Self::Relay(plane) => plane.register(worker, member, socket),
+            Self::Sockmap(plane) => plane.begin_register(worker, member, socket).map(Some),
+            Self::Relay(plane) => plane.register(worker, member, socket).map(|()| None),
+        }
+    }
+
+    /// Takes a socket off that was put there when its worker had been unregistered.
+    pub(crate) fn forget_socket(&mut self, worker: WorkerId) -> Result<(), PlaneError> {
+        match self {
+            Self::Sockmap(plane) => plane.forget_socket(worker),
+            Self::Relay(_) => Ok(()),
         }
     }
 
@@ -215,6 +232,17 @@ impl Plane {
         }
     }
 
+    /// Notes how much memory a worker has, for a later daemon that waits for it.
+    ///
+    /// # Errors
+    /// If the kernel's map cannot be written.
+    pub(crate) fn note_arenas(&mut self, worker: WorkerId, bytes: u64) -> Result<(), PlaneError> {
+        match self {
+            Self::Sockmap(plane) => plane.note_arenas(worker, bytes),
+            Self::Relay(_) => Ok(()),
+        }
+    }
+
     /// Notes the ceiling under which arenas are made, for a later daemon that takes them over.
     ///
     /// # Errors
@@ -232,8 +260,16 @@ impl Plane {
     /// If the descriptor is not a socket of this plane.
     pub fn whose(&self, socket: impl AsFd) -> Result<Option<WorkerId>, SocketError> {
         match self {
-            Self::Sockmap(plane) => plane.whose(socket),
+            Self::Sockmap(plane) => plane.whose(&socket::check_tcp(socket)?),
             Self::Relay(_) => Ok(None),
+        }
+    }
+
+    /// As [`whose`](Self::whose), of a socket that was looked at before.
+    pub(crate) fn whose_examined(&self, socket: Examined) -> Result<Option<WorkerId>, SocketError> {
+        match (self, socket.found?) {
+            (Self::Sockmap(plane), Identity::Tcp(found)) => plane.whose(&found),
+            _ => Ok(None),
         }
     }
 
@@ -283,6 +319,46 @@ impl Plane {
             Self::Sockmap(plane) => plane.shutdown(),
             Self::Relay(_) => Ok(()),
         }
+    }
+}
+
+/// A socket that a worker passed, and what it was found to be.
+#[derive(Debug)]
+pub(crate) struct Examined {
+    pub(crate) socket: Foreign,
+    pub(crate) found: Result<Identity, SocketError>,
+}
+
+/// By what a plane knows a socket.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Identity {
+    Tcp(socket::Found),
+    Unix { cookie: u64 },
+}
+
+/// Looks at a socket that a worker passed. The kernel answers when nobody holds the socket's lock, which its worker may do for
+/// as long as it likes: not for the registry's task.
+pub(crate) fn examine(kind: PlaneKind, socket: Foreign) -> Examined {
+    let found = match kind {
+        PlaneKind::Sockmap => socket::check_tcp(socket.as_fd()).map(Identity::Tcp),
+        PlaneKind::Relay => socket::check_unix(socket.as_fd()).map(|cookie| Identity::Unix { cookie }),
+    };
+    Examined { socket, found }
+}
+
+/// A worker whose socket is still to be put into the kernel's map.
+#[derive(Debug)]
+pub(crate) struct Joining {
+    pub(super) worker: WorkerId,
+    pub(super) socket: Foreign,
+    /// The map.
+    pub(super) sockets: OwnedFd,
+}
+
+impl Joining {
+    /// Puts it there. As [`examine`]: not for the registry's task.
+    pub(crate) fn insert(self) -> Result<(), PlaneError> {
+        sockmap::insert_socket(self.sockets, self.worker, &self.socket)
     }
 }
 

@@ -4,7 +4,6 @@
 //! when it closes. So a socket that is there, and whose connection is a worker's, is that worker's.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::os::fd::AsFd;
 use std::path::Path;
 
 use aya::maps::{Map, MapData, MapError, SockHash};
@@ -13,7 +12,7 @@ use lifl_common::kernel::{Connection, MAP_COUNTERS, MAP_MEMBERS, MAP_SENDERS, MA
 use zerocopy::transmute;
 
 use super::pins::PinError;
-use super::socket::check_tcp;
+use super::socket::Found;
 use super::sockmap::{ConnectionBytes, MemberBytes, SenderBytes, Sockmap, failed};
 use super::{PlaneError, SocketError};
 use crate::ebpf::is_missing;
@@ -104,6 +103,16 @@ impl Sockmap {
         })
     }
 
+    /// Notes how much memory a worker has.
+    pub(super) fn note_arenas(&mut self, worker: WorkerId, bytes: u64) -> Result<(), PlaneError> {
+        if self.pinned().is_none() || !self.workers.contains_key(&worker) {
+            return Ok(());
+        }
+        let member: MemberBytes = transmute!(self.member(worker)?.with_arena_bytes(bytes));
+        let noted = self.members.insert(worker.0, member, 0);
+        noted.map_err(failed(MAP_MEMBERS, "change an entry"))
+    }
+
     fn member(&self, worker: WorkerId) -> Result<Member, PlaneError> {
         let member: MemberBytes = self
             .members
@@ -113,8 +122,8 @@ impl Sockmap {
     }
 
     /// The worker whose socket a descriptor is, `None` if it is no registered worker's.
-    pub(super) fn whose(&self, socket: impl AsFd) -> Result<Option<WorkerId>, SocketError> {
-        let connection = check_tcp(socket, self.netns)?;
+    pub(super) fn whose(&self, found: &Found) -> Result<Option<WorkerId>, SocketError> {
+        let connection = found.within(self.netns)?;
         Ok(self.holders.get(&connection).copied())
     }
 

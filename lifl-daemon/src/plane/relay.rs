@@ -35,8 +35,7 @@ use tokio_util::sync::CancellationToken;
 use tracing::{debug, warn};
 use zerocopy::{FromBytes, IntoBytes};
 
-use super::socket::{SocketError, check_unix};
-use super::{DEAD_LETTERS, PlaneError};
+use super::{DEAD_LETTERS, Examined, Identity, PlaneError, SocketError};
 use crate::accounts;
 use crate::errands::{self, Foreign};
 use crate::refusals;
@@ -119,13 +118,15 @@ impl Relay {
         &mut self,
         worker: WorkerId,
         Member { job, uid, .. }: Member,
-        socket: Foreign,
+        Examined { socket, found }: Examined,
     ) -> Result<(), PlaneError> {
         if worker == WorkerId::NONE {
             return Err(PlaneError::Nobody);
         }
         let in_socket = |source| PlaneError::Socket { worker, source };
-        let cookie = check_unix(&socket).map_err(in_socket)?;
+        let Identity::Unix { cookie } = found.map_err(in_socket)? else {
+            return Err(in_socket(SocketError::NotConnected));
+        };
         let mut workers = self.table.workers.write().unwrap_or_else(PoisonError::into_inner);
         if workers.contains_key(&worker) {
             return Err(PlaneError::WorkerTaken(worker));
@@ -239,10 +240,12 @@ impl Stream {
             let received = ready.try_io(|fd| recv_with_fds(fd.as_fd(), room));
             let Ok(received) = received else { continue };
             let received = received?;
-            for fd in received.fds {
-                errands::close(self.uid, fd);
+            if !received.fds.is_empty() {
+                for fd in received.fds {
+                    errands::close(self.uid, fd);
+                }
+                errands::until_closed(self.uid).await;
             }
-            errands::until_closed(self.uid).await;
             return Ok(received.length);
         }
     }
@@ -264,7 +267,7 @@ impl Stream {
 impl Drop for Stream {
     fn drop(&mut self) {
         if let Some(fd) = self.fd.take() {
-            errands::close(self.uid, fd.into_inner());
+            errands::close_own(self.uid, fd.into_inner());
         }
     }
 }

@@ -86,8 +86,8 @@ pub(super) fn own_netns() -> Result<u64, SocketError> {
     )
 }
 
-/// That a descriptor is the near end of an established TCP pair on this namespace's loopback; and which.
-pub(super) fn check_tcp(fd: impl AsFd, netns: u64) -> Result<Connection, SocketError> {
+/// That a descriptor is the near end of an established TCP pair on a loopback; and which.
+pub(super) fn check_tcp(fd: impl AsFd) -> Result<Found, SocketError> {
     let fd = fd.as_fd();
     check_stream(fd, libc::AF_INET, "AF_INET (2)")?;
     match option(fd, libc::SOL_SOCKET, libc::SO_PROTOCOL, "getsockopt(SO_PROTOCOL)")? {
@@ -113,16 +113,33 @@ pub(super) fn check_tcp(fd: impl AsFd, netns: u64) -> Result<Connection, SocketE
             remote: *remote.ip(),
         });
     }
-    if option::<u64>(
+    let netns = option(
         fd,
         libc::SOL_SOCKET,
         libc::SO_NETNS_COOKIE,
         "getsockopt(SO_NETNS_COOKIE)",
-    )? != netns
-    {
-        return Err(SocketError::OtherNetns);
+    )?;
+    Ok(Found {
+        connection: connection(local, remote),
+        netns,
+    })
+}
+
+/// An established TCP pair on a loopback, and of which network namespace.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Found {
+    connection: Connection,
+    netns: u64,
+}
+
+impl Found {
+    /// The connection, if it is of that namespace.
+    pub(super) fn within(&self, netns: u64) -> Result<Connection, SocketError> {
+        if self.netns == netns {
+            return Ok(self.connection);
+        }
+        Err(SocketError::OtherNetns)
     }
-    Ok(connection(local, remote))
 }
 
 /// That a descriptor is an end of a Unix stream pair; and its number, which the kernel gives out once.

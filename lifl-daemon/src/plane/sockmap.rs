@@ -8,10 +8,10 @@
 
 use std::collections::HashMap;
 use std::fmt;
-use std::os::fd::{AsFd, AsRawFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::Path;
 
-use aya::maps::{MapData, MapError};
+use aya::maps::{Map, MapData, MapError};
 use aya::programs::ProgramError;
 use lifl_common::client::FrameSocket;
 use lifl_common::frame::Frame;
@@ -27,8 +27,8 @@ use tracing::{error, warn};
 use zerocopy::transmute;
 
 use super::pins::{PinError, Pins, StateBytes};
-use super::socket::{check_tcp, own_netns};
-use super::{DEAD_LETTERS, Options, PlaneError, support};
+use super::socket::own_netns;
+use super::{DEAD_LETTERS, Examined, Identity, Joining, Options, PlaneError, SocketError, support};
 use crate::chain::error_chain;
 use crate::ebpf::{LoadError, Program, is_missing};
 use crate::errands::Foreign;
@@ -222,20 +222,24 @@ impl Sockmap {
         Ok(())
     }
 
-    pub(super) fn register(
+    /// Adds all of a worker but its socket.
+    pub(super) fn begin_register(
         &mut self,
         worker: WorkerId,
         member: Member,
-        socket: Foreign,
-    ) -> Result<(), PlaneError> {
+        Examined { socket, found }: Examined,
+    ) -> Result<Joining, PlaneError> {
         if worker == WorkerId::NONE {
             return Err(PlaneError::Nobody);
         }
         if self.workers.contains_key(&worker) {
             return Err(PlaneError::WorkerTaken(worker));
         }
-        let connection =
-            check_tcp(&socket, self.netns).map_err(|source| PlaneError::Socket { worker, source })?;
+        let connection = found.and_then(|found| match found {
+            Identity::Tcp(found) => found.within(self.netns),
+            Identity::Unix { .. } => Err(SocketError::NotConnected),
+        });
+        let connection = connection.map_err(|source| PlaneError::Socket { worker, source })?;
         if let Some(&holder) = self.holders.get(&connection) {
             return Err(PlaneError::SocketTaken { worker, holder });
         }
@@ -244,27 +248,32 @@ impl Sockmap {
                 capacity: self.capacity,
             });
         }
+        let sockets = self.sockets.fd().as_fd().try_clone_to_owned();
+        let sockets = sockets.map_err(|error| PlaneError::Socket {
+            worker,
+            source: SocketError::Syscall {
+                call: "fcntl(F_DUPFD_CLOEXEC) of the map",
+                source: error,
+            },
+        })?;
         // Before the number is used: whoever comes after this daemon must not use it again.
         self.keep(|state| state.last_worker = state.last_worker.max(worker.0))?;
         self.workers.insert(worker, connection);
         self.holders.insert(connection, worker);
-        let inserted = self.insert(worker, member, connection, &socket);
-        if inserted.is_err()
-            && let Err(error) = self.unregister(worker)
-        {
-            error!(%worker, error = error_chain(&error), "cannot take back a registration that failed");
+        if let Err(error) = self.insert(worker, member, connection) {
+            if let Err(error) = self.unregister(worker) {
+                error!(%worker, error = error_chain(&error), "cannot take back a registration that failed");
+            }
+            return Err(error);
         }
-        // `socket` closes here: a duplicate kept by the daemon would keep a dead worker's entry alive.
-        inserted
+        Ok(Joining {
+            worker,
+            socket,
+            sockets,
+        })
     }
 
-    fn insert(
-        &mut self,
-        worker: WorkerId,
-        member: Member,
-        connection: Connection,
-        socket: &Foreign,
-    ) -> Result<(), PlaneError> {
+    fn insert(&mut self, worker: WorkerId, member: Member, connection: Connection) -> Result<(), PlaneError> {
         let action = "add an entry";
         let counters: CountersBytes = transmute!(Counters::default());
         self.counters
@@ -279,10 +288,15 @@ impl Sockmap {
         let sender: SenderBytes = transmute!(Sender { worker, job });
         self.senders
             .insert(connection, sender, 0)
-            .map_err(failed(MAP_SENDERS, action))?;
-        self.sockets
-            .insert(worker.0, socket.as_fd().as_raw_fd(), 0)
-            .map_err(failed(MAP_SOCKETS, action))
+            .map_err(failed(MAP_SENDERS, action))
+    }
+
+    /// Takes a socket out of its map whose worker is not registered.
+    pub(super) fn forget_socket(&mut self, worker: WorkerId) -> Result<(), PlaneError> {
+        match self.sockets.remove(&worker.0) {
+            Err(source) if !is_missing(&source) => Err(failed(MAP_SOCKETS, "remove an entry")(source)),
+            _ => Ok(()),
+        }
     }
 
     pub(super) fn unregister(&mut self, worker: WorkerId) -> Result<(), PlaneError> {
@@ -378,6 +392,16 @@ fn find_state(pins: &Pins, netns: u64, options: &Options) -> Result<Option<State
     }))
 }
 
+/// Puts a worker's socket into the map, which the worker is registered with. The caller's descriptor is to be closed after that: a
+/// duplicate kept by the daemon would keep a dead worker's entry alive.
+pub(super) fn insert_socket(map: OwnedFd, worker: WorkerId, socket: &Foreign) -> Result<(), PlaneError> {
+    let inserted = MapData::from_fd(map)
+        .map(Map::SockHash)
+        .and_then(aya::maps::SockHash::<_, u32>::try_from)
+        .and_then(|mut sockets| sockets.insert(worker.0, socket.as_fd().as_raw_fd(), 0));
+    inserted.map_err(failed(MAP_SOCKETS, "add an entry"))
+}
+
 fn state_bytes(state: State) -> StateBytes {
     transmute!(state)
 }
@@ -444,6 +468,12 @@ mod tests {
         }
     }
 
+    fn register(plane: &mut Sockmap, worker: WorkerId, socket: OwnedFd) {
+        let socket = crate::plane::examine(PlaneKind::Sockmap, Foreign::new(0, socket));
+        let joining = plane.begin_register(worker, member(), socket);
+        joining.expect("begun").insert().expect("registered");
+    }
+
     fn frame(to: u32, from: u32) -> Frame {
         Frame {
             to: WorkerId(to),
@@ -459,9 +489,7 @@ mod tests {
             return;
         };
         let (mut socket, registered) = FrameSocket::pair_for(PlaneKind::Sockmap).expect("a pair");
-        plane
-            .register(WorkerId(1), member(), Foreign::new(0, registered))
-            .expect("registered");
+        register(&mut plane, WorkerId(1), registered);
         let connection: ConnectionBytes = transmute!(plane.workers[&WorkerId(1)]);
         plane.senders.remove(&connection).expect("an entry");
 
@@ -479,13 +507,9 @@ mod tests {
             return;
         };
         let (mut one, registered) = FrameSocket::pair_for(PlaneKind::Sockmap).expect("a pair");
-        plane
-            .register(WorkerId(1), member(), Foreign::new(0, registered))
-            .expect("registered");
+        register(&mut plane, WorkerId(1), registered);
         let (mut two, registered) = FrameSocket::pair_for(PlaneKind::Sockmap).expect("a pair");
-        plane
-            .register(WorkerId(2), member(), Foreign::new(0, registered))
-            .expect("registered");
+        register(&mut plane, WorkerId(2), registered);
         plane.sockets.remove(&WorkerId::NONE.0).expect("an entry");
 
         let (nowhere, forged, good) = (frame(9, 1), frame(2, 2), frame(2, 1));

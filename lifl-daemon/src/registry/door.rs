@@ -67,11 +67,13 @@ impl Registry {
         if job.traffic.is_some() {
             return deny(ErrorCode::BadRequest, "the gateway is open for this job already");
         }
+        let uid = job.uid;
         let traffic = Arc::new(Traffic::default());
         job.traffic = Some(Arc::clone(&traffic));
         self.gateway.open(Door {
             conn: id,
             job: job_id,
+            uid,
             p2p,
             mqtt,
             object_bytes,
@@ -95,7 +97,7 @@ impl Registry {
         }
         self.outbox.push(Outgoing {
             to: conn,
-            message: Message::Reply(reply),
+            message: Arc::new(Message::Reply(reply)),
             fd: None,
         });
     }
@@ -110,12 +112,32 @@ impl Registry {
                 return deny(ErrorCode::BadRequest, message);
             }
         }
+        let account = self.known(id)?.peer.account;
+        let most = self.quotas.of(account).workers.min(self.facts.max_workers) as usize;
+        let of_user = self.jobs.values().filter(|job| job.account == account);
+        let expected: usize = of_user.map(|job| job.expected.len()).sum();
+        let Some(entry) = self.jobs.get_mut(&job) else {
+            return deny(ErrorCode::NotFound, format!("there is no job {job}"));
+        };
+        let new = workers
+            .iter()
+            .filter(|worker| !entry.expected.contains(worker.name.as_str()));
+        if expected + new.count() > most {
+            let message = format!(
+                "{expected} workers are expected at the gateway already, and a user may have {most} workers: expect fewer, or ask \
+                 the administrator to raise quota.workers"
+            );
+            return deny(ErrorCode::Full, message);
+        }
+        let names = workers.iter().map(|worker| worker.name.clone().into_boxed_str());
+        entry.expected.extend(names);
         self.gateway.expect(job, workers);
         Ok((Reply::Done {}, None))
     }
 
     pub(super) fn drop_worker(&mut self, id: ConnId, name: String) -> Answer {
         let job = self.made_with_gateway(id)?;
+        check_name("worker", &name)?;
         self.gateway.drop_worker(job, name);
         Ok((Reply::Done {}, None))
     }

@@ -11,36 +11,46 @@
 //!
 //! Requests are judged here and nowhere else. Nothing here waits: answers and events go into an outbox.
 
+mod arenas;
 mod door;
 pub(crate) mod quota;
 pub(crate) mod reattach;
 mod status;
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 use std::fs::File;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
+use std::time::Instant;
 
-use lifl_common::arena::{Layout, memfd};
+use lifl_common::arena::Layout;
 use lifl_common::control::{DeadLetter, ErrorCode, Event, Message, PROTOCOL, Reply, Request};
 use lifl_common::frame::{Frame, Refusal};
 use lifl_common::id::{ArenaId, JobId, WorkerId};
 use lifl_common::kernel::Member;
 use lifl_common::session::Traffic;
+use tokio::sync::mpsc;
 
+use self::arenas::{Asking, Departed, MadeArena};
 use self::quota::{Quotas, Use, Want};
 use self::reattach::Awaited;
 use crate::accounts;
 use crate::chain::error_chain;
-use crate::errands::Foreign;
+use crate::errands::{self, Foreign};
 use crate::gateway::{self, GatewayOptions};
-use crate::limits;
-use crate::plane::{Plane, PlaneError};
-use crate::pool::{Pool, PoolError};
+use crate::plane::{Examined, Plane, PlaneError};
+use crate::pool::Pool;
 use crate::refusals::{may_log, plain};
 
 /// The longest name of a job, a role or a worker.
 const MAX_NAME_BYTES: usize = 128;
+
+/// The longest reason for a job's end.
+const MAX_REASON_BYTES: usize = 1024;
+
+/// Descriptors of this process that a proxy has: both ends of its connection and of its frame socket, and what it keeps of them
+/// for itself.
+const PROXY_DESCRIPTORS: u32 = 6;
 
 const HELLO_FIRST: &str = "the first request must be hello";
 
@@ -73,14 +83,13 @@ impl Peer {
         }
     }
 
-    /// Who has come through the [lobby](crate::server::Lobby), to which nothing beyond this process has a way.
-    pub(crate) fn own() -> Self {
-        let uid = nix::unistd::geteuid().as_raw();
+    /// Who has come through the [lobby](crate::server::Lobby), to which nothing beyond this process has a way; for a job of
+    /// that user's.
+    pub(crate) fn own(uid: u32) -> Self {
         Self {
             pid: std::process::id().cast_signed(),
-            uid,
-            account: uid,
             own: true,
+            ..Self::new(0, uid)
         }
     }
 
@@ -90,11 +99,18 @@ impl Peer {
     }
 }
 
+/// What came beside a request: the worker's socket, looked at already, and what else there is.
+#[derive(Debug, Default)]
+pub(crate) struct Beside {
+    pub(crate) socket: Option<Examined>,
+    pub(crate) fds: Vec<Foreign>,
+}
+
 /// Something to send.
 #[derive(Debug)]
 pub(crate) struct Outgoing {
     pub(crate) to: ConnId,
-    pub(crate) message: Message,
+    pub(crate) message: Arc<Message>,
     pub(crate) fd: Option<OwnedFd>,
 }
 
@@ -116,8 +132,14 @@ struct Job {
     ended: bool,
     arena_bytes: u64,
     arena_peak_bytes: u64,
+    /// Its workers.
+    members: BTreeSet<WorkerId>,
+    /// What their frames referred to, when it was read, and when.
+    referenced: Option<(Instant, u64)>,
     /// What goes through the gateway, once it is asked for.
     traffic: Option<Arc<Traffic>>,
+    /// Workers that may come there.
+    expected: BTreeSet<Box<str>>,
 }
 
 #[derive(Debug)]
@@ -127,12 +149,24 @@ struct Worker {
     job: JobId,
     conn: ConnId,
     pid: i32,
+    /// Whose its job is.
+    uid: u32,
+    /// For whom it counts.
+    account: u32,
+    /// Whether it is a proxy.
+    own: bool,
+    /// Whether its socket is on the plane.
+    joined: bool,
+    /// Bytes of arenas that it had under an earlier daemon and did not bring.
+    lost_bytes: u64,
 }
 
 #[derive(Debug)]
 struct Arena {
     owner: WorkerId,
     job: JobId,
+    /// For whom it counts.
+    account: u32,
     layout: Layout,
     memfd: File,
     bytes: u64,
@@ -162,8 +196,24 @@ pub(crate) struct Registry {
     last_worker: u32,
     awaited: Awaited,
     outbox: Vec<Outgoing>,
+    /// Memory whose owners have left.
+    departed: VecDeque<Departed>,
+    /// Who waits for that to go.
+    asking: Vec<Asking>,
+    done: mpsc::UnboundedSender<Done>,
+    /// When it was last looked whether huge pages are to be expected.
+    refreshed: Instant,
     gateway: gateway::Handle,
     gateway_options: GatewayOptions,
+}
+
+/// What an errand has done.
+#[derive(Debug)]
+pub(crate) enum Done {
+    /// An arena was made, or could not be.
+    Arena(MadeArena),
+    /// A worker's socket was put on the plane, or could not be.
+    Joined(ConnId, WorkerId, Result<(), PlaneError>),
 }
 
 /// A request that is not granted.
@@ -197,6 +247,11 @@ impl Registry {
             last_worker: 0,
             awaited: Awaited::default(),
             outbox: Vec::new(),
+            departed: VecDeque::new(),
+            asking: Vec::new(),
+            // Until somebody asks to be told.
+            done: mpsc::unbounded_channel().0,
+            refreshed: Instant::now(),
             gateway,
             gateway_options,
         }
@@ -235,21 +290,52 @@ impl Registry {
     }
 
     /// A request, with the descriptors beside it.
-    pub(crate) fn request(&mut self, id: ConnId, request: Request, fds: Vec<Foreign>) {
-        let Some(peer) = self.conns.get(&id).map(|conn| conn.peer) else {
+    pub(crate) fn request(&mut self, id: ConnId, request: Request, beside: Beside) {
+        let Some(hello) = self.conns.get(&id).map(|conn| conn.hello) else {
             return;
         };
-        let answer = match request {
+        if !hello && !matches!(request, Request::Hello { .. }) {
+            let denial = Denial(ErrorCode::BadRequest, HELLO_FIRST.to_owned());
+            return self.answered(id, Err(denial));
+        }
+        let later = match request {
             Request::OpenGateway {
                 p2p,
                 object_bytes,
                 mqtt,
-            } => match self.open_gateway(id, p2p, mqtt, object_bytes) {
-                // It answers itself, when it is open.
-                Ok(()) => return,
-                Err(denial) => Err(denial),
-            },
-            request => self.answer(id, request, fds),
+            } => self.open_gateway(id, p2p, mqtt, object_bytes),
+            Request::Register { job, role, name } => self.register(id, job, role, name, beside),
+            Request::CreateArena { layout } => self.create_arena(id, layout),
+            request => {
+                let answer = self.answer(id, request, beside);
+                return self.answered(id, answer);
+            }
+        };
+        // What is begun answers when it is done.
+        if let Err(denial) = later {
+            self.answered(id, Err(denial));
+        }
+    }
+
+    /// An errand is done.
+    pub(crate) fn done(&mut self, done: Done) {
+        match done {
+            Done::Arena(made) => self.arena_made(made),
+            Done::Joined(id, worker, inserted) => self.joined(id, worker, inserted),
+        }
+    }
+
+    /// Where errands that are done are told of: for whoever owns the registry, once.
+    pub(crate) fn take_done(&mut self) -> mpsc::UnboundedReceiver<Done> {
+        let (done, told) = mpsc::unbounded_channel();
+        self.done = done;
+        told
+    }
+
+    /// Answers a connection's request, or says why not.
+    fn answered(&mut self, id: ConnId, answer: Answer) {
+        let Some(peer) = self.conns.get(&id).map(|conn| conn.peer) else {
+            return;
         };
         let (reply, fd) = match answer {
             Ok(answer) => answer,
@@ -270,20 +356,25 @@ impl Registry {
         self.reply(id, reply, fd);
     }
 
+    /// Whose a connection is, for the log.
+    pub(crate) fn uid_of(&self, id: ConnId) -> u32 {
+        self.conns.get(&id).map_or(u32::MAX, |conn| conn.peer.uid)
+    }
+
     /// Answers a connection's request.
     pub(crate) fn reply(&mut self, id: ConnId, reply: Reply, fd: Option<OwnedFd>) {
         self.outbox.push(Outgoing {
             to: id,
-            message: Message::Reply(reply),
+            message: Arc::new(Message::Reply(reply)),
             fd,
         });
     }
 
     /// Whose a connection is, if it has said hello; if it has not, it is told to.
-    pub(crate) fn may_ask(&mut self, id: ConnId) -> Option<u32> {
+    pub(crate) fn may_ask(&mut self, id: ConnId) -> Option<Peer> {
         let conn = self.conns.get(&id)?;
         if conn.hello {
-            return Some(conn.peer.uid);
+            return Some(conn.peer);
         }
         let message = HELLO_FIRST.to_owned();
         self.reply(
@@ -330,7 +421,7 @@ impl Registry {
         let to = sender.conn;
         self.outbox.push(Outgoing {
             to,
-            message: Message::Event(Event::DeadLetter(letter)),
+            message: Arc::new(Message::Event(Event::DeadLetter(letter))),
             fd: None,
         });
     }
@@ -360,7 +451,7 @@ impl Registry {
         self.plane
     }
 
-    fn answer(&mut self, id: ConnId, request: Request, fds: Vec<Foreign>) -> Answer {
+    fn answer(&mut self, id: ConnId, request: Request, beside: Beside) -> Answer {
         let Some(conn) = self.conns.get_mut(&id) else {
             return deny(ErrorCode::BadRequest, "no connection");
         };
@@ -372,21 +463,19 @@ impl Registry {
             conn.hello = true;
             return Ok((Reply::Welcome(self.welcome()), None));
         }
-        if !conn.hello {
-            return deny(ErrorCode::BadRequest, HELLO_FIRST);
-        }
         match request {
             Request::Hello { .. } => unreachable!("answered above"),
             Request::Flame { .. } => unreachable!("answered by whoever serves Flame's workers"),
             Request::CreateJob { name } => self.create_job(id, name),
-            Request::Register { job, role, name } => self.register(id, job, role, name, fds),
+            Request::Register { .. } | Request::CreateArena { .. } => {
+                unreachable!("answered when it is done")
+            }
             Request::Reattach {
                 role,
                 name,
                 job_name,
                 arenas,
-            } => self.reattach(id, role, name, job_name, &arenas, fds),
-            Request::CreateArena { layout } => self.create_arena(id, layout),
+            } => self.reattach(id, role, name, job_name, &arenas, beside),
             Request::SealArena { arena } => self.seal_arena(id, arena),
             Request::OpenArena { arena } => self.open_arena(id, arena),
             Request::OpenGateway { .. } => unreachable!("answered by the gateway"),
@@ -398,7 +487,7 @@ impl Registry {
                 let Some(job) = conn.job else {
                     return deny(ErrorCode::Denied, "only the connection that made a job ends it");
                 };
-                self.end_job(job, &reason);
+                self.end_job(job, shorten(&reason));
                 Ok((Reply::Done {}, None))
             }
         }
@@ -426,7 +515,10 @@ impl Registry {
             ended: false,
             arena_bytes: 0,
             arena_peak_bytes: 0,
+            members: BTreeSet::new(),
+            referenced: None,
             traffic: None,
+            expected: BTreeSet::new(),
         };
         self.jobs.insert(job, made);
         self.known_mut(id)?.job = Some(job);
@@ -439,8 +531,8 @@ impl Registry {
         job_id: JobId,
         role: String,
         name: String,
-        fds: Vec<Foreign>,
-    ) -> Answer {
+        beside: Beside,
+    ) -> Result<(), Denial> {
         check_name("role", &role)?;
         check_name("worker", &name)?;
         let conn = self.known(id)?;
@@ -471,179 +563,88 @@ impl Registry {
         {
             return deny(
                 ErrorCode::BadRequest,
-                format!("job {job_id} has a worker called {name} already"),
+                format!("job {job_id} has a worker called {name:?} already"),
             );
         }
-        self.admit(job.account, Want::Worker)?;
-        let mut fds = fds.into_iter();
-        let (Some(socket), None) = (fds.next(), fds.next()) else {
+        let account = job.account;
+        let used = self.used(account);
+        let admitted = self.quotas.admit(account, &used, Want::Worker);
+        admitted.map_err(|error| Denial(ErrorCode::Full, error.to_string()))?;
+        self.admit_descriptors(account, &used, if peer.is_own() { PROXY_DESCRIPTORS } else { 1 })?;
+        let (Some(socket), []) = (beside.socket, &*beside.fds) else {
             return deny(
                 ErrorCode::BadRequest,
                 "register needs one descriptor beside it, the socket for frames",
             );
         };
-        let maker = job.maker;
+        let Some(job) = self.jobs.get_mut(&job_id) else {
+            return deny(ErrorCode::NotFound, format!("there is no job {job_id}"));
+        };
         let worker = WorkerId(self.last_worker + 1);
         let member = Member {
             job: job_id,
             uid: job.uid,
-            flags: if maker == id { Member::MAKER } else { 0 },
+            flags: if job.maker == id { Member::MAKER } else { 0 },
         };
-        if let Err(error) = self.plane.register_foreign(worker, member, socket) {
-            let code = if matches!(error, PlaneError::Full { .. }) {
-                ErrorCode::Full
-            } else {
-                ErrorCode::BadRequest
-            };
-            return deny(code, error_chain(&error));
-        }
+        let joining = self
+            .plane
+            .begin_register(worker, member, socket)
+            .map_err(not_registered)?;
         self.last_worker = worker.0;
-        tracing::info!(%worker, job = %job_id, ?name, pid = peer.pid, "worker registered");
+        job.members.insert(worker);
         let made = Worker {
-            name: name.clone(),
+            name,
             role,
             job: job_id,
             conn: id,
             pid: peer.pid,
+            uid: job.uid,
+            account,
+            own: peer.is_own(),
+            joined: false,
+            lost_bytes: 0,
         };
         self.workers.insert(worker, made);
         self.known_mut(id)?.worker = Some(worker);
-        let owner = self
-            .conns
-            .get(&maker)
-            .and_then(|maker| maker.worker)
-            .unwrap_or(WorkerId::NONE);
+        match joining {
+            None => self.joined(id, worker, Ok(())),
+            Some(joining) => {
+                let done = self.done.clone();
+                errands::run(peer.uid, move || {
+                    let inserted = joining.insert();
+                    let _ = done.send(Done::Joined(id, worker, inserted));
+                });
+            }
+        }
+        Ok(())
+    }
+
+    /// A worker's socket is on the plane, or could not be put there.
+    fn joined(&mut self, id: ConnId, worker: WorkerId, inserted: Result<(), PlaneError>) {
+        let Some(entry) = self.workers.get_mut(&worker) else {
+            // It left meanwhile.
+            if let Err(error) = self.plane.forget_socket(worker) {
+                tracing::error!(%worker, "cannot be taken off the plane: {}", error_chain(&error));
+            }
+            return;
+        };
+        if let Err(error) = inserted {
+            self.remove_worker(worker);
+            if let Some(conn) = self.conns.get_mut(&id) {
+                conn.worker = None;
+            }
+            return self.answered(id, Err(not_registered(error)));
+        }
+        entry.joined = true;
+        let (job_id, name, pid) = (entry.job, entry.name.clone(), entry.pid);
+        tracing::info!(%worker, job = %job_id, ?name, pid, "worker registered");
+        let maker = self.jobs.get(&job_id).map_or(NOBODY, |job| job.maker);
+        let owner = self.conns.get(&maker).and_then(|maker| maker.worker);
+        let owner = owner.unwrap_or(WorkerId::NONE);
         if maker != id {
-            let joined = Message::Event(Event::PeerJoined { worker, name });
-            self.outbox.push(Outgoing {
-                to: maker,
-                message: joined,
-                fd: None,
-            });
+            self.tell(maker, Event::PeerJoined { worker, name });
         }
-        Ok((Reply::Registered { worker, owner }, None))
-    }
-
-    fn create_arena(&mut self, id: ConnId, layout: Layout) -> Answer {
-        let (owner, worker) = self.worker_of(id)?;
-        let job_id = worker.job;
-        let name = format!("lifl-{}-{}", job_id, worker.name);
-        // By its number it is its owner's, and nobody can bring another's to a later daemon.
-        let mut numbers = (0..).map_while(|index| ArenaId::of(owner, index));
-        let Some(arena) = numbers.find(|arena| !self.arenas.contains_key(arena)) else {
-            let most = ArenaId::PER_WORKER;
-            return deny(ErrorCode::Full, format!("a worker has at most {most} arenas"));
-        };
-        let Some(uid) = self.jobs.get(&job_id).map(|job| job.account) else {
-            return deny(ErrorCode::NotFound, "the job is gone");
-        };
-        let used = self.used(uid);
-        let admit = |bytes| self.quotas.admit(uid, &used, Want::Arena { bytes });
-        let allocation = match self.pool.allocate(&name, layout, admit) {
-            Ok(allocation) => allocation,
-            Err(error) => {
-                let code = match &error {
-                    PoolError::Layout { .. } => ErrorCode::BadRequest,
-                    PoolError::Memfd { .. } => ErrorCode::Failed,
-                    PoolError::Full { .. }
-                    | PoolError::Quota(_)
-                    | PoolError::NoHugePages(_)
-                    | PoolError::Limit { .. } => ErrorCode::Full,
-                };
-                return deny(code, error_chain(&error));
-            }
-        };
-        let handle = match duplicate(&allocation.memfd) {
-            Ok(handle) => handle,
-            Err(denial) => {
-                self.pool.free(allocation.bytes);
-                return Err(denial);
-            }
-        };
-        let Some(job) = self.jobs.get_mut(&job_id) else {
-            return deny(ErrorCode::NotFound, "the job is gone");
-        };
-        job.arena_bytes += allocation.bytes;
-        job.arena_peak_bytes = job.arena_peak_bytes.max(job.arena_bytes);
-        tracing::debug!(
-            %arena, %owner, bytes = allocation.bytes, page_bytes = allocation.page_bytes, "arena created"
-        );
-        let crate::pool::Allocation {
-            memfd,
-            bytes,
-            page_bytes,
-            note,
-        } = allocation;
-        self.arenas.insert(
-            arena,
-            Arena {
-                owner,
-                job: job_id,
-                layout,
-                memfd,
-                bytes,
-                page_bytes,
-                note: note.clone(),
-                sealed: false,
-            },
-        );
-        Ok((
-            Reply::ArenaCreated {
-                arena,
-                page_bytes,
-                note,
-            },
-            Some(handle),
-        ))
-    }
-
-    fn seal_arena(&mut self, id: ConnId, arena_id: ArenaId) -> Answer {
-        let (worker, _) = self.worker_of(id)?;
-        let Some(arena) = self
-            .arenas
-            .get_mut(&arena_id)
-            .filter(|arena| arena.owner == worker)
-        else {
-            return deny(ErrorCode::NotFound, format!("{worker} has no arena {arena_id}"));
-        };
-        if let Err(error) = memfd::seal(arena.memfd.as_fd()) {
-            return deny(
-                ErrorCode::Failed,
-                format!("arena {arena_id} cannot be sealed: {error}"),
-            );
-        }
-        arena.sealed = true;
-        Ok((Reply::Done {}, None))
-    }
-
-    fn open_arena(&mut self, id: ConnId, arena_id: ArenaId) -> Answer {
-        let (worker, reader) = self.worker_of(id)?;
-        // Another job's arena is told from none at all by nobody.
-        let Some(arena) = self.arenas.get(&arena_id).filter(|arena| arena.job == reader.job) else {
-            let owner = arena_id.owner();
-            if self.awaited.has_worker(owner, reader.job) {
-                let message = format!("{owner}, whose arena {arena_id} is, is not back yet");
-                return deny(ErrorCode::NotYet, message);
-            }
-            return deny(
-                ErrorCode::NotFound,
-                format!("{worker}'s job has no arena {arena_id}"),
-            );
-        };
-        if !arena.sealed {
-            return deny(
-                ErrorCode::BadRequest,
-                format!("arena {arena_id} is not sealed yet"),
-            );
-        }
-        let handle = duplicate(&arena.memfd)?;
-        Ok((
-            Reply::ArenaOpened {
-                owner: arena.owner,
-                layout: arena.layout,
-            },
-            Some(handle),
-        ))
+        self.answered(id, Ok((Reply::Registered { worker, owner }, None)));
     }
 
     fn end_job(&mut self, id: JobId, reason: &str) {
@@ -654,20 +655,16 @@ impl Registry {
         self.gateway.close(id);
         tracing::info!(job = %id, name = ?job.name, reason = ?reason, "job ended");
         self.awaited.job_ended(id);
-        for worker in self
-            .workers
-            .values()
-            .filter(|worker| worker.job == id && worker.conn != job.maker)
-        {
-            let ended = Message::Event(Event::JobEnded {
-                reason: reason.to_owned(),
-            });
-            self.outbox.push(Outgoing {
-                to: worker.conn,
-                message: ended,
-                fd: None,
-            });
-        }
+        let reason = reason.to_owned();
+        let ended = Arc::new(Message::Event(Event::JobEnded { reason }));
+        let (maker, members) = (job.maker, job.members.iter());
+        let told = members.filter_map(|worker| self.workers.get(worker));
+        let told = told.filter(|worker| worker.conn != maker);
+        self.outbox.extend(told.map(|worker| Outgoing {
+            to: worker.conn,
+            message: Arc::clone(&ended),
+            fd: None,
+        }));
     }
 
     fn remove_worker(&mut self, id: WorkerId) {
@@ -675,6 +672,11 @@ impl Registry {
             return;
         };
         tracing::info!(worker = %id, name = ?worker.name, pid = worker.pid, "worker gone");
+        if let Some(job) = self.jobs.get_mut(&worker.job) {
+            job.members.remove(&id);
+            job.arena_bytes -= worker.lost_bytes;
+        }
+        self.pool.free(worker.lost_bytes);
         if let Err(error) = self.plane.unregister(id) {
             tracing::error!(worker = %id, "cannot be taken off the plane: {}", error_chain(&error));
         }
@@ -684,23 +686,26 @@ impl Registry {
             .filter(|(_, arena)| arena.owner == id)
             .map(|(&arena, _)| arena)
             .collect();
-        for arena in gone.iter().filter_map(|arena| self.arenas.remove(arena)) {
+        for arena in gone {
+            let Some(arena) = self.arenas.remove(&arena) else {
+                continue;
+            };
             if let Some(job) = self.jobs.get_mut(&arena.job) {
                 job.arena_bytes -= arena.bytes;
             }
-            drop(arena.memfd);
-            self.pool.free(arena.bytes);
+            self.depart(arena.account, arena.bytes, arena.memfd);
         }
-        // When a job ends, all its workers go: nobody needs to be told of each.
-        self.tell_lost(id, worker.job, &worker.name);
+        // When a job ends, all its workers go: nobody needs to be told of each. Nor of one that nobody knew yet.
+        if worker.joined {
+            self.tell_lost(id, worker.job, &worker.name);
+        }
         self.drop_if_deserted(worker.job);
     }
 
     /// Forgets an ended job when nobody is left in it.
     fn drop_if_deserted(&mut self, id: JobId) {
         let Some(job) = self.jobs.get(&id) else { return };
-        let deserted =
-            !self.conns.contains_key(&job.maker) && self.workers.values().all(|worker| worker.job != id);
+        let deserted = !self.conns.contains_key(&job.maker) && job.members.is_empty();
         if job.ended && deserted {
             self.jobs.remove(&id);
         }
@@ -709,23 +714,49 @@ impl Registry {
     /// What an account has of the node. Counted afresh each time, so that it is what is there.
     fn used(&self, uid: u32) -> Use {
         let jobs = self.jobs.values().filter(|job| job.account == uid);
-        let workers = self.workers.values().filter(|worker| {
-            let job = self.jobs.get(&worker.job);
-            job.is_some_and(|job| job.account == uid)
-        });
+        let workers = self.workers.values().filter(|worker| worker.account == uid);
         let connections = self.conns.values().filter(|conn| is_of(conn.peer, uid));
+        let (departed_bytes, departed) = Self::departed_of(&self.departed, uid);
+        let awaited = self.awaited.of_user(uid);
+        let arenas = self.arenas.values().filter(|arena| arena.account == uid);
+        let connections = connections.count() as u32;
+        let (mut count, mut descriptors) = (0, connections + departed + arenas.count() as u32);
+        for worker in workers {
+            count += 1;
+            descriptors += if worker.own { PROXY_DESCRIPTORS } else { 1 };
+        }
+        let of_jobs: u64 = jobs.clone().map(|job| job.arena_bytes).sum();
+        let back = |job: &JobId| self.jobs.contains_key(job);
         Use {
-            pool_bytes: jobs.clone().map(|job| job.arena_bytes).sum(),
-            workers: (workers.count() + self.awaited.of_user(uid)) as u32,
+            pool_bytes: of_jobs
+                .saturating_add(departed_bytes)
+                .saturating_add(awaited.arena_bytes),
+            workers: count + awaited.workers,
             // One that has ended is nothing but its workers.
-            jobs: jobs.filter(|job| !job.ended).count() as u32,
-            connections: connections.count() as u32,
+            jobs: jobs.filter(|job| !job.ended).count() as u32
+                + awaited.jobs.iter().filter(|job| !back(job)).count() as u32,
+            connections,
+            descriptors,
         }
     }
 
     fn admit(&self, uid: u32, want: Want) -> Result<(), Denial> {
         let admitted = self.quotas.admit(uid, &self.used(uid), want);
         admitted.map_err(|error| Denial(ErrorCode::Full, error.to_string()))
+    }
+
+    /// Whether an account may have so many more of the daemon's descriptors.
+    fn admit_descriptors(&self, account: u32, used: &Use, more: u32) -> Result<(), Denial> {
+        let (used, most) = (used.descriptors, self.quotas.of(account).descriptors);
+        if used.saturating_add(more) <= most {
+            return Ok(());
+        }
+        let user = accounts::name_of(account);
+        let message = format!(
+            "{user} has {used} of the daemon's descriptors, and one user may have {most}: end another job, or raise \
+             LimitNOFILE in its unit"
+        );
+        deny(ErrorCode::Full, message)
     }
 
     fn known(&self, id: ConnId) -> Result<&Conn, Denial> {
@@ -754,6 +785,15 @@ impl Registry {
     }
 }
 
+fn not_registered(error: PlaneError) -> Denial {
+    let code = if matches!(error, PlaneError::Full { .. }) {
+        ErrorCode::Full
+    } else {
+        ErrorCode::BadRequest
+    };
+    Denial(code, error_chain(&error))
+}
+
 /// Whether a connection counts for an account. The daemon's own, those of proxies, count for nobody.
 fn is_of(peer: Peer, account: u32) -> bool {
     peer.account == account && !peer.is_own()
@@ -770,14 +810,13 @@ fn check_name(what: &str, name: &str) -> Result<(), Denial> {
     )
 }
 
-fn duplicate(file: &File) -> Result<OwnedFd, Denial> {
-    file.as_fd().try_clone_to_owned().map_err(|error| {
-        let call = "the arena's descriptor cannot be copied";
-        match limits::explain(&error, 0) {
-            Some(limit) => Denial(ErrorCode::Full, format!("{call}: {limit}")),
-            None => Denial(ErrorCode::Failed, format!("{call}: {error}")),
-        }
-    })
+/// A reason, cut to what a log and an event have room for.
+fn shorten(reason: &str) -> &str {
+    let mut end = reason.len().min(MAX_REASON_BYTES);
+    while !reason.is_char_boundary(end) {
+        end -= 1;
+    }
+    &reason[..end]
 }
 
 #[cfg(test)]

@@ -10,6 +10,9 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::path::PathBuf;
 
+use crate::accounts;
+use crate::limits;
+
 /// What one user may have at a time.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Quota {
@@ -21,6 +24,8 @@ pub struct Quota {
     pub jobs: u32,
     /// Connections to the control socket. Each worker has one.
     pub connections: u32,
+    /// Descriptors of the daemon's: of connections, frame sockets on the relay plane, and arenas.
+    pub descriptors: u32,
 }
 
 impl Quota {
@@ -30,6 +35,7 @@ impl Quota {
         workers: u32::MAX,
         jobs: u32::MAX,
         connections: u32::MAX,
+        descriptors: u32::MAX,
     };
 
     /// Three quarters of what the daemon has, and 64 jobs: enough for one user who is alone, and no user alone can take
@@ -41,6 +47,7 @@ impl Quota {
             workers: most(max_workers),
             jobs: 64,
             connections: most(max_connections),
+            descriptors: most(limits::open_files()),
         }
     }
 }
@@ -80,7 +87,7 @@ impl Quotas {
     /// If that is more than its quota; the error is for that user to read.
     pub(crate) fn admit(&self, uid: u32, used: &Use, want: Want) -> Result<(), QuotaError> {
         admit(&self.of(uid), used, want).map_err(|limit| QuotaError {
-            user: user(uid),
+            user: accounts::name_of(uid),
             used: want.of(used),
             want,
             limit,
@@ -96,6 +103,8 @@ pub(crate) struct Use {
     pub(crate) workers: u32,
     pub(crate) jobs: u32,
     pub(crate) connections: u32,
+    /// Judged apart: nobody asks for them.
+    pub(crate) descriptors: u32,
 }
 
 /// What a user asks for.
@@ -184,24 +193,6 @@ impl fmt::Display for QuotaError {
     }
 }
 
-/// A user by its name, if it is one of the machine's own; asked of no directory service, which could take its time.
-fn user(uid: u32) -> String {
-    let accounts = std::fs::read_to_string("/etc/passwd").unwrap_or_default();
-    match name_in(&accounts, uid) {
-        Some(name) => format!("user {name}"),
-        None => format!("uid {uid}"),
-    }
-}
-
-/// `passwd(5)`: name, password, uid, and more.
-fn name_in(accounts: &str, uid: u32) -> Option<&str> {
-    accounts.lines().find_map(|line| {
-        let mut fields = line.split(':');
-        let name = fields.next()?;
-        (fields.nth(1)?.parse() == Ok(uid)).then_some(name)
-    })
-}
-
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
@@ -238,7 +229,7 @@ mod tests {
             pool_bytes in 0_u64..1 << 42, workers in 0_u32..20, jobs in 0_u32..20, connections in 0_u32..20,
             asked in prop::collection::vec(wants(), 0..200),
         ) {
-            let quota = Quota { pool_bytes, workers, jobs, connections };
+            let quota = Quota { pool_bytes, workers, jobs, connections, ..Quota::UNLIMITED };
             let mut used = Use::default();
             for want in asked {
                 match admit(&quota, &used, want) {
@@ -256,14 +247,16 @@ mod tests {
         /// A quota of one kind does not care about the others.
         #[test]
         fn each_kind_is_judged_by_itself(want in wants(), others in any::<u32>()) {
-            let full = Use { pool_bytes: others.into(), workers: others, jobs: others, connections: others };
+            let full = Use {
+                pool_bytes: others.into(), workers: others, jobs: others, connections: others, ..Use::default()
+            };
             let alone = match want {
                 Want::Arena { .. } => Use { pool_bytes: full.pool_bytes, ..Use::default() },
                 Want::Worker => Use { workers: full.workers, ..Use::default() },
                 Want::Job => Use { jobs: full.jobs, ..Use::default() },
                 Want::Connection => Use { connections: full.connections, ..Use::default() },
             };
-            let quota = Quota { pool_bytes: 1 << 30, workers: 1000, jobs: 1000, connections: 1000 };
+            let quota = Quota { pool_bytes: 1 << 30, workers: 1000, jobs: 1000, connections: 1000, ..Quota::UNLIMITED };
             prop_assert_eq!(admit(&quota, &full, want), admit(&quota, &alone, want));
         }
 
@@ -300,13 +293,5 @@ mod tests {
             "uid 123456789 has 512 MiB of a quota of 600 MiB, the arena needs 128 MiB: end another job, or ask the \
              administrator to raise quota.pool_mib in /etc/lifl/daemon.toml"
         );
-    }
-
-    #[test]
-    fn a_user_is_named_as_the_accounts_name_it() {
-        let accounts = "root:x:0:0:root:/root:/bin/sh\nbroken\nalice:x:1000:1000::/home/alice:/bin/sh\n";
-        assert_eq!(name_in(accounts, 1000), Some("alice"));
-        assert_eq!(name_in(accounts, 1001), None);
-        assert_eq!(user(0), "user root");
     }
 }

@@ -13,6 +13,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::Arc;
 use std::time::Duration;
 
 use lifl_common::arena::{Layout, memfd};
@@ -23,11 +24,14 @@ use nix::sys::stat::fstat;
 use nix::sys::statfs::{HUGETLBFS_MAGIC, fstatfs};
 use tokio::time::Instant;
 
-use super::{Answer, Arena, ConnId, Denial, Job, NOBODY, Outgoing, Registry, Worker, check_name, deny};
+use super::quota::Want;
+use super::{
+    Answer, Arena, Beside, ConnId, Denial, Job, NOBODY, Outgoing, Registry, Worker, check_name, deny,
+};
 use crate::accounts;
 use crate::chain::error_chain;
 use crate::errands::Foreign;
-use crate::plane::Recovered;
+use crate::plane::{Examined, Recovered};
 
 /// How often the sockets of those who are awaited are looked at.
 pub(crate) const CHECK: Duration = Duration::from_millis(200);
@@ -47,6 +51,14 @@ pub(super) struct Awaited {
     until: Instant,
 }
 
+/// What those who are awaited have of the node.
+#[derive(Debug, Default)]
+pub(super) struct AwaitedOfUser {
+    pub(super) workers: u32,
+    pub(super) arena_bytes: u64,
+    pub(super) jobs: BTreeSet<JobId>,
+}
+
 impl Default for Awaited {
     fn default() -> Self {
         Self {
@@ -63,12 +75,17 @@ impl Awaited {
         self.members.len()
     }
 
-    /// How many, of a user's jobs.
-    pub(super) fn of_user(&self, uid: u32) -> usize {
-        self.members
-            .values()
-            .filter(|member| accounts::owner_of(member.uid) == uid)
-            .count()
+    /// What those of a user have.
+    pub(super) fn of_user(&self, account: u32) -> AwaitedOfUser {
+        let mut all = AwaitedOfUser::default();
+        for member in self.members.values() {
+            if accounts::owner_of(member.uid) == account {
+                all.workers += 1;
+                all.arena_bytes = all.arena_bytes.saturating_add(member.arena_bytes());
+                all.jobs.insert(member.job);
+            }
+        }
+        all
     }
 
     /// Whose jobs they are in.
@@ -115,6 +132,9 @@ impl Registry {
             grace_s = grace.as_secs_f64(),
             "waiting for the last daemon's workers"
         );
+        // Whoever asks for memory before they are back finds theirs taken.
+        let held = members.values().map(|member| member.arena_bytes());
+        self.pool.adopt(held.fold(0, u64::saturating_add));
         self.awaited = Awaited {
             members,
             orphans: jobs.difference(&made).copied().collect(),
@@ -154,6 +174,7 @@ impl Registry {
             return;
         };
         tracing::info!(worker = %id, job = %member.job, "worker gone: {why}");
+        self.pool.free(member.arena_bytes());
         if let Err(error) = self.plane.unregister(id) {
             tracing::error!(worker = %id, "cannot be taken off the plane: {}", error_chain(&error));
         }
@@ -173,7 +194,7 @@ impl Registry {
         name: String,
         job_name: Option<String>,
         held: &[HeldArena],
-        fds: Vec<Foreign>,
+        beside: Beside,
     ) -> Answer {
         check_name("role", &role)?;
         check_name("worker", &name)?;
@@ -185,14 +206,12 @@ impl Registry {
         if conn.job.is_some() || conn.worker.is_some() {
             return deny(ErrorCode::BadRequest, "this connection is a worker already");
         }
-        let mut fds = fds.into_iter();
-        let Some(socket) = fds.next() else {
+        let Some(socket) = beside.socket else {
             let message =
                 "reattach needs descriptors beside it: the socket for frames, and each arena's memfd";
             return deny(ErrorCode::BadRequest, message);
         };
-        let (worker, member) = self.prove(&socket)?;
-        drop(socket);
+        let (worker, member) = self.prove(socket)?;
         if peer.uid != member.uid && peer.uid != 0 {
             return deny(ErrorCode::Denied, format!("{worker} is another user's"));
         }
@@ -201,13 +220,19 @@ impl Registry {
             .values()
             .any(|worker| worker.job == member.job && worker.name == name);
         if taken {
-            let message = format!("job {} has a worker called {name} already", member.job);
+            let message = format!("job {} has a worker called {name:?} already", member.job);
             return deny(ErrorCode::BadRequest, message);
         }
-        let arenas = self.check_arenas(worker, member.job, held, fds.collect())?;
+        let arenas = self.check_arenas(worker, member, held, beside.fds)?;
 
         // From here on nothing fails.
         self.awaited.members.remove(&worker);
+        let brought = arenas.iter().map(|(_, arena)| arena.bytes);
+        let brought = brought.fold(0, u64::saturating_add);
+        // What it had and does not bring may still be there: it counts for as long as the worker does.
+        let lost_bytes = member.arena_bytes().saturating_sub(brought);
+        self.pool.free(member.arena_bytes());
+        self.pool.adopt(brought.saturating_add(lost_bytes));
         let orphan = self.awaited.orphans.contains(&member.job);
         let job = self.jobs.entry(member.job).or_insert_with(|| Job {
             name: member.job.to_string(),
@@ -217,8 +242,13 @@ impl Registry {
             ended: orphan,
             arena_bytes: 0,
             arena_peak_bytes: 0,
+            members: BTreeSet::new(),
+            referenced: None,
             traffic: None,
+            expected: BTreeSet::new(),
         });
+        job.members.insert(worker);
+        job.arena_bytes += lost_bytes;
         for (arena, entry) in arenas {
             job.arena_bytes += entry.bytes;
             self.arenas.insert(arena, entry);
@@ -239,6 +269,11 @@ impl Registry {
             job: member.job,
             conn: id,
             pid: peer.pid,
+            uid: member.uid,
+            account: accounts::owner_of(member.uid),
+            own: false,
+            joined: true,
+            lost_bytes,
         };
         self.workers.insert(worker, made);
         let conn = self.known_mut(id)?;
@@ -273,12 +308,12 @@ impl Registry {
     }
 
     /// Whose a socket is, of those who are awaited.
-    fn prove(&self, socket: &Foreign) -> Result<(WorkerId, Member), Denial> {
+    fn prove(&self, socket: Examined) -> Result<(WorkerId, Member), Denial> {
         if self.plane.pinned().is_none() {
             let message = "this daemon keeps no workers of a daemon before it: its maps are not pinned";
             return deny(ErrorCode::Denied, message);
         }
-        let found = match self.plane.whose(socket) {
+        let found = match self.plane.whose_examined(socket) {
             Ok(found) => found,
             Err(error) => {
                 let message = format!("the socket is no worker's: {}", error_chain(&error));
@@ -299,11 +334,11 @@ impl Registry {
         deny(ErrorCode::NotFound, format!("{worker}'s socket is closed"))
     }
 
-    /// The arenas that a worker brings, if all of them are what they should be. They count against the pool then.
+    /// The arenas that a worker brings, if all of them are what they should be, and there is room for them.
     fn check_arenas(
         &mut self,
         owner: WorkerId,
-        job: JobId,
+        member: Member,
         held: &[HeldArena],
         fds: Vec<Foreign>,
     ) -> Result<Vec<(ArenaId, Arena)>, Denial> {
@@ -321,13 +356,14 @@ impl Registry {
                 return deny(ErrorCode::Denied, format!("arena {arena} is not {owner}'s"));
             }
             let (bytes, page_bytes) = check_memfd(fd.as_fd(), arena, layout)?;
-            let memfd = memfd::reopen(fd.as_fd()).map_err(|error| {
+            let memfd = memfd::reopen(fd.as_fd(), true).map_err(|error| {
                 let message = format!("the descriptor for arena {arena} cannot be opened: {error}");
                 Denial(ErrorCode::Failed, message)
             })?;
             let entry = Arena {
                 owner,
-                job,
+                job: member.job,
+                account: accounts::owner_of(member.uid),
                 layout,
                 memfd,
                 bytes,
@@ -343,8 +379,13 @@ impl Registry {
             .values()
             .map(|arena| arena.bytes)
             .fold(0, u64::saturating_add);
-        if let Err(error) = self.pool.adopt(bytes) {
-            return deny(ErrorCode::Full, error_chain(&error));
+        // What it is known to have was granted before; more than that is asked for.
+        let more = bytes.saturating_sub(member.arena_bytes());
+        if more > 0 {
+            if let Err(error) = self.pool.has_room(more) {
+                return deny(ErrorCode::Full, error_chain(&error));
+            }
+            self.admit(accounts::owner_of(member.uid), Want::Arena { bytes: more })?;
         }
         Ok(arenas.into_iter().collect())
     }
@@ -379,7 +420,7 @@ impl Registry {
     pub(super) fn tell(&mut self, to: ConnId, event: Event) {
         self.outbox.push(Outgoing {
             to,
-            message: Message::Event(event),
+            message: Arc::new(Message::Event(event)),
             fd: None,
         });
     }
@@ -389,19 +430,15 @@ impl Registry {
         if self.jobs.get(&job).is_none_or(|job| job.ended) {
             return;
         }
-        let peers: Vec<ConnId> = self
-            .workers
-            .values()
-            .filter(|peer| peer.job == job)
-            .map(|peer| peer.conn)
-            .collect();
-        for peer in peers {
-            let lost = PeerLost {
-                worker: id,
-                name: name.to_owned(),
-            };
-            self.tell(peer, Event::PeerLost(lost));
-        }
+        let Some(job) = self.jobs.get(&job) else { return };
+        let name = name.to_owned();
+        let lost = Arc::new(Message::Event(Event::PeerLost(PeerLost { worker: id, name })));
+        let peers = job.members.iter().filter_map(|peer| self.workers.get(peer));
+        self.outbox.extend(peers.map(|peer| Outgoing {
+            to: peer.conn,
+            message: Arc::clone(&lost),
+            fd: None,
+        }));
     }
 
     /// For the daemon's end: whether jobs go on without it. Those that cannot are ended.

@@ -1,6 +1,7 @@
 //! What the registry shows: the daemon's first word, and pages of what is registered.
 
 use std::collections::BTreeSet;
+use std::time::{Duration, Instant};
 
 use lifl_common::control::{
     Amounts, ArenaStatus, ErrorCode, GatewayStatus, JobStatus, JobTraffic, PROTOCOL, Reply, Status,
@@ -8,9 +9,11 @@ use lifl_common::control::{
 };
 use lifl_common::id::{ArenaId, JobId, WorkerId};
 use lifl_common::kernel::Counters;
+use lifl_common::plane::PlaneKind;
 
 use super::{Answer, ConnId, Denial, Job, Peer, Registry, Worker, deny};
 use crate::Vitals;
+use crate::errands;
 use crate::plane::support;
 
 /// Workers on one page of a status: a page must fit into a packet.
@@ -19,33 +22,48 @@ const STATUS_PAGE: usize = 16;
 /// Jobs on a page.
 const STATUS_JOBS: usize = 64;
 
+/// How long a job's counters are not read again, for each of its workers. Reading one takes about a microsecond.
+const PER_WORKER: Duration = Duration::from_micros(20);
+
 /// Users on a page.
 const STATUS_USERS: usize = 64;
 
 impl Registry {
     /// What has moved in the job of a connection.
-    pub(super) fn traffic(&self, id: ConnId) -> Answer {
+    pub(super) fn traffic(&mut self, id: ConnId) -> Answer {
         let conn = self.known(id)?;
         let of_worker = conn
             .worker
             .and_then(|worker| Some(self.workers.get(&worker)?.job));
         let job_id = conn.job.or(of_worker);
-        let job = job_id.and_then(|id| Some((id, self.jobs.get(&id)?)));
-        let Some((job_id, job)) = job else {
+        let Some(job) = job_id.and_then(|id| self.jobs.get(&id)) else {
             return deny(
                 ErrorCode::BadRequest,
                 "this connection has no job: make one or register first",
             );
         };
-        let mut bytes_referenced = 0_u64;
-        for (&worker, _) in self.workers.iter().filter(|(_, worker)| worker.job == job_id) {
-            bytes_referenced = bytes_referenced.saturating_add(self.counters(worker)?.referenced_bytes);
-        }
+        // Reading all counters takes longer, the more workers there are. So it is not done again at once: that a job asks for
+        // its traffic without end takes a twentieth of this task's time, however large it is.
+        let rest = PER_WORKER * u32::try_from(job.members.len()).unwrap_or(u32::MAX);
+        let bytes_referenced = match job.referenced {
+            Some((read, bytes)) if read.elapsed() < rest => bytes,
+            _ => {
+                let mut bytes = 0_u64;
+                for &worker in &job.members {
+                    bytes = bytes.saturating_add(self.counters(worker)?.referenced_bytes);
+                }
+                bytes
+            }
+        };
         let traffic = JobTraffic {
             bytes_referenced,
             gateway: gateway_status(job).unwrap_or_default(),
-            awaited: self.welcome().awaited,
+            awaited: self.awaited.len() as u32,
         };
+        let kept = job.referenced.filter(|(read, _)| read.elapsed() < rest);
+        if let (None, Some(job)) = (kept, job_id.and_then(|id| self.jobs.get_mut(&id))) {
+            job.referenced = Some((Instant::now(), bytes_referenced));
+        }
         Ok((Reply::Traffic(traffic), None))
     }
 
@@ -58,7 +76,7 @@ impl Registry {
             .iter()
             .filter(|(id, _)| first_page && job.is_none_or(|job| job == **id))
             .map(|(&id, job)| {
-                let workers = self.workers.values().filter(|worker| worker.job == id).count();
+                let workers = job.members.len();
                 JobStatus {
                     job: id,
                     name: visible(job.uid).then(|| job.name.clone()),
@@ -105,6 +123,7 @@ impl Registry {
             users.extend(connected.map(|conn| conn.peer.account));
             users.extend(self.jobs.values().map(|job| job.account));
             users.extend(self.awaited.users());
+            users.extend(self.departed_users());
             users.extend(self.quotas.of.keys());
         }
         let status = |uid| {
@@ -126,6 +145,20 @@ impl Registry {
             }
         };
         users.into_iter().take(STATUS_USERS).map(status).collect()
+    }
+
+    /// Its plane.
+    pub(crate) fn plane_kind(&self) -> PlaneKind {
+        self.plane.kind()
+    }
+
+    /// Has it looked, now and then, whether huge pages are to be expected.
+    pub(crate) fn refresh(&mut self) {
+        const EVERY: Duration = Duration::from_secs(5);
+        if self.refreshed.elapsed() > EVERY {
+            self.refreshed = Instant::now();
+            errands::run(nix::unistd::geteuid().as_raw(), self.pool.refresher());
+        }
     }
 
     /// How the daemon is, for whoever supervises it.

@@ -1,11 +1,14 @@
 //! Requests of several users, without sockets or processes.
 
+use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 
-use lifl_common::control::{JobTraffic, Status};
+use lifl_common::arena::memfd;
+use lifl_common::control::{JobTraffic, RemoteWorker, Status};
 use lifl_common::plane::PlaneKind;
 use tokio_util::sync::CancellationToken;
 
+use super::quota::Quota;
 use super::*;
 use crate::plane::{self, choose};
 use crate::pool::HugePages;
@@ -13,11 +16,18 @@ use crate::pool::HugePages;
 /// A registry on the relay plane, with connections of users of the test's choice.
 struct Bench {
     registry: Registry,
+    done: mpsc::UnboundedReceiver<Done>,
     far: Vec<UnixStream>,
+    /// Arenas that were handed out.
+    kept: Vec<OwnedFd>,
 }
 
 impl Bench {
     fn new() -> Self {
+        Self::with(Quotas::unlimited())
+    }
+
+    fn with(quotas: Quotas) -> Self {
         let chosen = choose(
             plane::Request::Relay,
             plane::Options {
@@ -36,9 +46,12 @@ impl Bench {
         // Nobody runs it: what the registry lets through is not answered.
         let (lobby, _) = crate::server::lobby();
         let (gateway, ..) = gateway::gateway(lobby, &options, CancellationToken::new());
+        let mut registry = Registry::new(facts, quotas, chosen.plane, pool, gateway, options);
         Self {
-            registry: Registry::new(facts, Quotas::unlimited(), chosen.plane, pool, gateway, options),
+            done: registry.take_done(),
+            registry,
             far: Vec::new(),
+            kept: Vec::new(),
         }
     }
 
@@ -50,17 +63,32 @@ impl Bench {
     }
 
     fn ask(&mut self, conn: u64, request: Request) -> Result<Reply, (ErrorCode, String)> {
-        let mut fds = Vec::new();
+        let mut beside = Beside::default();
         if matches!(request, Request::Register { .. }) {
             let (near, far) = UnixStream::pair().expect("a pair");
-            fds.push(Foreign::new(0, far.into()));
+            beside.socket = Some(plane::examine(PlaneKind::Relay, Foreign::new(0, far.into())));
             self.far.push(near);
         }
-        self.registry.request(ConnId(conn), request, fds);
-        let outbox = self.registry.take_outbox();
+        self.registry.request(ConnId(conn), request, beside);
+        let mut outbox = self.registry.take_outbox();
+        let answers = |outgoing: &Outgoing| {
+            outgoing.to == ConnId(conn) && matches!(*outgoing.message, Message::Reply(_))
+        };
+        while !outbox.iter().any(answers) {
+            // What is begun answers when it is done.
+            match self.done.try_recv() {
+                Ok(done) => self.registry.done(done),
+                Err(_) => std::thread::yield_now(),
+            }
+            self.registry.check_departed();
+            outbox.extend(self.registry.take_outbox());
+        }
+        for outgoing in &mut outbox {
+            self.kept.extend(outgoing.fd.take());
+        }
         let mine = outbox.into_iter().filter(|outgoing| outgoing.to == ConnId(conn));
-        let mut reply = mine.filter_map(|outgoing| match outgoing.message {
-            Message::Reply(reply) => Some(reply),
+        let mut reply = mine.filter_map(|outgoing| match &*outgoing.message {
+            Message::Reply(reply) => Some(reply.clone()),
             Message::Event(_) => None,
         });
         match reply.next_back().expect("every request is answered") {
@@ -207,6 +235,7 @@ async fn nothing_of_a_job_is_kept_once_all_have_left() {
         slot_bytes: 4096,
     };
     bench.ask(2, Request::CreateArena { layout }).expect("an arena");
+    bench.kept.clear();
     bench.registry.closed(ConnId(1));
     assert_eq!(bench.registry.jobs.len(), 1, "a worker is still there");
     bench.registry.closed(ConnId(2));
@@ -246,4 +275,149 @@ async fn only_its_owner_has_an_arena_sealed_and_nobody_reads_it_before() {
     );
     bench.ask(1, Request::SealArena { arena }).expect("sealed");
     bench.ask(2, Request::OpenArena { arena }).expect("opened");
+}
+
+#[tokio::test]
+async fn memory_counts_until_nobody_has_it_whoever_has_left() {
+    let quota = Quota {
+        pool_bytes: 12288,
+        ..Quota::UNLIMITED
+    };
+    let mut bench = Bench::with(Quotas {
+        default: quota,
+        ..Quotas::unlimited()
+    });
+    let layout = Layout {
+        slots: 1,
+        slot_bytes: 8192,
+    };
+    let mut conn = 0;
+    let mut arena = |bench: &mut Bench| {
+        conn += 1;
+        bench.user(conn, 1000);
+        let job = bench.job(conn);
+        bench.ask(conn, register(job, "a")).expect("registered");
+        let made = bench.ask(conn, Request::CreateArena { layout });
+        (conn, made)
+    };
+    let (first, made) = arena(&mut bench);
+    made.expect("an arena");
+    let kept = std::mem::take(&mut bench.kept);
+    assert_eq!(kept.len(), 1);
+    bench.registry.closed(ConnId(first));
+    assert_eq!(
+        bench.registry.used(1000).pool_bytes,
+        8192,
+        "somebody has it still"
+    );
+    let (second, refused) = arena(&mut bench);
+    let (code, message) = refused.expect_err("the quota's");
+    assert_eq!(code, ErrorCode::Full, "{message}");
+    bench.registry.closed(ConnId(second));
+
+    // However it is held: by a mapping, by a descriptor that was opened from it.
+    let file = std::fs::File::from(kept.into_iter().next().expect("one"));
+    let again = memfd::reopen(file.as_fd(), false).expect("opened");
+    // SAFETY: nobody writes to it or cuts it.
+    let mapping = unsafe { memmap2::Mmap::map(&file) }.expect("mapped");
+    drop(file);
+    bench.registry.check_departed();
+    assert_eq!(bench.registry.used(1000).pool_bytes, 8192, "mapped and open");
+    drop(mapping);
+    bench.registry.check_departed();
+    assert_eq!(bench.registry.used(1000).pool_bytes, 8192, "open");
+    drop(again);
+    bench.registry.check_departed();
+    assert_eq!(bench.registry.used(1000).pool_bytes, 0);
+    assert_eq!(bench.registry.pool.used_bytes(), 0);
+    let (_, made) = arena(&mut bench);
+    made.expect("room again");
+}
+
+#[tokio::test]
+async fn a_user_expects_no_more_workers_than_it_may_have() {
+    let mut bench = Bench::new();
+    bench.user(1, 1000);
+    bench.job(1);
+    let open = Request::OpenGateway {
+        p2p: Some("127.0.0.1:0".parse().expect("an address")),
+        mqtt: None,
+        object_bytes: 4096,
+    };
+    // Nobody runs the gateway, so nobody answers.
+    bench.registry.request(ConnId(1), open, Beside::default());
+    let expect = |names: std::ops::Range<u32>| Request::ExpectWorkers {
+        workers: names
+            .map(|n| RemoteWorker {
+                name: format!("w{n}"),
+                role: "trainer".into(),
+            })
+            .collect(),
+    };
+    bench.ask(1, expect(0..10)).expect("room");
+    bench.ask(1, expect(0..10)).expect("the same");
+    bench.ask(1, expect(10..16)).expect("as many as the daemon has");
+    let (code, message) = bench.ask(1, expect(16..17)).expect_err("one too many");
+    assert_eq!(code, ErrorCode::Full, "{message}");
+    assert!(message.contains("16"), "{message}");
+}
+
+#[tokio::test]
+async fn descriptors_of_the_daemon_are_shared() {
+    let quota = Quota {
+        descriptors: 7,
+        ..Quota::UNLIMITED
+    };
+    let mut bench = Bench::with(Quotas {
+        default: quota,
+        ..Quotas::unlimited()
+    });
+    bench.user(1, 1000);
+    bench.user(2, 1001);
+    let job = bench.job(1);
+    bench.ask(1, register(job, "a")).expect("registered");
+    let layout = Layout {
+        slots: 1,
+        slot_bytes: 4096,
+    };
+    for _ in 0..4 {
+        bench.ask(1, Request::CreateArena { layout }).expect("an arena");
+    }
+    bench.user(3, 1000);
+    let (code, message) = bench.ask(3, register(job, "b")).expect_err("too many");
+    assert_eq!(code, ErrorCode::Full, "{message}");
+    assert!(message.contains("LimitNOFILE"), "{message}");
+    let other = bench.job(2);
+    bench
+        .ask(2, register(other, "a"))
+        .expect("another user's are its own");
+}
+
+#[tokio::test]
+async fn what_is_too_long_is_cut_and_sent_to_all_as_one() {
+    let mut bench = Bench::new();
+    bench.user(1, 1000);
+    let job = bench.job(1);
+    for conn in 2..6 {
+        bench.user(conn, 1000);
+        bench
+            .ask(conn, register(job, &format!("w{conn}")))
+            .expect("registered");
+    }
+    let reason = "é".repeat(30_000);
+    bench
+        .registry
+        .request(ConnId(1), Request::EndJob { reason }, Beside::default());
+    let told = bench.registry.take_outbox();
+    let ended: Vec<&Arc<Message>> = told
+        .iter()
+        .map(|outgoing| &outgoing.message)
+        .filter(|message| matches!(***message, Message::Event(Event::JobEnded { .. })))
+        .collect();
+    assert_eq!(ended.len(), 4);
+    assert!(ended.iter().all(|message| Arc::ptr_eq(message, ended[0])));
+    let Message::Event(Event::JobEnded { reason }) = &**ended[0] else {
+        panic!("filtered");
+    };
+    assert_eq!(reason.len(), MAX_REASON_BYTES);
 }
