@@ -489,7 +489,11 @@ impl Line {
             chunk_bytes: self.chunk_bytes,
             window_bytes: WINDOW_CHUNKS * self.chunk_bytes as u64,
         };
-        Wire::new(wire::Reader::Mqtt(reader), wire::Writer::Mqtt(writer), limits)
+        Wire::new(
+            wire::Reader::Mqtt(reader),
+            wire::Writer::Mqtt(Box::new(writer)),
+            limits,
+        )
     }
 
     /// Sends the gateway's part of a handshake.

@@ -74,7 +74,7 @@ fn wire(stream: TcpStream, theirs: SealKey, ours: SealKey) -> io::Result<Wire> {
     };
     Ok(Wire::new(
         wire::Reader::Tcp(Box::new(reader)),
-        wire::Writer::Tcp(writer),
+        wire::Writer::Tcp(Box::new(writer)),
         LIMITS,
     ))
 }

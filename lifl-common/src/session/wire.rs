@@ -39,8 +39,8 @@ pub(super) enum Reader {
 
 #[derive(Debug)]
 pub(super) enum Writer {
-    Tcp(tcp::Writer),
-    Mqtt(mqtt::Writer),
+    Tcp(Box<tcp::Writer>),
+    Mqtt(Box<mqtt::Writer>),
 }
 
 /// Encoded messages that wait.
