@@ -55,6 +55,9 @@ use crate::task::Task;
 /// Answers of one worker that are kept which came before they can be taken; what it sends beyond that is refused.
 const MOST_EARLY: u32 = 4;
 
+/// Updates that are taken for part of a predecessor's aggregate, for each trainer in it.
+const MOST_INHERITED: usize = 8;
+
 /// Where the numbers of refusals begin among what the log [tells](Aggregator::tell) of; below are kinds of frames.
 const FIRST_REFUSAL: u16 = 1 << 8;
 
@@ -119,9 +122,13 @@ struct Early {
 }
 
 impl Early {
-    /// Keeps one, unless its sender has too many here.
+    /// Keeps one, unless its sender has too many here. What is said again is kept once.
     fn keep(&mut self, frame: Frame) -> bool {
         let count = self.counts.entry(frame.from).or_default();
+        let what = |frame: &Frame| (frame.from, frame.kind, frame.round, frame.key);
+        if *count > 0 && self.frames.iter().any(|known| what(known) == what(&frame)) {
+            return true;
+        }
         let room = *count < MOST_EARLY;
         if room {
             *count += 1;
@@ -240,6 +247,7 @@ impl<G: Ground> Aggregator<G> {
             Incoming::Frame(kind, frame) => self.frame(kind, frame).await?,
             Incoming::Lost(worker) => {
                 self.gone.insert(worker);
+                self.early_models.remove(&worker);
                 self.lost(worker);
             }
             Incoming::Undelivered(letter) => {
@@ -625,16 +633,15 @@ impl<G: Ground> Aggregator<G> {
         }
     }
 
-    /// Whether a child's update is part of the aggregate that a predecessor sent up: it is what stands below that child, and
-    /// nobody else has said to have made that.
+    /// Whether a child's update is part of the aggregate that a predecessor sent up, and of what stands below that child. A
+    /// child's successor may make it again.
     fn is_inherited(&self, at: usize, given: &Given) -> bool {
         let (sent, cover) = (&self.sent[at], &given.metadata.cover);
         let round = &self.round;
         let place = round.places.iter().position(|child| *child == given.frame.from);
         let own = || place.is_some_and(|place| round.bounds[place].cover.contains_all(cover));
-        sent.cover.contains_all(cover)
-            && sent.children.iter().all(|(_, taken)| taken.is_disjoint(cover))
-            && (sent.round != round.number || own())
+        let more = sent.children.len() < MOST_INHERITED * sent.cover.count() as usize;
+        more && sent.cover.contains_all(cover) && (sent.round != round.number || own())
     }
 
     fn refuse(&mut self, update: &Frame, refusal: Refusal) {

@@ -256,3 +256,53 @@ impl Children {
         })
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn cover(shares: &[u32]) -> Cover {
+        let mut cover = Cover::default();
+        shares.iter().for_each(|&share| cover.add(&Cover::of(share)));
+        cover
+    }
+
+    #[test]
+    fn an_update_says_no_more_than_its_place_may() {
+        let bound = Bound {
+            cover: cover(&[2, 70, 900]),
+            samples: 600,
+        };
+        let says = |shares: &[u32], samples| {
+            bound.admits(&Metadata {
+                cover: cover(shares),
+                samples,
+                ..Metadata::default()
+            })
+        };
+        assert_eq!(says(&[2, 70, 900], 600), Ok(()));
+        assert_eq!(says(&[70], 1), Ok(()), "some may be missing");
+        assert_eq!(says(&[2, 3], 600), Err(Refusal::BadCover), "somebody else's");
+        assert_eq!(
+            says(&[964], 1),
+            Err(Refusal::BadCover),
+            "the same bit of another word"
+        );
+        assert_eq!(says(&[2, 70], 601), Err(Refusal::BadSamples));
+        assert_eq!(says(&[2, 70], u64::MAX), Err(Refusal::BadSamples));
+        assert_eq!(
+            says(&[2, 70], 1),
+            Err(Refusal::BadSamples),
+            "nobody trains on nothing"
+        );
+        assert_eq!(
+            Bound::default().admits(&Metadata {
+                cover: cover(&[0]),
+                samples: 1,
+                ..Metadata::default()
+            }),
+            Err(Refusal::BadCover),
+            "nobody stands there"
+        );
+    }
+}

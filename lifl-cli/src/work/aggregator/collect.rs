@@ -394,6 +394,49 @@ mod tests {
     }
 
     #[test]
+    fn what_cannot_be_so_is_not_added_up() {
+        let tensors = vec![lifl_common::update::TensorSpec::new(
+            "w",
+            lifl_common::update::DType::F32,
+            [4],
+        )];
+        let schema = Schema::new(tensors).expect("a schema");
+        let honest = Metadata {
+            samples: 30,
+            cover: Cover::of(0),
+            loss: Some(0.5),
+            bytes_copied: 16,
+            ..Metadata::default()
+        };
+        let liar = |loss| Metadata {
+            samples: 10,
+            cover: Cover::of(1),
+            loss: Some(loss),
+            folded: u64::MAX,
+            bytes_copied: u64::MAX,
+            ..Metadata::default()
+        };
+        for loss in [f64::MAX, -1e300, f64::INFINITY, f64::NAN] {
+            let sum = summed([&liar(loss), &honest, &liar(loss)].into_iter(), &schema);
+            assert_eq!(sum.loss, Some(0.5), "{loss} is no loss");
+            assert!(sum.folded <= 3 + 2 * MOST_LEVELS, "{}", sum.folded);
+            assert!(sum.bytes_copied < 1 << 17, "{}", sum.bytes_copied);
+        }
+        assert_eq!(
+            summed([&liar(1.5), &honest].into_iter(), &schema).loss,
+            Some(0.75)
+        );
+    }
+
+    #[test]
+    fn nothing_was_made_later_than_now() {
+        let (before, future) = (monotonic_ns(), [u64::MAX, 5]);
+        let made = made([&future[..], &[3, 7]].into_iter());
+        assert!((before..=monotonic_ns()).contains(&made[0]), "{made:?}");
+        assert_eq!((made[1], made.len()), (7, 3));
+    }
+
+    #[test]
     fn lazy_folds_once() {
         let lazy = |given, enough| now(Timing::Lazy, 0, given, enough);
         assert_eq!(lazy(7, false), Now::Wait);

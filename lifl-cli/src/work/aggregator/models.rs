@@ -246,7 +246,6 @@ impl<G: Ground> Aggregator<G> {
     /// A peer is gone, or as good as gone: it reads no model any more, and decides on no aggregate. What becomes of its place
     /// among the children the coordinator says.
     pub(super) fn lost(&mut self, worker: WorkerId) {
-        self.early_models.remove(&worker);
         self.no_longer_held(worker, self.round.number, |_| true);
         for sent in &mut self.sent {
             if sent.verdict.is_none() && sent.holder == Some(worker) {

@@ -672,3 +672,12 @@ fn many_deaths_in_a_deep_tree() {
         60,
     ));
 }
+
+#[test]
+fn covers_of_more_trainers_than_one_word_names_are_told_whole() {
+    let mut job = job(&[1, 2, 4, 8], Timing::Lazy, UpdateKind::Weights);
+    for share in job.workers.iter_mut().filter_map(|worker| worker.share.as_mut()) {
+        *share *= 40;
+    }
+    block_on(live(job, 5, 20, 10));
+}
