@@ -21,6 +21,7 @@ pub mod pool;
 pub mod privileges;
 mod refusals;
 mod registry;
+pub mod runtime;
 mod server;
 pub mod signals;
 mod turns;
@@ -345,11 +346,8 @@ pub fn raise_open_files() {
     }
 }
 
-/// What a pool's ceiling is when nobody gives one: half of the memory that is available now.
+/// What a pool's ceiling is when nobody gives one: half of the memory that is available now, to this process's control group
+/// too.
 pub fn default_pool_bytes() -> u64 {
-    let available = std::fs::read_to_string("/proc/meminfo").ok().and_then(|text| {
-        let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
-        line.trim().trim_end_matches(" kB").parse::<u64>().ok()
-    });
-    available.map_or(1 << 30, |kib| kib / 2 * 1024)
+    lifl_common::limits::available_memory().map_or(1 << 30, |bytes| bytes / 2)
 }

@@ -16,10 +16,12 @@ use anyhow::Context;
 use clap::Parser;
 use lifl_common::control::paths;
 use lifl_common::kernel::DEFAULT_MAX_WORKERS;
+use lifl_common::limits;
 use lifl_common::session::reach::Reach;
 use lifl_daemon::logging::{self, Sink};
 use lifl_daemon::plane::PinError;
 use lifl_daemon::pool::HugePages;
+use lifl_daemon::runtime::{self, RuntimeError, Threads};
 use lifl_daemon::signals::{self, Ending};
 use lifl_daemon::{
     Brokers, DEFAULT_GRACE, DEFAULT_PINS, Daemon, GatewayOptions, Host, Options, Quota, Quotas, StartError,
@@ -32,6 +34,12 @@ use crate::settings::{LogFormat, Settings};
 
 /// The group whose members may connect, where the system has it.
 const GROUP: &str = "lifl";
+
+/// Threads for what blocks, looking up names among it.
+const BLOCKING: usize = 2;
+
+/// The same at most.
+const MOST_BLOCKING: usize = 64;
 
 /// The node daemon of LIFL: carries references between the workers of federated-learning jobs, and owns the shared
 /// memory that models lie in.
@@ -97,7 +105,10 @@ fn logged(log: &Sink) -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             tracing::error!("{error:#}");
-            let lacking = error.is::<StartError>() || error.is::<PinError>() || error.is::<paths::NoFolder>();
+            let lacking = error.is::<StartError>()
+                || error.is::<PinError>()
+                || error.is::<paths::NoFolder>()
+                || error.is::<RuntimeError>();
             ExitCode::from(if lacking { 3 } else { 2 })
         }
     }
@@ -197,11 +208,7 @@ fn run(settings: &Settings, file: &Path, log: &Sink) -> anyhow::Result<()> {
             }
         })),
     };
-    let runtime = tokio::runtime::Builder::new_multi_thread()
-        .enable_all()
-        .on_thread_start(move || give_up(kept))
-        .build()
-        .context("no tokio runtime")?;
+    let runtime = runtime::start(threads(), move || give_up(kept))?;
     runtime.block_on(async {
         let mut ending = Ending::watch().context("sigaction")?;
         let shutdown = CancellationToken::new();
@@ -227,6 +234,18 @@ fn run(settings: &Settings, file: &Path, log: &Sink) -> anyhow::Result<()> {
         tracing::info!("stopped");
         Ok(())
     })
+}
+
+/// A thread for each core, or as many as a limit leaves.
+fn threads() -> Threads {
+    let left = limits::tasks().map_or(usize::MAX, |limit| {
+        usize::try_from(limit.left()).unwrap_or(usize::MAX)
+    });
+    Threads {
+        workers: limits::cpus().min(left.saturating_sub(BLOCKING)).max(1),
+        blocking: BLOCKING,
+        most_blocking: MOST_BLOCKING,
+    }
 }
 
 /// Leaves the calling thread what it needs to serve.

@@ -15,6 +15,7 @@ use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 
 use lifl_common::arena::{Layout, memfd};
+use lifl_common::limits::{Cgroups, Limit};
 use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
 
@@ -58,7 +59,7 @@ pub enum PoolError {
         slot_bytes: u64,
     },
     /// `--huge-pages always`, and there are none.
-    #[error("{0}: raise vm.nr_hugepages or pass --huge-pages never")]
+    #[error("{0}")]
     NoHugePages(String),
     /// Its user's quota.
     #[error(transparent)]
@@ -198,7 +199,12 @@ impl Pool {
     pub(crate) fn refresher(&self) -> impl FnOnce() + Send + use<> {
         let (kernel, expected) = (self.kernel.clone(), Arc::clone(&self.expected));
         let never = self.huge_pages == HugePages::Never;
-        move || expected.store(!never && kernel.has_some(), Relaxed)
+        move || {
+            let allowed = Cgroups::current()
+                .huge_pages()
+                .is_none_or(|limit| limit.left() >= memfd::HUGE_PAGE_BYTES);
+            expected.store(!never && allowed && kernel.has_some(), Relaxed);
+        }
     }
 
     /// Takes over arenas that a daemon before this one made; they may be more than there is room for.
@@ -267,20 +273,32 @@ impl Plan {
 
     fn huge(&self, bytes: u64) -> Result<File, PoolError> {
         let need = bytes / memfd::HUGE_PAGE_BYTES;
+        // A page beyond the limit of a control group is no error of any call, but a SIGBUS of who touches it.
+        let groups = Cgroups::current();
+        if let Some(limit) = groups.huge_pages().filter(|limit| limit.left() < bytes) {
+            return Err(PoolError::NoHugePages(too_few(need, &limit)));
+        }
         let memfd =
             memfd::create(&self.name, bytes, true).map_err(|source| match refused(bytes, source) {
                 PoolError::Memfd { source, .. } => {
-                    PoolError::NoHugePages(format!("the kernel has no huge pages of 2 MiB ({source})"))
+                    PoolError::NoHugePages(format!(
+                        "the kernel has no huge pages of 2 MiB ({source}): raise vm.nr_hugepages or pass --huge-pages never"
+                    ))
                 }
                 limit => limit,
             })?;
         let _surplus = self.kernel.allow_surplus(need, self.most_surplus);
         match memfd::reserve(&memfd, bytes) {
-            Ok(()) => Ok(memfd),
+            // What others were promised meanwhile is in use by now.
+            Ok(()) => match groups.huge_pages().filter(|limit| limit.used > limit.allowed) {
+                Some(limit) => Err(PoolError::NoHugePages(too_few(need, &limit))),
+                None => Ok(memfd),
+            },
             Err(_) => {
                 let free = self.kernel.free();
-                let message = format!("the arena needs {need} huge pages of 2 MiB, {free} are free");
-                Err(PoolError::NoHugePages(message))
+                Err(PoolError::NoHugePages(format!(
+                    "the arena needs {need} huge pages of 2 MiB, {free} are free: raise vm.nr_hugepages or pass --huge-pages never"
+                )))
             }
         }
     }
@@ -300,6 +318,17 @@ fn opened(memfd: &File, bytes: u64, page_bytes: u64, note: Option<String>) -> Re
         page_bytes,
         note,
     })
+}
+
+/// That a control group allows fewer huge pages than an arena needs.
+fn too_few(need: u64, limit: &Limit) -> String {
+    format!(
+        "the arena needs {need} huge pages of 2 MiB, {} allows {} and {} are in use: {}",
+        limit.by,
+        limit.allowed / memfd::HUGE_PAGE_BYTES,
+        limit.used.div_ceil(memfd::HUGE_PAGE_BYTES),
+        limit.remedy
+    )
 }
 
 /// Why the kernel gives no memfd.

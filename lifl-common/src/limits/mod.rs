@@ -271,6 +271,39 @@ pub fn tasks() -> Option<Limit> {
     tightest(Cgroups::current().tasks().into_iter().chain(user_tasks()))
 }
 
+/// Which limit a process or a thread that cannot be started has run into, as far as can be seen, and how to raise it.
+pub fn explain_threads() -> String {
+    let near = |limit: &Limit| limit.left() < 8;
+    if let Some(limit) = tasks().filter(near) {
+        return format!(
+            "{} allows {} processes and threads, {} are there: {}",
+            limit.by, limit.allowed, limit.used, limit.remedy
+        );
+    }
+    if let Some(limit) = address_space().filter(|limit| limit.left() < NEAR_BYTES) {
+        return explain_bytes(&limit);
+    }
+    if let Some(limit) = data().filter(|limit| limit.left() < NEAR_BYTES) {
+        return explain_bytes(&limit);
+    }
+    "raise the limit of processes and threads (docker run --pids-limit, TasksMax= of a systemd unit, ulimit -u, sysctl \
+     kernel.threads-max)"
+        .to_owned()
+}
+
+/// Less than this left of a limit of memory is why a thread cannot have its stack.
+const NEAR_BYTES: u64 = 16 << 20;
+
+fn explain_bytes(limit: &Limit) -> String {
+    format!(
+        "{} allows {} MiB, {} MiB are in use: {}",
+        limit.by,
+        limit.allowed >> 20,
+        limit.used.div_ceil(1 << 20),
+        limit.remedy
+    )
+}
+
 /// `RLIMIT_NPROC`, which counts all threads of a real user; it holds for nobody who may do without.
 fn user_tasks() -> Option<Limit> {
     let allowed = soft(Resource::RLIMIT_NPROC)?;
