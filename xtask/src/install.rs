@@ -3,14 +3,16 @@
 //! Nothing is started or enabled: what comes next is printed. `--destdir` puts everything below another folder, for who
 //! makes a package.
 
+use std::collections::HashMap;
 use std::fs;
 use std::io;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Component, Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result, bail, ensure};
 use clap::Args;
+use serde_json::Value;
 
 use crate::ebpf::workspace;
 
@@ -35,6 +37,15 @@ const UNIT_FOLDERS: [&str; 3] = [
     "/etc/systemd/system",
 ];
 
+/// The programs.
+const PROGRAMS: [&str; 2] = ["lifl", "lifl-daemon"];
+
+/// The units, in the order in which they are stopped.
+const UNITS: [&str; 3] = ["lifl-daemon.service", "lifl-daemon.socket", "run-lifl-pins.mount"];
+
+/// Prefixes whose folders are not LIFL's.
+const SHARED_PREFIXES: [&str; 2] = ["/usr", "/usr/local"];
+
 /// A file that is installed.
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct Entry {
@@ -46,7 +57,7 @@ struct Entry {
 }
 
 impl Options {
-    /// Every file but the settings.
+    /// Every file of the repository but the settings.
     fn entries(&self) -> Vec<Entry> {
         let entry = |from, to: &str, mode| Entry {
             from,
@@ -54,8 +65,6 @@ impl Options {
             mode,
         };
         vec![
-            entry("target/release/lifl", "bin/lifl", 0o755),
-            entry("target/release/lifl-daemon", "bin/lifl-daemon", 0o755),
             entry(
                 "lifl-daemon/systemd/lifl-daemon.service",
                 "lib/systemd/system/lifl-daemon.service",
@@ -90,6 +99,11 @@ impl Options {
         ]
     }
 
+    /// Where a program goes.
+    fn program(&self, name: &str) -> PathBuf {
+        self.prefix.join("bin").join(name)
+    }
+
     /// Where that is below the folder in place of /.
     fn placed(&self, path: &Path) -> PathBuf {
         match &self.destdir {
@@ -116,21 +130,16 @@ impl Options {
 /// Builds and installs.
 pub(crate) fn install(options: &Options) -> Result<()> {
     options.check()?;
-    let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
-    let status = Command::new(cargo)
-        .args([
-            "build",
-            "--release",
-            "--locked",
-            "-p",
-            "lifl-daemon",
-            "-p",
-            "lifl-cli",
-        ])
-        .current_dir(workspace())
-        .status()
-        .context("cannot start cargo")?;
-    ensure!(status.success(), "the programs do not compile ({status})");
+    let built = build()?;
+    for name in PROGRAMS {
+        let from = built
+            .get(name)
+            .with_context(|| format!("cargo has not built {name}"))?;
+        let content = fs::read(from).with_context(|| format!("cannot read {}", from.display()))?;
+        let to = options.placed(&options.program(name));
+        write(&to, &content, 0o755)?;
+        println!("{}", to.display());
+    }
     for entry in options.entries() {
         let content = content(&entry, &options.prefix)?;
         let to = options.placed(&entry.to);
@@ -148,9 +157,80 @@ pub(crate) fn install(options: &Options) -> Result<()> {
     Ok(())
 }
 
+/// Builds the programs, and says where cargo has put each: its target folder may be anywhere (`CARGO_TARGET_DIR`,
+/// `build.target-dir`), and have a folder for each target (`build.target`).
+fn build() -> Result<HashMap<String, PathBuf>> {
+    let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
+    let built = Command::new(cargo)
+        .args([
+            "build",
+            "--release",
+            "--locked",
+            "--message-format",
+            "json-render-diagnostics",
+        ])
+        .args(["-p", "lifl-daemon", "-p", "lifl-cli"])
+        .current_dir(workspace())
+        .stderr(Stdio::inherit())
+        .output()
+        .context("cannot start cargo")?;
+    ensure!(
+        built.status.success(),
+        "the programs do not compile ({})",
+        built.status
+    );
+    Ok(executables(&String::from_utf8_lossy(&built.stdout)))
+}
+
+/// The programs that cargo's messages name, by name.
+fn executables(messages: &str) -> HashMap<String, PathBuf> {
+    let messages = messages
+        .lines()
+        .filter_map(|line| serde_json::from_str::<Value>(line).ok());
+    let programs = messages.filter_map(|message| {
+        let path = message["executable"].as_str()?;
+        Some((
+            message["target"]["name"].as_str()?.to_owned(),
+            PathBuf::from(path),
+        ))
+    });
+    programs.collect()
+}
+
+/// Where a systemd that runs says so (sd_booted(3)).
+const BOOTED: &str = "/run/systemd/system";
+
+/// What is asked of systemd before its units go: `booted` is whether it runs.
+fn disabling(booted: bool) -> Vec<Vec<&'static str>> {
+    let disable = ["disable", "lifl-daemon.service", "lifl-daemon.socket"].to_vec();
+    match booted {
+        true => vec![[&["stop"][..], &UNITS].concat(), disable],
+        false => vec![disable],
+    }
+}
+
+/// Stops the units and takes them out of what is started at boot; jobs on the daemon end.
+fn disable() -> Result<()> {
+    for arguments in disabling(Path::new(BOOTED).exists()) {
+        println!("systemctl {}", arguments.join(" "));
+        match Command::new("systemctl").args(&arguments).status() {
+            // Units that are not there any more are no reason to leave the files.
+            Ok(status) if !status.success() => println!("systemctl has failed ({status}); going on"),
+            Ok(_) => {}
+            Err(error) if error.kind() == io::ErrorKind::NotFound => println!("there is no systemd here"),
+            Err(error) => return Err(error).context("cannot start systemctl"),
+        }
+    }
+    Ok(())
+}
+
 /// Takes away what [`install`] has put there. Settings that somebody has changed stay.
 pub(crate) fn uninstall(options: &Options) -> Result<()> {
     options.check()?;
+    let installed = options.prefix.join("lib/systemd/system/lifl-daemon.service");
+    if options.destdir.is_none() && installed.exists() {
+        disable()?;
+    }
     let mut found = 0;
     let mut remove = |path: &Path| match fs::remove_file(path) {
         Ok(()) => {
@@ -164,6 +244,9 @@ pub(crate) fn uninstall(options: &Options) -> Result<()> {
     for entry in options.entries() {
         remove(&options.placed(&entry.to))?;
     }
+    for name in PROGRAMS {
+        remove(&options.placed(&options.program(name)))?;
+    }
     let settings = options.placed(Path::new(SETTINGS));
     if fs::read(&settings)
         .is_ok_and(|found| read("lifl-daemon/systemd/daemon.toml").is_ok_and(|own| own == found))
@@ -174,10 +257,7 @@ pub(crate) fn uninstall(options: &Options) -> Result<()> {
         println!("{} stays: it has settings of yours", settings.display());
     }
     // Only when they are empty.
-    for folder in [
-        options.prefix.join("share/doc/lifl-daemon"),
-        PathBuf::from("/etc/lifl"),
-    ] {
+    for folder in folders(options) {
         let _ = fs::remove_dir(options.placed(&folder));
     }
     ensure!(
@@ -186,13 +266,39 @@ pub(crate) fn uninstall(options: &Options) -> Result<()> {
         options.prefix.display()
     );
     if options.destdir.is_none() {
+        if Path::new(BOOTED).exists() {
+            println!("systemctl daemon-reload");
+            let _ = Command::new("systemctl").arg("daemon-reload").status();
+        }
         println!(
-            "\nWhat runs goes on until you stop it:\n  \
-             sudo systemctl stop lifl-daemon.service lifl-daemon.socket run-lifl-pins.mount\n  \
-             sudo systemctl daemon-reload"
+            "The user and group lifl stay, as does what you have put into /etc/systemd/system:\n  \
+             sudo userdel lifl"
         );
     }
     Ok(())
+}
+
+/// Folders that may have been made for LIFL alone, the innermost first.
+fn folders(options: &Options) -> Vec<PathBuf> {
+    let mut folders = vec![PathBuf::from("/etc/lifl")];
+    let entries = options.entries();
+    let files = entries.iter().map(|entry| entry.to.as_path());
+    let program = options.program("lifl");
+    for file in files.chain([program.as_path()]) {
+        let above = file.ancestors().skip(1);
+        // A prefix that others share keeps the folders that it has anyway.
+        let shared = SHARED_PREFIXES
+            .iter()
+            .any(|shared| options.prefix == Path::new(shared));
+        let own = above.take_while(|folder| match shared {
+            true => folder.ends_with("share/doc/lifl-daemon"),
+            false => folder.starts_with(&options.prefix),
+        });
+        folders.extend(own.map(Path::to_owned));
+    }
+    folders.sort_by_key(|folder| std::cmp::Reverse(folder.components().count()));
+    folders.dedup();
+    folders
 }
 
 /// A file as it is installed: units name the programs where they are.
@@ -273,7 +379,11 @@ mod tests {
         for prefix in ["/usr", "/usr/local", "/opt/lifl"] {
             let options = options(prefix, None);
             let entries = options.entries();
-            let installed = |path: &str| entries.iter().any(|entry| entry.to == Path::new(path));
+            let installed = |path: &str| {
+                let path = Path::new(path);
+                let program = |name| options.program(name) == path;
+                entries.iter().any(|entry| entry.to == path) || PROGRAMS.into_iter().any(program)
+            };
             for entry in entries
                 .iter()
                 .filter(|entry| entry.from.contains("/systemd/lifl-daemon."))
@@ -304,6 +414,75 @@ mod tests {
                 options.entries().iter().any(|entry| entry.from.ends_with(name)),
                 "{name} is not installed"
             );
+        }
+    }
+
+    #[test]
+    fn programs_are_where_cargo_says() {
+        let messages = concat!(
+            r#"{"reason":"compiler-artifact","target":{"name":"lifl_common"},"executable":null}"#,
+            "\n",
+            r#"{"reason":"compiler-artifact","target":{"name":"lifl"},"executable":"/else/where/x86/release/lifl"}"#,
+            "\nnot JSON\n",
+            r#"{"reason":"build-finished","success":true}"#,
+        );
+        let found = executables(messages);
+        assert_eq!(found.len(), 1);
+        assert_eq!(found["lifl"], Path::new("/else/where/x86/release/lifl"));
+    }
+
+    #[test]
+    fn what_is_uninstalled_leaves_no_file_and_no_empty_folder() {
+        for prefix in ["/usr/local", "/opt/lifl"] {
+            let destdir = tempfile::tempdir().expect("a folder");
+            let options = options(prefix, destdir.path().to_str());
+            for entry in options.entries() {
+                let content = content(&entry, &options.prefix).expect("read");
+                write(&options.placed(&entry.to), &content, entry.mode).expect("written");
+            }
+            for name in PROGRAMS {
+                write(&options.placed(&options.program(name)), b"program", 0o755).expect("written");
+            }
+            let settings = options.placed(Path::new(SETTINGS));
+            write(&settings, b"max_workers = 7", 0o644).expect("written");
+            uninstall(&options).expect("uninstalled");
+            assert!(settings.exists(), "somebody's own settings stay");
+            let own = read("lifl-daemon/systemd/daemon.toml").expect("the settings");
+            write(&settings, &own, 0o644).expect("written");
+            uninstall(&options).expect("uninstalled");
+            assert!(uninstall(&options).is_err(), "nothing is there");
+            let placed = |path: &str| options.placed(Path::new(path));
+            assert!(!placed("/etc/lifl").exists() && !placed(prefix).join("share/doc/lifl-daemon").exists());
+            assert_eq!(
+                placed(prefix).exists(),
+                prefix == "/usr/local",
+                "a prefix of others stays"
+            );
+        }
+    }
+
+    #[test]
+    fn all_units_are_stopped_and_disabled_first() {
+        let units: Vec<&str> = options("/usr", None)
+            .entries()
+            .iter()
+            .filter_map(|entry| entry.from.strip_prefix("lifl-daemon/systemd/"))
+            .filter(|name| {
+                [".service", ".socket", ".mount"]
+                    .iter()
+                    .any(|kind| name.ends_with(kind))
+            })
+            .collect();
+        assert_eq!(units.len(), UNITS.len());
+        for unit in units {
+            assert!(UNITS.contains(&unit), "{unit}");
+        }
+        let stopped = &disabling(true)[0];
+        assert_eq!(stopped[0], "stop");
+        assert!(UNITS.iter().all(|unit| stopped.contains(unit)), "{stopped:?}");
+        for asked in [disabling(true), disabling(false)] {
+            let last = asked.last().expect("something is asked");
+            assert!(last.starts_with(&["disable"]), "{last:?}");
         }
     }
 
