@@ -255,6 +255,8 @@ struct WorkerArgs {
     insecure: bool,
     #[arg(long)]
     start: Option<u32>,
+    #[arg(long, default_value_t = 1)]
+    blocking: usize,
 }
 
 /// A user's number, by name or number.
@@ -337,14 +339,18 @@ fn execute(command: Command) -> Outcome {
             gateway,
             insecure,
             start,
-        }) => commands::worker(Place {
-            socket,
-            job: JobId(job),
-            run,
-            name,
-            gateway,
-            insecure,
-            start,
-        }),
+            blocking,
+        }) => {
+            let place = Place {
+                socket,
+                job: JobId(job),
+                run,
+                name,
+                gateway,
+                insecure,
+                start,
+            };
+            commands::worker(place, blocking)
+        }
     }
 }

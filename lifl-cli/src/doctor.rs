@@ -7,14 +7,18 @@ use std::fs;
 use std::path::Path;
 use std::time::Duration;
 
+use lifl_common::arena::memfd;
 use lifl_common::client::{Client, ClientError};
 use lifl_common::control::{Welcome, paths};
+use lifl_common::limits::{self, Cgroups, Limit};
 use lifl_daemon::plane::{Options, PlaneError, Sockmap, support};
 use lifl_daemon::privileges;
 use nix::errno::Errno;
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::resource::{RLIM_INFINITY, Resource, getrlimit};
 use serde::Serialize;
+
+use crate::coordinate::report::human_bytes;
 
 /// Open files that a job of a few hundred workers takes of its daemon: each has a control socket and an
 /// arena there.
@@ -82,6 +86,10 @@ pub fn run() -> Vec<Check> {
         bpffs(),
         huge_pages(),
         huge_memfd(),
+        memory_limit(Cgroups::current().memory()),
+        huge_page_limit(Cgroups::current().huge_pages()),
+        task_limit(limits::tasks()),
+        cpu_limit(Cgroups::current().cpus()),
         memlock(),
         open_files(),
         socket_folder(),
@@ -136,7 +144,7 @@ fn capabilities() -> Check {
 fn sockmap() -> Check {
     const NAME: &str = "sockmap plane";
     // The plane's tasks need a runtime, and this may be called within one.
-    let tried = std::thread::spawn(|| {
+    let tried = on_thread(|| {
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_io()
             .build()
@@ -149,11 +157,15 @@ fn sockmap() -> Check {
             sockmap.shutdown()
         }))
     });
-    match tried.join() {
-        Ok(Some(Ok(()))) => Check::ok(NAME, "the SK_MSG program loads and attaches"),
-        Ok(Some(Err(PlaneError::Unavailable { reason, remedy }))) => Check::missing(NAME, reason, remedy),
-        Ok(Some(Err(error))) => Check::missing(NAME, error.to_string(), "report this kernel and message"),
-        Ok(None) | Err(_) => Check::warn(NAME, "could not be tried: no I/O runtime", "ulimit -n 4096"),
+    match tried {
+        Some(Some(Ok(()))) => Check::ok(NAME, "the SK_MSG program loads and attaches"),
+        Some(Some(Err(PlaneError::Unavailable { reason, remedy }))) => Check::missing(NAME, reason, remedy),
+        Some(Some(Err(error))) => Check::missing(NAME, error.to_string(), "report this kernel and message"),
+        Some(None) | None => Check::warn(
+            NAME,
+            "could not be tried: no thread or no descriptor is left",
+            "raise the limits of processes and open files that are named below",
+        ),
     }
 }
 
@@ -296,7 +308,7 @@ fn socket_folder() -> Check {
 fn daemon() -> Check {
     // A busy daemon is tried for 10 s.
     const PATIENCE: Duration = Duration::from_secs(15);
-    let asked = std::thread::spawn(|| {
+    let asked = on_thread(|| {
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_all()
             .build()
@@ -330,9 +342,14 @@ fn daemon() -> Check {
             .block_on(async { tokio::time::timeout(PATIENCE, ask).await })
             .ok()
     });
-    match asked.join() {
-        Ok(Some(check)) => check,
-        Ok(None) | Err(_) => Check::warn(
+    match asked {
+        Some(Some(check)) => check,
+        None => Check::warn(
+            DAEMON,
+            "could not be asked: no thread or no descriptor is left",
+            "raise the limits of processes and open files that are named above",
+        ),
+        Some(None) => Check::warn(
             DAEMON,
             format!("does not answer within {} s", PATIENCE.as_secs()),
             "sudo systemctl restart lifl-daemon",
@@ -377,6 +394,92 @@ fn listening(socket: &Path, welcome: &Welcome, serves_flame: bool) -> Check {
     Check::warn(DAEMON, found, "sudo systemctl restart lifl-daemon")
 }
 
+/// Runs what needs a runtime of its own; `None` where no thread or no descriptor for it is left.
+fn on_thread<T: Send + 'static>(run: impl FnOnce() -> T + Send + 'static) -> Option<T> {
+    // A runtime without a pair of sockets for signals panics.
+    const DESCRIPTORS: u64 = 16;
+    if limits::descriptors().is_some_and(|limit| limit.left() < DESCRIPTORS) {
+        return None;
+    }
+    std::thread::Builder::new().spawn(run).ok()?.join().ok()
+}
+
+fn memory_limit(limit: Option<Limit>) -> Check {
+    const NAME: &str = "memory limit";
+    // What the smallest job takes.
+    const LEAST: u64 = 64 << 20;
+    let Some(limit) = limit else {
+        return Check::ok(NAME, "no control group sets one");
+    };
+    let found = format!(
+        "{} allows {}, {} in use",
+        limit.by,
+        human_bytes(limit.allowed),
+        human_bytes(limit.used)
+    );
+    match limit.left() < LEAST {
+        true => Check::warn(NAME, found, limit.remedy),
+        false => Check::ok(NAME, found),
+    }
+}
+
+fn huge_page_limit(limit: Option<Limit>) -> Check {
+    const NAME: &str = "huge page limit";
+    let Some(limit) = limit else {
+        return Check::ok(NAME, "no control group sets one");
+    };
+    let pages = |bytes: u64| bytes / memfd::HUGE_PAGE_BYTES;
+    let found = format!(
+        "{} allows {} pages of 2 MiB, {} in use",
+        limit.by,
+        pages(limit.allowed),
+        pages(limit.used)
+    );
+    match pages(limit.left()) {
+        0 => Check::warn(NAME, found, limit.remedy),
+        _ => Check::ok(NAME, found),
+    }
+}
+
+fn task_limit(limit: Option<Limit>) -> Check {
+    const NAME: &str = "process limit";
+    let Some(limit) = limit else {
+        return Check::ok(NAME, "neither a control group nor this user has one");
+    };
+    let found = format!(
+        "{} allows {} processes and threads, {} there: enough for about {} workers",
+        limit.by,
+        limit.allowed,
+        limit.used,
+        limit.left().saturating_sub(TASKS_BESIDE) / TASKS_OF_WORKER
+    );
+    match limit.left() < TASKS_BESIDE + 4 * TASKS_OF_WORKER {
+        true => Check::warn(NAME, found, limit.remedy),
+        false => Check::ok(NAME, found),
+    }
+}
+
+/// Threads of a run beside its workers, and of a worker: about.
+const TASKS_BESIDE: u64 = 8;
+const TASKS_OF_WORKER: u64 = 3;
+
+fn cpu_limit(limit: Option<(f64, String)>) -> Check {
+    const NAME: &str = "cpu limit";
+    let threads = limits::cpus();
+    match limit {
+        Some((cores, by)) if cores < 1.0 => Check::warn(
+            NAME,
+            format!("{by} allows {cores:.2} cores"),
+            "raise it (docker run --cpus, CPUQuota= of a systemd unit)",
+        ),
+        Some((cores, by)) => Check::ok(
+            NAME,
+            format!("{by} allows {cores:.2} cores: {threads} threads compute"),
+        ),
+        None => Check::ok(NAME, format!("{threads} cores, all their time")),
+    }
+}
+
 fn bytes(limit: u64) -> String {
     match limit {
         RLIM_INFINITY => "unlimited".to_owned(),
@@ -404,7 +507,7 @@ mod tests {
 
     #[tokio::test]
     async fn may_be_asked_for_within_a_runtime() {
-        assert_eq!(run().len(), 11);
+        assert_eq!(run().len(), 15);
     }
 
     #[test]
@@ -450,6 +553,48 @@ mod tests {
             "{}",
             more.found
         );
+    }
+
+    #[test]
+    fn limits_are_told_with_who_sets_them() {
+        let limit = |allowed, used| Limit {
+            allowed,
+            used,
+            by: "x.max of cgroup /docker/f00".to_owned(),
+            remedy: "raise it",
+        };
+        let small = memory_limit(Some(limit(300 << 20, 280 << 20)));
+        assert_eq!(small.state, State::Warn);
+        assert_eq!(
+            small.found,
+            "x.max of cgroup /docker/f00 allows 300.0 MiB, 280.0 MiB in use"
+        );
+        assert_eq!(memory_limit(Some(limit(300 << 20, 0))).state, State::Ok);
+        let none = huge_page_limit(Some(limit(8 << 20, 8 << 20)));
+        assert!(
+            none.state == State::Warn && none.found.contains("4 pages of 2 MiB, 4 in use"),
+            "{none:?}"
+        );
+        assert_eq!(huge_page_limit(Some(limit(8 << 20, 0))).state, State::Ok);
+        let few = task_limit(Some(limit(10, 1)));
+        assert!(
+            few.state == State::Warn && few.found.contains("10 processes and threads"),
+            "{few:?}"
+        );
+        assert_eq!(task_limit(Some(limit(100, 1))).state, State::Ok);
+        let half = cpu_limit(Some((0.5, "cpu.max of cgroup /x".to_owned())));
+        assert!(
+            half.state == State::Warn && half.found.contains("0.50 cores"),
+            "{half:?}"
+        );
+        for none in [
+            memory_limit(None),
+            huge_page_limit(None),
+            task_limit(None),
+            cpu_limit(None),
+        ] {
+            assert_eq!(none.state, State::Ok, "{none:?}");
+        }
     }
 
     #[test]

@@ -28,6 +28,7 @@ mod output;
 pub mod privileges;
 mod program;
 mod random;
+pub mod requirements;
 mod runs;
 pub mod task;
 pub mod work;

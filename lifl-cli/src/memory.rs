@@ -96,6 +96,19 @@ fn members(job: &JobSpec, end: impl Fn(&WorkerSpec) -> Option<&Group>) -> HashMa
     members
 }
 
+/// Most children that an aggregator can have, while all workers are there.
+pub fn most_children(job: &JobSpec) -> u32 {
+    let parents = members(job, |worker| worker.down.as_ref());
+    let children = members(job, |worker| worker.up.as_ref());
+    let most = parents.into_iter().map(|(group, parents)| {
+        // They are dealt out in turn.
+        children
+            .get(group)
+            .map_or(0, |children| children.div_ceil(parents))
+    });
+    most.max().unwrap_or(0)
+}
+
 /// Aggregators' private memory by their group, while all workers are there. Up to two children are folded at once, under
 /// eager timing too: nothing is kept beside the slot then.
 fn kept_bytes<'a>(job: &'a JobSpec, schema: &Schema) -> HashMap<&'a Group, u64> {
@@ -165,6 +178,20 @@ pub struct Plan {
 }
 
 impl Plan {
+    /// Bytes of arenas that are on ordinary pages: those that control groups count as memory.
+    pub fn ordinary_bytes(&self) -> u64 {
+        if self.page_bytes != memfd::HUGE_PAGE_BYTES {
+            return self.pool_bytes;
+        }
+        let arenas = self
+            .workers
+            .iter()
+            .flat_map(|share| [share.arena_bytes, share.state_bytes]);
+        arenas
+            .filter(|&bytes| bytes < Layout::LARGE_BYTES)
+            .fold(0, u64::saturating_add)
+    }
+
     /// Adds up what the job takes on huge or ordinary pages. Sums that overflow stand as `u64::MAX`.
     pub fn new(job: &JobSpec, schema: &Schema, huge_pages: bool) -> Self {
         let object_bytes = object_bytes(schema);

@@ -23,6 +23,22 @@ pub struct Threads {
 }
 
 impl Threads {
+    /// How many of so many threads have something to do with so many elements: no more than there are chunks.
+    pub fn useful(threads: usize, elements: usize) -> usize {
+        threads.min(elements.div_ceil(CHUNK)).max(1)
+    }
+
+    /// As many threads as that, or half of them, and so on, where the system refuses some; in the end the caller's own.
+    pub fn up_to(mut threads: usize) -> Self {
+        loop {
+            match Self::new(threads) {
+                Ok(threads) => return threads,
+                Err(refused) => tracing::warn!("folding on fewer threads: {refused}"),
+            }
+            threads /= 2;
+        }
+    }
+
     /// As many threads as that, at least one; one means the caller's own.
     ///
     /// # Errors

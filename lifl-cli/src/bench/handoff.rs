@@ -27,7 +27,7 @@ use lifl_common::frame::{Frame, FrameKind};
 use lifl_common::id::{JobId, Key, WorkerId};
 use lifl_daemon::plane::{Bare, Request};
 use lifl_daemon::pool::HugePages;
-use lifl_daemon::{Daemon, GatewayOptions, Options};
+use lifl_daemon::{Daemon, GatewayOptions, Options, runtime};
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::sys::resource::UsageWho;
 use serde_json::{Map, json};
@@ -39,6 +39,7 @@ use super::echo::{self, WINDOW};
 use super::report::{Measured, Reporter, Seconds};
 use super::{Actor, HandoffArgs, Scene, machine};
 use crate::clock::monotonic_ns;
+use crate::requirements;
 
 /// In so many turns all that is measured of a way is measured.
 const TURNS: u32 = 20;
@@ -261,10 +262,7 @@ impl Stage {
         let socket = paths::own_daemon(std::process::id())?;
         // Several are measured in turn.
         let socket = socket.with_extension(format!("{via}.sock"));
-        let daemons = Builder::new_multi_thread()
-            .worker_threads(2)
-            .enable_all()
-            .build()?;
+        let daemons = runtime::start(requirements::COORDINATOR, || {})?;
         let daemon = {
             let _within = daemons.enter();
             Daemon::start(

@@ -30,7 +30,7 @@ pub(super) fn threads(count: usize) -> anyhow::Result<ThreadPool> {
 
 /// As many as the machine has for this process.
 pub(super) fn cores() -> usize {
-    std::thread::available_parallelism().map_or(1, Into::into)
+    lifl_common::limits::cpus()
 }
 
 /// Memory such as arenas have it: in large pages where the machine gives them, and touched. Of small floats, whatever their

@@ -282,7 +282,7 @@ struct Watch {
 impl Watch {
     fn begin(&mut self, root: u32) {
         self.begun = Some(Instant::now());
-        self.looking = Some(std::thread::spawn({
+        let looking = std::thread::Builder::new().spawn({
             let stop = Arc::clone(&self.stop);
             move || {
                 let mut seen: Vec<(Instant, TreeCpu)> = Vec::new();
@@ -302,7 +302,9 @@ impl Watch {
                 }
                 seen
             }
-        }));
+        });
+        // Without a thread for it nothing is said of processors.
+        self.looking = looking.ok();
     }
 
     /// What a round took, of so many until `last`.

@@ -24,6 +24,7 @@ use lifl_common::frame::Frame;
 use lifl_common::update::DType;
 use lifl_daemon::plane::Request;
 use lifl_daemon::pool::HugePages;
+use lifl_daemon::runtime::{self, Threads};
 use serde_json::{Map, Value, json};
 use tokio::runtime::Builder;
 
@@ -188,10 +189,14 @@ fn start_workers(
     let out = scene.folder().join("workers");
     std::fs::create_dir(&out)?;
     Tasks::of(&job.spec).write(&out)?;
-    let runtime = Builder::new_multi_thread()
-        .worker_threads(1)
-        .enable_all()
-        .build()?;
+    let runtime = runtime::start(
+        Threads {
+            workers: 1,
+            blocking: 1,
+            most_blocking: 64,
+        },
+        || {},
+    )?;
     let options = NodeOptions {
         daemon: DaemonChoice::Own,
         plane,

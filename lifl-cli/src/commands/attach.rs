@@ -7,10 +7,9 @@ use std::mem;
 
 use anyhow::{Context, anyhow};
 use lifl_daemon::signals::Ending as Asked;
-use tokio::runtime::Builder;
 
 use super::detach::{BEGUN, LOG};
-use super::runtime;
+use super::{ALONE, runtime};
 use crate::cli::AttachArgs;
 use crate::coordinate::LOCK;
 use crate::coordinate::report::{Event, METRICS, describe};
@@ -21,7 +20,7 @@ use crate::runs::{LOOK_AGAIN, RunAt};
 /// Follows a run.
 pub(crate) fn attach(args: &AttachArgs) -> Outcome {
     let run = RunAt::find(args.run.as_deref())?;
-    let runtime = runtime(&mut Builder::new_current_thread())?;
+    let runtime = runtime(ALONE)?;
     runtime.block_on(async {
         let mut asked = Asked::watch().because(Cause::Machine)?;
         let mut follower = Follower::new(&run, args.report.json);

@@ -5,9 +5,8 @@ use std::time::Duration;
 
 use anyhow::{Context, anyhow};
 use lifl_daemon::signals::Ending;
-use tokio::runtime::Builder;
 
-use super::{log, runtime};
+use super::{SMALL, log, runtime};
 use crate::bench::{self, EchoArgs, Scene};
 use crate::cli::BenchArgs;
 use crate::exit::{Because, Cause, Failure, Outcome};
@@ -20,7 +19,7 @@ pub(crate) fn bench(args: BenchArgs) -> Outcome {
     log("error");
     lifl_daemon::raise_open_files();
     let scene = Arc::new(Scene::new().because(Cause::Machine)?);
-    let runtime = runtime(&mut Builder::new_current_thread())?;
+    let runtime = runtime(SMALL)?;
     let outcome = runtime.block_on(async {
         let mut ending = Ending::watch().because(Cause::Machine)?;
         // The bench has runtimes of its own: a thread where none is.

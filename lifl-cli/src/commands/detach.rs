@@ -23,9 +23,8 @@ use nix::unistd::{Pid, dup2_stderr, dup2_stdin, dup2_stdout, setsid};
 use serde::{Deserialize, Serialize};
 use tokio::io::AsyncReadExt;
 use tokio::net::unix::pipe::Receiver;
-use tokio::runtime::Builder;
 
-use super::runtime;
+use super::{ALONE, runtime};
 use crate::cli::Report;
 use crate::dir::Dir;
 use crate::exit::{Because, Cause, Outcome};
@@ -54,7 +53,7 @@ struct Begun {
 /// # Errors
 /// If it cannot be started at all.
 pub(crate) fn start(report: Report) -> Outcome<u8> {
-    let runtime = runtime(&mut Builder::new_current_thread())?;
+    let runtime = runtime(ALONE)?;
     runtime.block_on(async {
         let mut ending = Ending::watch().because(Cause::Machine)?;
         let (begun, pipe) = io::pipe().context("pipe").because(Cause::Machine)?;

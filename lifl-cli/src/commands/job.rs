@@ -5,12 +5,12 @@ use std::path::PathBuf;
 
 use lifl_common::config::{self, ConfigError, JobSpec, Loaded, Timing, Transport, UpdateKind};
 use lifl_common::control::Welcome;
+use lifl_common::limits::{self, Cgroups};
 use lifl_daemon::plane;
 use lifl_daemon::pool::HugePages;
 use serde_json::json;
-use tokio::runtime::Builder;
 
-use super::runtime;
+use super::{SMALL, runtime};
 use crate::cli::{Choices, JobArgs, Report};
 use crate::coordinate::node::{DaemonChoice, Node, NodeOptions};
 use crate::coordinate::pairing::{Pair, pair};
@@ -21,6 +21,7 @@ use crate::inputs;
 use crate::learn;
 use crate::memory::{self, Plan};
 use crate::output::outln;
+use crate::requirements::Requirements;
 
 /// Reads a job, and prints its problems as events where they were asked for.
 pub(super) fn load(paths: &[PathBuf], choices: &Choices, report: Report) -> Outcome<Loaded> {
@@ -82,6 +83,7 @@ pub(crate) fn plan(args: &JobArgs) -> Outcome {
     let schema = learn::schema(&job).because(Cause::Config)?;
     let daemon = daemon_for(&job)?;
     let plan = Plan::new(&job, &schema, daemon.huge_pages);
+    let needs = Requirements::of(&job, &schema);
     let pairs = pair(&job.workers, |_| true);
     if args.report.json {
         let tree: Vec<_> = job
@@ -102,7 +104,7 @@ pub(crate) fn plan(args: &JobArgs) -> Outcome {
         let (plane, reason) = (daemon.plane, daemon.plane_reason);
         outln!(
             "{}",
-            json!({ "event": "plan", "job": job.name, "tree": tree, "memory": plan, "notes": notes, "brokers": job.brokers, "plane": plane, "plane_reason": reason })
+            json!({ "event": "plan", "job": job.name, "tree": tree, "memory": plan, "notes": notes, "brokers": job.brokers, "plane": plane, "plane_reason": reason, "requirements": needs, "memory_limit": Cgroups::current().memory(), "task_limit": limits::tasks() })
         )?;
         return Ok(());
     }
@@ -153,7 +155,25 @@ pub(crate) fn plan(args: &JobArgs) -> Outcome {
         "private  at most {} in {processes} processes",
         human_bytes(plan.private_bytes),
     )?;
-    outln!("memory   at most {}", human_bytes(plan.total_bytes))?;
+    let limit = match Cgroups::current().memory() {
+        Some(limit) => format!(
+            "; {} allows {}, {} in use",
+            limit.by,
+            human_bytes(limit.allowed),
+            human_bytes(limit.used)
+        ),
+        None => String::new(),
+    };
+    outln!("memory   at most {}{limit}", human_bytes(plan.total_bytes))?;
+    if let Some(limit) = limits::tasks() {
+        outln!(
+            "tasks    {} processes and threads beside this one; {} allows {}, {} there",
+            needs.tasks,
+            limit.by,
+            limit.allowed,
+            limit.used
+        )?;
+    }
     for (transport, address) in [("p2p", &job.brokers.p2p), ("mqtt", &job.brokers.mqtt)] {
         if let Some(address) = address {
             outln!("{transport:<8} at {address}")?;
@@ -173,7 +193,7 @@ fn daemon_for(job: &JobSpec) -> Outcome<Welcome> {
         workers: memory::registrations(job),
         insecure: false,
     };
-    runtime(&mut Builder::new_current_thread())?.block_on(async {
+    runtime(SMALL)?.block_on(async {
         let node = Node::find(&options).await?;
         let welcome = node.client.welcome().clone();
         node.stop().await.because(Cause::Machine)?;

@@ -15,9 +15,10 @@ pub(crate) use run::run;
 pub(crate) use status::status;
 pub(crate) use stop::stop;
 
-use anyhow::{Context, anyhow};
+use anyhow::anyhow;
+use lifl_daemon::runtime::{self, Threads};
 use serde_json::json;
-use tokio::runtime::{Builder, Runtime};
+use tokio::runtime::Runtime;
 use tracing_subscriber::EnvFilter;
 
 use crate::cli::Report;
@@ -36,18 +37,34 @@ fn log(default: &str) {
         .init();
 }
 
-fn runtime(builder: &mut Builder) -> Outcome<Runtime> {
-    builder
-        .enable_all()
-        .build()
-        .context("no tokio runtime")
-        .because(Cause::Machine)
+/// A command that needs no more than its own thread.
+const ALONE: Threads = Threads {
+    workers: 0,
+    blocking: 0,
+    most_blocking: 1,
+};
+
+/// A command that needs no more than its own thread, and one to look up names on.
+const SMALL: Threads = Threads {
+    workers: 0,
+    blocking: 1,
+    most_blocking: 1,
+};
+
+fn runtime(threads: Threads) -> Outcome<Runtime> {
+    runtime::start(threads, || {}).because(Cause::Machine)
 }
 
 /// Plays a role; its log is standard error, which `lifl run` sends to a file.
-pub(crate) fn worker(place: Place) -> Outcome {
+///
+/// `blocking` is how many threads it has for work that blocks.
+pub(crate) fn worker(place: Place, blocking: usize) -> Outcome {
     log("info");
-    let runtime = runtime(&mut Builder::new_current_thread())?;
+    let runtime = runtime(Threads {
+        workers: 0,
+        blocking,
+        most_blocking: blocking,
+    })?;
     let played = runtime.block_on(work::play(place)).because(Cause::Job);
     // A training that is under way when the job ends is of no use to anybody.
     runtime.shutdown_background();

@@ -1,20 +1,22 @@
 //! `lifl run`.
 
+use lifl_daemon::runtime;
 use lifl_daemon::signals::Ending;
-use tokio::runtime::Builder;
 use tokio_util::sync::CancellationToken;
 
 use super::detach::Detachment;
 use super::job::load;
-use super::{log, runtime};
+use super::log;
 use crate::cli::RunArgs;
 use crate::coordinate::node::NodeOptions;
 use crate::coordinate::report::{Event, Reporter};
 use crate::coordinate::{self, Destination, Resumed, RunOptions};
 use crate::dir::Trust;
 use crate::exit::{Because, Cause, Outcome};
+use crate::learn;
 use crate::memory;
 use crate::privileges::Privileges;
+use crate::requirements::{self, Requirements};
 
 /// Runs a job until it is done, fails or is interrupted; the last event says which.
 pub(crate) fn run(args: &RunArgs) -> Outcome {
@@ -75,11 +77,10 @@ fn run_with(args: &RunArgs, reporter: &mut Reporter) -> Outcome {
     };
     // Its own daemon's descriptors are this process's.
     lifl_daemon::raise_open_files();
-    let mut builder = Builder::new_multi_thread();
-    builder
-        .worker_threads(2)
-        .on_thread_start(move || privileges.give_up());
-    let runtime = runtime(&mut builder)?;
+    let schema = learn::schema(&job).because(Cause::Config)?;
+    Requirements::of(&job, &schema).check()?;
+    let runtime = runtime::start(requirements::COORDINATOR, move || privileges.give_up());
+    let runtime = runtime.because(Cause::Machine)?;
     let outcome = runtime.block_on(async {
         let shutdown = CancellationToken::new();
         let mut ending = Ending::watch().because(Cause::Machine)?;

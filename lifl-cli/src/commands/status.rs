@@ -8,9 +8,8 @@ use comfy_table::{CellAlignment, Table};
 use lifl_common::control::{FlamePage, Status, UserStatus};
 use nix::time::{ClockId, clock_gettime};
 use serde_json::json;
-use tokio::runtime::Builder;
 
-use super::{log, runtime};
+use super::{SMALL, log, runtime};
 use crate::cli::StatusArgs;
 use crate::coordinate::node::reachable;
 use crate::coordinate::report::human_bytes;
@@ -20,7 +19,7 @@ use crate::output::outln;
 /// Shows what every daemon has. Fails if there is none.
 pub(crate) fn status(args: &StatusArgs) -> Outcome {
     log("warn");
-    let runtime = runtime(&mut Builder::new_current_thread())?;
+    let runtime = runtime(SMALL)?;
     runtime.block_on(async {
         let daemons = reachable(args.daemon.as_deref()).await?;
         if daemons.is_empty() {

@@ -30,6 +30,7 @@ use anyhow::{Context, anyhow};
 use lifl_common::client::{Client, FrameSocket};
 use lifl_common::config::{Dataset, JobSpec, SampleShape};
 use lifl_common::id::{JobId, WorkerId};
+use lifl_common::limits;
 use lifl_common::update::Schema;
 use tokio_util::sync::CancellationToken;
 
@@ -49,6 +50,7 @@ use crate::inputs;
 use crate::learn;
 use crate::memory;
 use crate::privileges::Privileges;
+use crate::requirements::{self, Requirements};
 
 /// How to run a job.
 #[derive(Debug)]
@@ -299,7 +301,8 @@ async fn with_node(
         .await
         .because(Cause::Machine)?;
     let gateway = Gateway::open(job, &schema, &mut client, options.node.insecure).await?;
-    let workers = Workers::start(job, job_id, &node.socket, &folder, &gateway, from).because(Cause::Job)?;
+    let workers = Workers::start(job, job_id, &node.socket, &folder, &gateway, from)
+        .map_err(|error| Failure::new(refused_by(&error), error))?;
     let mut run = Run {
         job,
         schema,
@@ -357,6 +360,8 @@ fn check_room(job: &JobSpec, schema: &Schema, node: &Node) -> Outcome {
     let daemon = node.client.welcome();
     let machine = |error| Err(Failure::new(Cause::Machine, error));
     let plan = memory::Plan::new(job, schema, daemon.huge_pages);
+    requirements::check_memory(&plan)?;
+    Requirements::of(job, schema).check_descriptors(node.is_own())?;
     let free = daemon.pool_bytes.saturating_sub(daemon.pool_used_bytes);
     if plan.pool_bytes > free {
         let how = if node.is_own() {
@@ -381,6 +386,17 @@ fn check_room(job: &JobSpec, schema: &Schema, node: &Node) -> Outcome {
         ));
     }
     Ok(())
+}
+
+/// What a process that cannot be started tells of: the machine where it is the system's answer.
+fn refused_by(error: &anyhow::Error) -> Cause {
+    let system = error
+        .chain()
+        .find_map(|cause| cause.downcast_ref::<std::io::Error>());
+    match system.and_then(limits::explain_refusal) {
+        Some(_) => Cause::Machine,
+        None => Cause::Job,
+    }
 }
 
 /// The workers by role, from the top down.

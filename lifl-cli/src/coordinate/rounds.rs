@@ -35,7 +35,7 @@ use super::watch::{Awake, Watch};
 use super::workers::Workers;
 use super::{Run, levels};
 use crate::exit::{Because, Cause, Failure, Outcome};
-use crate::learn::{Evaluation, Evaluator};
+use crate::learn::{Evaluation, Evaluator, LearnError};
 use crate::memory;
 
 /// A round's new model, as the top lent it.
@@ -169,7 +169,10 @@ impl<'r, 'j> Rounds<'r, 'j> {
         .await
         .context("the data could not be read")
         .because(Cause::Job)?
-        .because(Cause::Config)?;
+        .map_err(|error| match error.downcast_ref() {
+            Some(LearnError::Threads { .. }) => Failure::new(Cause::Machine, error),
+            _ => Failure::new(Cause::Config, error),
+        })?;
         self.evaluator = known.evaluator;
         self.roster.know_samples(known.samples);
         self.wait_for_workers().await?;

@@ -18,7 +18,9 @@ use tokio_util::sync::CancellationToken;
 
 use super::folder::RunFolder;
 use super::gateway::Gateway;
+use crate::learn;
 use crate::program;
+use crate::requirements;
 use crate::task::Tasks;
 
 /// How long workers have to leave when the job has ended.
@@ -39,7 +41,7 @@ pub(super) struct Workers {
     insecure: bool,
     /// The round of the checkpoint that the top begins from.
     start: Option<u32>,
-    /// Trainers work all at once: between them they get each core about once.
+    /// Threads that each trainer computes on.
     trainer_threads: String,
     processes: JoinSet<(usize, std::io::Result<ExitStatus>)>,
     oom: OomKills,
@@ -60,8 +62,6 @@ impl Workers {
         gateway: &Gateway,
         start: Option<u32>,
     ) -> anyhow::Result<Self> {
-        let cores = std::thread::available_parallelism().map_or(1, usize::from);
-        let trainers = job.trainers().count();
         let mut workers = Self {
             socket: socket.to_owned(),
             job_id,
@@ -70,7 +70,7 @@ impl Workers {
             access: job.workers.iter().map(|spec| gateway.access(spec)).collect(),
             insecure: gateway.is_insecure(),
             start,
-            trainer_threads: (cores / trainers.max(1)).max(1).to_string(),
+            trainer_threads: requirements::trainer_threads(job, limits::cpus()).to_string(),
             processes: JoinSet::new(),
             oom: OomKills::so_far(),
             running: HashMap::new(),
@@ -105,6 +105,9 @@ impl Workers {
             .arg("--job")
             .arg(self.job_id.0.to_string());
         command
+            .arg("--blocking")
+            .arg(requirements::blocking(spec).to_string());
+        command
             .arg("--run")
             .arg(self.folder.dir().path())
             .arg("--name")
@@ -121,16 +124,18 @@ impl Workers {
             command.env(SECRET_VARIABLE, secret.to_text());
         }
         if spec.kind == Kind::Trainer {
-            command.env("RAYON_NUM_THREADS", &self.trainer_threads);
+            command.env(learn::threads::VARIABLE, &self.trainer_threads);
         }
         // The folder itself: whatever is at its path by now.
         command.stdin(run.context("the run's folder cannot be handed on")?);
         command.stdout(Stdio::null()).stderr(log);
         // Out of the terminal's process group: Ctrl-C is for the coordinator, which ends the job in order.
         command.process_group(0).kill_on_drop(true);
-        let child = command
-            .spawn()
-            .with_context(|| format!("cannot start {}", spec.name))?;
+        let child = command.spawn().map_err(|error| {
+            let limit = limits::explain_refusal(&error);
+            let limit = limit.map_or_else(String::new, |limit| format!(": {limit}"));
+            anyhow::Error::new(error).context(format!("cannot start {}{limit}", spec.name))
+        })?;
         self.watch(index, child);
         Ok(())
     }

@@ -40,6 +40,14 @@ pub enum LearnError {
     /// The tensors do not make a model.
     #[error("the model cannot be laid out")]
     Schema(#[from] SchemaError),
+    /// The system refuses the threads that learners compute on.
+    #[error("no thread to compute on can be made ({why}): {limit}")]
+    Threads {
+        /// The system's answer.
+        why: String,
+        /// The limit, and how to raise it.
+        limit: String,
+    },
     /// The arithmetic library.
     #[error("candle failed")]
     Candle(#[from] candle_core::Error),

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use anyhow::Context;
 use lifl_common::config::{Dataset, JobSpec, Kind, WorkerSpec};
 
-use super::{Evaluator, Learner, build, synthetic};
+use super::{Evaluator, Learner, build, synthetic, threads};
 use crate::data;
 
 /// The learner of a trainer, with its [part](JobSpec::part_of) of its data.
@@ -17,6 +17,7 @@ pub fn for_trainer(
     trainer: &WorkerSpec,
     (part, parts): (u32, u32),
 ) -> anyhow::Result<Box<dyn Learner>> {
+    threads::start(&job.model)?;
     let share = trainer.share.context("a trainer without a number")?;
     let samples = match job.data_of(trainer) {
         Some(source) => Some(data::open(&source, job.seed)?.train_share(part, parts)?),
@@ -35,6 +36,7 @@ pub fn evaluator(job: &JobSpec) -> anyhow::Result<Option<Evaluator>> {
 }
 
 fn evaluator_of(job: &JobSpec, source: &data::Source) -> anyhow::Result<Option<Evaluator>> {
+    threads::start(&job.model)?;
     let test = source.test();
     if test.is_empty() {
         return Ok(None);

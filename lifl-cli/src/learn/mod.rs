@@ -12,6 +12,7 @@ mod network;
 mod ops;
 mod sgd;
 mod synthetic;
+pub mod threads;
 
 use lifl_common::config::{JobSpec, ModelSpec, SampleShape, TrainingSpec};
 use lifl_common::update::{Schema, Tensors, TensorsMut};

@@ -37,6 +37,7 @@ use anyhow::Context;
 use lifl_common::config::{JobSpec, Kind};
 use lifl_common::frame::{Frame, FrameKind, Refusal};
 use lifl_common::id::{Key, WorkerId};
+use lifl_common::limits;
 use lifl_common::update::{Cover, Metadata, Schema, TensorsMut, image};
 
 use self::children::{Bound, Children, Found, Given};
@@ -50,6 +51,7 @@ use super::link::Incoming;
 use super::{Place, join, ready, uplink};
 use crate::aggregate::{Accumulator, Threads};
 use crate::dir::Dir;
+use crate::learn;
 use crate::task::Task;
 
 /// Answers of one worker that are kept which came before they can be taken; what it sends beyond that is refused.
@@ -170,7 +172,11 @@ struct Aggregator<G> {
 pub(super) async fn play(place: Place, run: &Dir, task: Task, schema: Schema) -> anyhow::Result<()> {
     let link = join(&place, &task, &schema).await?;
     let up = Up::new(uplink(&place, &task.worker)?);
-    let threads = Threads::new(std::thread::available_parallelism().map_or(1, usize::from))?;
+    let threads = Threads::up_to(Threads::useful(limits::cpus(), schema.elements()));
+    if task.worker.kind == Kind::Top && learn::threads::made(&task.job.model, 1) > 0 {
+        // It makes the first model.
+        learn::threads::start(&task.job.model)?;
+    }
     let mut aggregator = Aggregator::new(link, up, threads, task, schema);
     if aggregator.at_top() {
         match place.start {

@@ -291,6 +291,27 @@ pub fn explain_threads() -> String {
         .to_owned()
 }
 
+/// Which limit a call has run into that a descriptor, a process or memory was refused, and how to raise it; `None` if it failed
+/// otherwise.
+pub fn explain_refusal(error: &std::io::Error) -> Option<String> {
+    match error.raw_os_error()? {
+        libc::EAGAIN => Some(explain_threads()),
+        libc::ENOMEM => Some(
+            "raise the limit of memory (docker run --memory, MemoryMax= of a systemd unit, ulimit -v)"
+                .to_owned(),
+        ),
+        libc::EMFILE => {
+            let limit = descriptors()?;
+            Some(format!(
+                "{} allows {}, {} are open: {}",
+                limit.by, limit.allowed, limit.used, limit.remedy
+            ))
+        }
+        libc::ENFILE => Some("raise fs.file-max (sysctl)".to_owned()),
+        _ => None,
+    }
+}
+
 /// Less than this left of a limit of memory is why a thread cannot have its stack.
 const NEAR_BYTES: u64 = 16 << 20;
 

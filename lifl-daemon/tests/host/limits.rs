@@ -1,0 +1,83 @@
+//! A daemon where control groups and resource limits leave little.
+
+use lifl_common::arena::Layout;
+use lifl_common::client::Client;
+use nix::sys::signal::Signal;
+
+use crate::cgroup::Group;
+use crate::process::{Daemon, connect, job, within, worker};
+
+/// The end of a daemon that is started by that command.
+fn end(daemon: &mut Daemon, command: std::process::Command) -> (Option<i32>, String) {
+    daemon.spawn(command);
+    let status = daemon.wait();
+    (status.code(), daemon.log())
+}
+
+#[test]
+fn without_a_thread_it_does_not_start_and_says_which_limit() {
+    let Some(group) = Group::new("pids") else { return };
+    for most in [1, 2, 3] {
+        let mut daemon = Daemon::new("");
+        group.set("pids.max", "pids.max", most);
+        let command = group.command("", &daemon.command("exec \"$@\"", &["--plane", "relay"]));
+        let (code, log) = end(&mut daemon, command);
+        assert_eq!(code, Some(3), "{log}");
+        let by = format!("pids.max of cgroup {} allows {most}", group.name());
+        assert!(log.contains(&by) && log.contains("TasksMax"), "{log}");
+        assert!(!log.contains("panicked"), "{log}");
+    }
+}
+
+#[tokio::test]
+async fn one_that_runs_lives_on_where_no_thread_can_be_had() {
+    let Some(group) = Group::new("pids") else { return };
+    let mut daemon = Daemon::new("");
+    group.set("pids.max", "pids.max", 4);
+    let command = group.command("", &daemon.command("exec \"$@\"", &["--plane", "relay"]));
+    daemon.spawn(command);
+    daemon.listening().await;
+    // Fewer than there are.
+    group.set("pids.max", "pids.max", 1);
+    let socket = daemon.socket();
+    let (mut parent, id, _up) = job(&socket, "few").await;
+    let (mut child, _down) = worker(&socket, id, "trainer-1").await;
+    let layout = Layout {
+        slots: 1,
+        slot_bytes: 4096,
+    };
+    within(child.create_arena(layout)).await.expect("an arena");
+    // A name to look up, and an address that the gateway may not have.
+    let _ = within(parent.open_gateway(None, Some("localhost:1".to_owned()), 4096)).await;
+    within(connect(&socket)).await;
+    assert!(within(Client::connect(&socket)).await.is_ok());
+    assert!(!daemon.log().contains("panicked"), "{}", daemon.log());
+    daemon.terminate();
+}
+
+#[test]
+fn too_few_descriptors_are_named() {
+    for most in [5, 8, 16, 24] {
+        let mut daemon = Daemon::new("");
+        let shell = format!("ulimit -n {most}; exec \"$@\"");
+        let command = daemon.command(&shell, &["--plane", "relay"]);
+        let (code, log) = end(&mut daemon, command);
+        assert_eq!(code, Some(3), "{log}");
+        assert!(log.contains(&format!("RLIMIT_NOFILE allows {most}")), "{log}");
+        assert!(!log.contains("panicked"), "{log}");
+    }
+}
+
+#[tokio::test]
+async fn the_pool_is_half_of_what_the_group_leaves() {
+    let Some(group) = Group::new("memory") else { return };
+    let mut daemon = Daemon::new("");
+    group.set("memory.limit_in_bytes", "memory.max", 200 << 20);
+    let command = group.command("", &daemon.command("exec \"$@\"", &["--plane", "relay"]));
+    daemon.spawn(command);
+    daemon.listening().await;
+    let pool = connect(&daemon.socket()).await.welcome().pool_bytes;
+    assert!((50 << 20..=100 << 20).contains(&pool), "{pool}");
+    daemon.signal(Signal::SIGTERM);
+    assert!(daemon.wait().success());
+}
