@@ -90,6 +90,19 @@ fn config() {
         r#"{"job":{"id":"1"},"job":{"id":"2"},"roles":[]}"#,
     );
     seed("config", "deep", "[".repeat(4000));
+    seed(
+        "config",
+        "byte-order-mark",
+        format!("\u{feff}{{\"job\":{{\"id\":\"j\"}},\"hyperparameters\":{{\"rounds\":2.0}},}}"),
+    );
+    let utf_16: Vec<u8> = "{\"job\": 1}".encode_utf16().flat_map(u16::to_le_bytes).collect();
+    seed("config", "utf-16", utf_16);
+    seed("config", "not-json", "{'a': NaN, // one\n}");
+    seed(
+        "config",
+        "secret",
+        r#"{"dataset":"http://bob:pw@host/a.npz?token=x","datset":"s3://k:s@b"}"#,
+    );
 }
 
 fn control_packet() {
@@ -318,6 +331,41 @@ fn idx() {
         "two-members",
         with(0, &[gzip(&images[..100]), gzip(&images[100..])].concat(), &labels),
     );
+    seed(
+        "idx",
+        "padded",
+        with(0, &[gzip(&images), vec![0; 512]].concat(), &labels),
+    );
+    let header = |words: &[u32]| {
+        words
+            .iter()
+            .flat_map(|word| word.to_be_bytes())
+            .collect::<Vec<u8>>()
+    };
+    let colour = [
+        header(&[0x0804, 6, 4, 5, 3]),
+        (0..6 * 60).map(|i| i as u8).collect(),
+    ]
+    .concat();
+    let rows: Vec<u8> = (0..6_u32)
+        .flat_map(|n| header(&[n, 4, 0, 0, 1, 2, 3, 4]))
+        .collect();
+    seed(
+        "idx",
+        "colour-qmnist",
+        with(0, &colour, &[header(&[0x0c02, 6, 8]), rows].concat()),
+    );
+    let floats: Vec<u8> = (0..6 * 9).flat_map(|i| (i as f32 / 53.0).to_be_bytes()).collect();
+    let wide: Vec<u8> = (0..6_u16).flat_map(|n| (n * 40).to_be_bytes()).collect();
+    seed(
+        "idx",
+        "floats-many-classes",
+        with(
+            1,
+            &[header(&[0x0d03, 6, 3, 3]), floats].concat(),
+            &[header(&[0x0b01, 6]), wide].concat(),
+        ),
+    );
     seed("idx", "cut-off", with(0, &gzip(&images)[..40], &labels));
     // More than a process may have, behind a header that promises two labels; and one that promises a million images.
     let mut bomb = labels[..8].to_vec();
@@ -350,6 +398,39 @@ fn npz() {
             [&[how], &parts(&refs)[..]].concat(),
         );
     }
+    let array = |descr: &str, fortran: &str, shape: &str, data: &[u8]| {
+        let header = format!("{{'descr': '{descr}', 'fortran_order': {fortran}, 'shape': {shape}, }}\n");
+        let length = (header.len() as u16).to_le_bytes();
+        [b"\x93NUMPY\x01\x00", &length[..], header.as_bytes(), data].concat()
+    };
+    let (int, float) = (
+        [3_i64, 46].map(i64::to_le_bytes).concat(),
+        [0.5_f32; 24].map(f32::to_le_bytes).concat(),
+    );
+    for (name, x, y) in [
+        (
+            "int64-column",
+            array("|u1", "False", "(2, 3, 4, 1)", &[9; 24]),
+            array("<i8", "False", "(2, 1)", &int),
+        ),
+        (
+            "floats-one-hot",
+            array("<f4", "False", "(2, 3, 2, 2)", &float),
+            array("|b1", "False", "(2, 2)", &[0, 1, 1, 0]),
+        ),
+        (
+            "fortran-squares",
+            array("|u1", "True", "(2, 9)", &[5; 18]),
+            array(">u2", "False", "(2,)", &[0, 1, 0, 7]),
+        ),
+        (
+            "objects",
+            array("|O", "False", "(2, 3, 3)", b"\x80\x04"),
+            array("|u1", "False", "(2,)", &[0, 1]),
+        ),
+    ] {
+        seed("npz", name, [&[1], &parts(&[&x, &y, &x, &y])[..]].concat());
+    }
     let names = ["x_train.npy", "y_train.npy", "x_test.npy", "y_test.npy"];
     let archive = |arrays: &[&[u8]]| {
         let mut zip = ZipWriter::new(Cursor::new(Vec::new()));
@@ -361,6 +442,7 @@ fn npz() {
         zip.finish().expect("an archive").into_inner()
     };
     let whole = archive(&refs);
+    seed("npz", "packed-again", [&[0], &gzip(&whole)[..]].concat());
     seed("npz", "archive", [&[0], &whole[..]].concat());
     seed("npz", "cut-off", [&[0], &whole[..whole.len() / 2]].concat());
     // More than a process may have, in an array that says it is of two samples; and one that promises a million.

@@ -1,8 +1,9 @@
 //! Finds what a path means: a folder of IDX files, one pair of them, or an archive of NumPy arrays.
 
 use std::collections::BTreeMap;
-use std::fs;
-use std::io::{BufReader, Read};
+use std::fs::{self, File};
+use std::io::{self, BufReader, Read, Seek, SeekFrom, Write};
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -11,8 +12,11 @@ use super::samples::Samples;
 use super::{idx, npz};
 use crate::foreign::{self, Foreign};
 
-/// The largest archive that is unpacked into memory, because it was packed once more.
-const MOST_UNPACKED_BYTES: usize = 1 << 30;
+/// How gzip data begins.
+const GZIP: &[u8] = &[0x1f, 0x8b];
+
+/// The largest archive that is unpacked because it was packed once more.
+const MOST_UNPACKED_BYTES: u64 = 1 << 30;
 
 /// How an array file is made of whatever somebody has.
 const SAVE: &str = "IDX files or an archive of NumPy arrays: numpy.savez(\"data.npz\", x_train=…, y_train=…, x_test=…, y_test=…)";
@@ -34,7 +38,7 @@ pub(super) fn read(path: &Path) -> Result<Files, DataError> {
     match fs::metadata(path) {
         Ok(metadata) if metadata.is_dir() => return read_folder(path),
         Ok(_) => {}
-        Err(error) if error.kind() == std::io::ErrorKind::PermissionDenied => {
+        Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
             return Err(DataError::io(path, "look at it, let this user read it (`chmod`)")(error));
         }
         Err(_) => {
@@ -49,43 +53,82 @@ pub(super) fn read(path: &Path) -> Result<Files, DataError> {
     if start.starts_with(b"PK") {
         return npz::read(path, &npz::Source::File);
     }
-    // What is within gzip, perhaps twice: a server may pack what is packed already.
-    let mut packed = start.starts_with(&[0x1f, 0x8b]);
-    let (mut unpacked, mut inner) = (None, start);
+    // What is within gzip, perhaps twice: a server may pack what is packed already. An archive is read from its end, so it is
+    // unpacked first.
+    let (packed, mut layer, mut inner) = (start.starts_with(GZIP), None, start);
     for _ in 0..2 {
-        if !inner.starts_with(&[0x1f, 0x8b]) {
+        if !inner.starts_with(GZIP) {
             break;
         }
-        let mut reader: Box<dyn Read> = match unpacked.take() {
+        let mut reader: Box<dyn Read> = match layer.take() {
             None => idx::open(path)?,
-            Some(bytes) => idx::unpacked(BufReader::new(std::io::Cursor::new(bytes))).map_err(io())?,
+            Some(file) => idx::unpacked(BufReader::new(Spooled::new(file))).map_err(io())?,
         };
         inner = idx::bytes(path, &mut reader, foreign::START_BYTES)?;
-        if !inner.starts_with(b"PK") && !inner.starts_with(&[0x1f, 0x8b]) {
-            break;
+        if inner.starts_with(b"PK") || inner.starts_with(GZIP) {
+            layer = Some(spool(path, &inner, &mut reader)?);
         }
-        let mut bytes = inner.clone();
-        bytes.extend(idx::bytes(path, &mut reader, MOST_UNPACKED_BYTES)?);
-        if bytes.len() >= MOST_UNPACKED_BYTES {
-            return Err(DataError::format(
-                path,
-                "more than 1 GiB when it is unpacked",
-                "a smaller data set",
-            ));
-        }
-        unpacked = Some(bytes);
     }
-    if let Some(bytes) = unpacked {
-        if inner.starts_with(b"PK") {
-            return npz::read(path, &npz::Source::Memory(Arc::from(bytes)));
-        }
-        packed = true;
+    if let Some(file) = layer.filter(|_| inner.starts_with(b"PK")) {
+        return npz::read(path, &npz::Source::Spooled(file));
     }
     if !inner.starts_with(&[0, 0]) {
         return Err(other(path, &inner, packed));
     }
     let labels = labels_beside(path)?;
     Ok(Files::Whole(idx::read_pair(path, &labels)?))
+}
+
+/// Writes what is unpacked into a file without a name, which goes with its last user.
+fn spool(path: &Path, start: &[u8], reader: &mut dyn Read) -> Result<Arc<File>, DataError> {
+    let io = || DataError::io(path, "unpack it into a temporary file (TMPDIR names the folder)");
+    let mut file = tempfile::tempfile().map_err(io())?;
+    let (mut piece, mut length) = (start.to_vec(), 0);
+    while !piece.is_empty() {
+        length += piece.len() as u64;
+        if length > MOST_UNPACKED_BYTES {
+            return Err(DataError::format(
+                path,
+                "more than 1 GiB when it is unpacked",
+                "a smaller data set, or this one unpacked (`gunzip`)",
+            ));
+        }
+        file.write_all(&piece).map_err(io())?;
+        piece = idx::bytes(path, reader, 1 << 20)?;
+    }
+    Ok(Arc::new(file))
+}
+
+/// A spooled file from its start; each reader has a place of its own in it.
+pub(super) struct Spooled {
+    file: Arc<File>,
+    at: u64,
+}
+
+impl Spooled {
+    pub(super) fn new(file: Arc<File>) -> Self {
+        Self { file, at: 0 }
+    }
+}
+
+impl Read for Spooled {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let n = self.file.read_at(buffer, self.at)?;
+        self.at += n as u64;
+        Ok(n)
+    }
+}
+
+impl Seek for Spooled {
+    fn seek(&mut self, to: SeekFrom) -> io::Result<u64> {
+        let at = match to {
+            SeekFrom::Start(at) => Some(at),
+            SeekFrom::End(by) => self.file.metadata()?.len().checked_add_signed(by),
+            SeekFrom::Current(by) => self.at.checked_add_signed(by),
+        };
+        self.at = at.ok_or_else(|| io::Error::other("a place before the file's start"))?;
+        Ok(self.at)
+    }
 }
 
 /// Names a file that is no data set.

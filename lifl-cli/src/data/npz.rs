@@ -3,7 +3,7 @@
 //! An array is read from what its header says of it (NEP 1). Pickled objects are refused by name: reading them can run code.
 
 use std::fs::File;
-use std::io::{BufReader, Cursor, Read, Seek};
+use std::io::{BufReader, Read, Seek};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -12,7 +12,7 @@ use zip::{CompressionMethod, ZipArchive};
 
 use super::array::{self, Array, Element, Header};
 use super::error::DataError;
-use super::files::Files;
+use super::files::{Files, Spooled};
 use super::idx::{bytes, open_file};
 
 /// A longer array header than any of a sound file.
@@ -44,10 +44,10 @@ const WHOLE: [(&str, &str); 7] = [
     ("arr_0", "arr_1"),
 ];
 
-/// What an archive is read from: its file, or its bytes where that was packed once more.
+/// What an archive is read from: its file, or what was unpacked of that where it was packed once more.
 pub(super) enum Source {
     File,
-    Memory(Arc<[u8]>),
+    Spooled(Arc<File>),
 }
 
 trait ReadSeek: Read + Seek {}
@@ -59,7 +59,7 @@ type Archive = ZipArchive<Box<dyn ReadSeek>>;
 fn archive(path: &Path, source: &Source) -> Result<Archive, DataError> {
     let reader: Box<dyn ReadSeek> = match source {
         Source::File => Box::new(BufReader::<File>::new(open_file(path)?.0)),
-        Source::Memory(bytes) => Box::new(Cursor::new(Arc::clone(bytes))),
+        Source::Spooled(file) => Box::new(BufReader::new(Spooled::new(Arc::clone(file)))),
     };
     ZipArchive::new(reader).map_err(|e| match e {
         ZipError::Io(e) if e.kind() != std::io::ErrorKind::UnexpectedEof => DataError::io(path, "read it")(e),

@@ -161,6 +161,14 @@ pub(super) fn read_one(path: &Path, findings: &mut Findings) -> Option<Parsed> {
                     .add(ProblemKind::Conflict, &place, "given twice")
                     .expected("each field once");
             }
+            if value.get("version").is_some_and(Value::is_u64)
+                && value.get("workers").is_some_and(Value::is_array)
+            {
+                findings
+                    .add(ProblemKind::Invalid, &place, "the job.json that a run left, not a job file")
+                    .expected("the job file of that run; the run itself goes on with `lifl run --resume` and its folder");
+                return None;
+            }
             Some(Parsed { file, value })
         }
         Err(NotJson { found, expected }) => {
