@@ -8,6 +8,7 @@ use std::io::{self, BufReader, Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
 
 use half::{bf16, f16};
+use lifl_common::config::mask;
 use lifl_common::update::{DType, Schema};
 use serde::Deserialize;
 use serde::de::{Deserializer, MapAccess, Visitor};
@@ -162,6 +163,8 @@ pub fn check(path: &Path, schema: &Schema) -> Result<(), BaseModelError> {
 
 /// Of a path that is no file.
 fn refuse(path: &Path, unopened: Unopened) -> BaseModelError {
+    // What is a URL and should be a path may have a secret in it.
+    let path = &PathBuf::from(mask(&path.to_string_lossy()));
     match unopened {
         Unopened::NoFile(what) => {
             let remedy = match only_model_in(path).filter(|_| what == "a folder") {

@@ -99,8 +99,11 @@ fn what_is_not_there_or_no_file_is_told_with_the_remedy() {
         none.contains("cannot read this baseModel") && none.contains("give its path"),
         "{none}"
     );
-    let url = said(Path::new("https://example.org/m.safetensors"));
-    assert!(url.contains("download it first"), "{url}");
+    let url = said(Path::new("https://bob:hunter2@example.org/m.safetensors"));
+    assert!(
+        url.contains("download it first") && !url.contains("hunter2"),
+        "{url}"
+    );
     assert!(said(folder.path()).contains("a folder"));
     fs::write(folder.path().join("model.safetensors"), sound("")).expect("written");
     let run = said(folder.path());

@@ -174,6 +174,22 @@ pub fn mask(text: &str) -> String {
     masked
 }
 
+/// The same of every URL in a text, whatever stands around them.
+pub(super) fn mask_all(text: &str) -> String {
+    // As one first: a secret may have in it what ends a URL elsewhere.
+    let masked = mask(text);
+    if masked.matches("://").count() < 2 {
+        return masked;
+    }
+    let mut all = String::new();
+    for part in masked.split_inclusive([' ', '"', '\'', ',', '<', '>']) {
+        let url = part.trim_end_matches([' ', '"', '\'', ',', '<', '>']);
+        all.push_str(&mask(url));
+        all.push_str(&part[url.len()..]);
+    }
+    all
+}
+
 fn mask_parameter(parameter: &str) -> String {
     let Some((name, value)) = parameter.split_once('=') else {
         return parameter.to_owned();
@@ -235,7 +251,12 @@ mod tests {
             "user@host:data?token=x",
         ] {
             assert_eq!(mask(plain), plain);
+            assert_eq!(mask_all(plain), plain);
         }
+        assert_eq!(
+            mask_all(r#"["http://a:b@h/x","https://c:d@h/y?token=z", "e"]"#),
+            r#"["http://***@h/x","https://***@h/y?token=***", "e"]"#
+        );
     }
 
     #[test]

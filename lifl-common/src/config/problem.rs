@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use serde::{Serialize, Serializer};
 
-use super::dataset::mask;
+use super::dataset::mask_all;
 
 /// Problems kept; more are counted only, so that a hostile file cannot fill the memory with complaints.
 const KEPT: usize = 1000;
@@ -305,7 +305,7 @@ pub(super) fn list(names: &[&str]) -> String {
 
 /// Text from a file for a message: not endless, and without control characters that a terminal would obey.
 pub(super) fn shorten(text: &str) -> String {
-    let text = mask(text);
+    let text = mask_all(text);
     let mut short: String = text
         .chars()
         .take(SHOWN_CHARS)
