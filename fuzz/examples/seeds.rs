@@ -93,7 +93,7 @@ fn config() {
     seed(
         "config",
         "byte-order-mark",
-        format!("\u{feff}{{\"job\":{{\"id\":\"j\"}},\"hyperparameters\":{{\"rounds\":2.0}},}}"),
+        "\u{feff}{\"job\":{\"id\":\"j\"},\"hyperparameters\":{\"rounds\":2.0},}",
     );
     let utf_16: Vec<u8> = "{\"job\": 1}".encode_utf16().flat_map(u16::to_le_bytes).collect();
     seed("config", "utf-16", utf_16);
