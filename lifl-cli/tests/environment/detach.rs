@@ -122,6 +122,9 @@ fn a_detached_run_has_a_session_of_its_own_and_can_be_stopped() {
     let log = run.place.run().canonicalize().expect("there").join("run.log");
     assert_eq!(descriptors, [Path::new("/dev/null"), &log, &log]);
 
+    until("past a round", || {
+        fs::read_to_string(&log).is_ok_and(|log| log.contains("round   1"))
+    });
     let output = run.output("stop", &["--json"]);
     assert!(output.status.success(), "{}", text(&output.stderr));
     let stopped = &events_of(&output)[0];
