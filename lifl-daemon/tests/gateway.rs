@@ -201,6 +201,13 @@ impl Stage {
         frame
     }
 
+    /// That nothing comes in that round is told to the parent and to the coordinator, which are one here.
+    async fn expect_nothing(&mut self, round: u32) {
+        for _ in 0..2 {
+            assert_eq!(self.expect(FrameKind::Nothing).await.round, round);
+        }
+    }
+
     /// Begins a round with that child and lends it a model of all ones.
     async fn begin(&mut self, child: WorkerId, round: u32) {
         self.made.retain(|&key| !self.arena.free(key));
@@ -389,7 +396,7 @@ async fn an_update_goes_on_where_it_broke_and_counts_once() {
     stage.model_is_back(proxy).await;
     wire.send(&Message::Nothing(2));
     within(wire.flush()).await.expect("open");
-    assert_eq!(stage.expect(FrameKind::Nothing).await.round, 2);
+    stage.expect_nothing(2).await;
 
     stage.client.end_job("that was it").await.expect("its own");
     match remote.next(&mut wire).await {
@@ -423,7 +430,7 @@ async fn updates_that_are_none_are_refused_by_name() {
         .offer(Some(&mut wire), Message::Update(other), filled(&stage, 1.0));
     assert_eq!(remote.verdict(&mut wire).await, (1, Refusal::WrongShape as u16));
     // The parent does not wait for it.
-    assert_eq!(stage.expect(FrameKind::Nothing).await.round, 1);
+    stage.expect_nothing(1).await;
     remote.exchange.offer(
         Some(&mut wire),
         Message::Update(stage.update(1)),
@@ -671,7 +678,7 @@ async fn what_was_recorded_takes_no_session_over() {
             stage.model_is_back(proxy).await;
             wire.send(&Message::Nothing(1));
             within(wire.flush()).await.expect("open");
-            assert_eq!(stage.expect(FrameKind::Nothing).await.round, 1);
+            stage.expect_nothing(1).await;
             drop(wire);
             // Only a new handshake takes the session up.
             wire = stage.enter(&mut remote).await;
@@ -805,7 +812,7 @@ async fn who_only_pings_does_not_hold_up_the_round() {
     // An update is announced, and its place is given: nothing comes.
     wire.send(&Message::Update(stage.update(1)));
     within(wire.flush()).await.expect("open");
-    assert_eq!(stage.expect(FrameKind::Nothing).await.round, 1);
+    stage.expect_nothing(1).await;
     assert_eq!(remote.verdict(&mut wire).await, (1, Refusal::NotExpected as u16));
 
     // A model is begun to be taken, and then no more is acknowledged.
@@ -818,7 +825,7 @@ async fn who_only_pings_does_not_hold_up_the_round() {
     wire.send(&Message::Ack { round: 2, offset: 0 });
     within(wire.flush()).await.expect("open");
     stage.model_is_back(proxy).await;
-    assert_eq!(stage.expect(FrameKind::Nothing).await.round, 2);
+    stage.expect_nothing(2).await;
     stage.leave().await;
 }
 
