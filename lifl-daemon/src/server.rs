@@ -434,7 +434,7 @@ impl Connections {
             };
             let admitted = self.quotas.admit(uid, &used, Want::Connection);
             admitted.map_err(|error| error.to_string())?;
-            if used.connections >= self.quotas.of(uid).descriptors {
+            if used.connections >= self.quotas.descriptors_of(uid) {
                 return Err(limits::descriptors());
             }
             *of.entry(uid).or_default() += 1;

@@ -451,11 +451,18 @@ async fn the_pool_gives_what_it_has_and_takes_it_back() {
         slots: 3,
         slot_bytes: 1 << 20,
     };
-    let _arena = first.create_arena(layout).await.expect("fits");
+    let arena = first.create_arena(layout).await.expect("fits");
     let (code, message) = refused(second.create_arena(layout).await);
     assert_eq!(code, ErrorCode::Full);
     assert!(message.contains("1 MiB left of 4 MiB"), "{message}");
     drop(first);
+    let (code, _) = refused(second.create_arena(layout).await);
+    assert_eq!(
+        code,
+        ErrorCode::Full,
+        "its owner has left the daemon, and has it still"
+    );
+    drop(arena);
     within(async {
         while second.create_arena(layout).await.is_err() {
             tokio::task::yield_now().await;

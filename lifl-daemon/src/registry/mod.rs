@@ -747,7 +747,7 @@ impl Registry {
 
     /// Whether an account may have so many more of the daemon's descriptors.
     fn admit_descriptors(&self, account: u32, used: &Use, more: u32) -> Result<(), Denial> {
-        let (used, most) = (used.descriptors, self.quotas.of(account).descriptors);
+        let (used, most) = (used.descriptors, self.quotas.descriptors_of(account));
         if used.saturating_add(more) <= most {
             return Ok(());
         }

@@ -81,6 +81,14 @@ impl Quotas {
         self.of.get(&uid).copied().unwrap_or(self.default)
     }
 
+    /// How many of the daemon's descriptors a user may have. Root, and who runs the daemon, may have all.
+    pub(crate) fn descriptors_of(&self, uid: u32) -> u32 {
+        match uid == 0 || uid == nix::unistd::geteuid().as_raw() {
+            true => u32::MAX,
+            false => self.of(uid).descriptors,
+        }
+    }
+
     /// Whether a user may have that, besides what it has.
     ///
     /// # Errors
