@@ -474,6 +474,19 @@ impl Spare {
     fn new() -> Self {
         Self(File::open("/dev/null").ok())
     }
+
+    /// Takes the descriptor of the one who was turned away, which another thread is just closing.
+    async fn regain() -> Self {
+        const LOOK: Duration = Duration::from_millis(1);
+        let mut spare = Self::new();
+        let mut looks = 0;
+        while spare.0.is_none() && looks < 100 {
+            tokio::time::sleep(LOOK).await;
+            spare = Self::new();
+            looks += 1;
+        }
+        spare
+    }
 }
 
 /// Serves until `shutdown`, then lets clients leave and gives the registry back.
@@ -632,7 +645,7 @@ async fn accept(
                 spare = Spare::new();
                 if spare.0.is_none() {
                     turn_away(line, peer, limits::descriptors()).await;
-                    spare = Spare::new();
+                    spare = Spare::regain().await;
                     continue;
                 }
                 // Some have become free meanwhile.
