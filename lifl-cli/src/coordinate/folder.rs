@@ -135,10 +135,10 @@ impl RunFolder {
     pub(super) fn open(path: &Path, trust: &Trust) -> anyhow::Result<(Self, JobSpec)> {
         let dir = match trust.open(path) {
             Ok(dir) => dir,
-            Err(FolderError::NotAFolder(path)) => bail!(
-                "{} is no folder: give --resume the folder that a run left, which it named as \"run folder\"",
-                path.display()
-            ),
+            Err(FolderError::System { path, source, .. }) if source.kind() == io::ErrorKind::NotFound => {
+                return Err(not_a_folder(&path));
+            }
+            Err(FolderError::NotAFolder(path)) => return Err(not_a_folder(&path)),
             Err(error) => {
                 return Err(anyhow::Error::new(error)
                     .context("--resume takes the folder that a run left, which it named as \"run folder\""));
@@ -487,6 +487,13 @@ fn anchored(job: &JobSpec, here: &Path) -> JobSpec {
     let own = job.data.as_mut().map(|data| &mut data.dataset);
     datasets.chain(own).for_each(dataset);
     job
+}
+
+fn not_a_folder(path: &Path) -> anyhow::Error {
+    anyhow!(
+        "{} is no folder: give --resume the folder that a run left, which it named as \"run folder\"",
+        path.display()
+    )
 }
 
 /// Whether a job that was read is one that [`config::load`] makes, as far as files and times go.
