@@ -11,6 +11,7 @@ use lifl_common::arena::memfd;
 use lifl_common::client::{Client, ClientError};
 use lifl_common::control::{Welcome, paths};
 use lifl_common::limits::{self, Cgroups, Limit};
+use lifl_common::plane::NO_KERNEL_PLANE;
 use lifl_daemon::plane::{Options, PlaneError, Sockmap, support};
 use lifl_daemon::privileges;
 use nix::errno::Errno;
@@ -379,6 +380,10 @@ fn listening(socket: &Path, welcome: &Welcome, serves_flame: bool) -> Check {
         welcome.plane,
         welcome.uid
     );
+    if let Some(why) = welcome.plane_reason.strip_prefix(NO_KERNEL_PLANE) {
+        let (why, remedy) = why.split_once("; ").unwrap_or((why, "journalctl -u lifl-daemon"));
+        return Check::warn(DAEMON, format!("{found}; {NO_KERNEL_PLANE}{why}"), remedy);
+    }
     if excess.is_empty() && welcome.uid == 0 {
         // Its files are root's to it, capabilities or not.
         return Check::warn(
@@ -546,6 +551,15 @@ mod tests {
             "1.2.3 at /x, plane sockmap, as uid 990 without capabilities"
         );
         assert_eq!(check(&["CAP_SYS_PTRACE"], true).state, State::Ok);
+        let relay = Welcome {
+            plane: lifl_common::plane::PlaneKind::Relay,
+            plane_reason: format!("{NO_KERNEL_PLANE}kernel 5.10 is older than 5.15; run a newer kernel"),
+            ..welcome(&[])
+        };
+        let relay = listening(Path::new("/x"), &relay, false);
+        assert_eq!(relay.state, State::Warn);
+        assert!(relay.found.contains("older than 5.15"), "{}", relay.found);
+        assert_eq!(relay.remedy.as_deref(), Some("run a newer kernel"));
         let more = check(&["CAP_SYS_PTRACE", "CAP_SYS_ADMIN"], true);
         assert_eq!(more.state, State::Warn);
         assert!(

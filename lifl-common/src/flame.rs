@@ -64,6 +64,18 @@ pub const HOLD: Address = Address { uid: u32::MAX, id: 0 };
 /// The daemon's other socket, which is shut down: what is sent there fails with `EPIPE`.
 pub const REFUSE: Address = Address { uid: u32::MAX, id: 1 };
 
+/// [`LogRecord`](crate::kernel::LogRecord)'s event for a reference that was handed over or held: user, sender's id,
+/// receiver's id, bytes.
+pub const LOG_TAKEN: u32 = 16;
+/// A reference to a worker that was there and is gone: as for [`LOG_TAKEN`].
+pub const LOG_GONE: u32 = 17;
+/// A write that is no reference, since it is too short or too long: user, sender's id, bytes.
+pub const LOG_LENGTH: u32 = 18;
+/// The receiver's socket is closed, and the daemon has not taken it off the map yet: as for [`LOG_TAKEN`].
+pub const LOG_CLOSED: u32 = 19;
+/// The kernel had no memory to look at the reference or to pad it: as for [`LOG_TAKEN`].
+pub const LOG_NO_MEMORY: u32 = 20;
+
 /// A worker in the program's map.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[cfg_attr(feature = "std", derive(serde::Serialize, serde::Deserialize))]

@@ -153,7 +153,7 @@ numbered!(
         WorkerGone = 4,
         /// The sending socket is not registered.
         UnknownSender = 5,
-        /// The destination has too many unread frames (relay plane).
+        /// The destination has too many unread frames.
         ReceiverFull = 6,
         /// The update's tensors are not the job's.
         WrongShape = 16,

@@ -4,9 +4,15 @@
 //! | --- | --- | --- | --- | --- |
 //! | [`MAP_SOCKETS`] | `SOCKHASH` | worker u32 | the worker's socket; 0: the dead-letter socket | daemon |
 //! | [`MAP_SENDERS`] | `HASH` | [`Connection`] | [`Sender`] | daemon |
-//! | [`MAP_MEMBERS`] | `HASH` | worker u32 | [`Member`] | daemon |
+//! | [`MAP_MEMBERS`] | `HASH` | worker u32 | [`Receiver`] | daemon |
 //! | [`MAP_COUNTERS`] | `HASH` | worker u32 | [`Counters`] | daemon (zero), program |
 //! | [`MAP_STATE`] | `ARRAY` | 0 | [`State`] | daemon |
+//! | [`MAP_INBOXES`] | `ARRAY` | slot u32 | [`Inbox`] | program |
+//! | [`MAP_CREDITS`] | `ARRAY` | slot u32 | [`Credit`] | daemon |
+//! | [`MAP_LOW`] | `RINGBUF` | – | slot u32 | program |
+//!
+//! A slot counts the messages that were handed to one receiver, or to all workers of one user; slot [`DEAD_LETTERS`], to the
+//! daemon's own socket.
 //!
 //! A daemon that pins them finds them again when it comes back, with the workers that have gone on meanwhile. What a
 //! daemon must know to trust what it finds is in [`State`]; whoever changes a value here, or the frame, raises [`ABI`].
@@ -29,11 +35,30 @@ pub const MAP_COUNTERS: &str = "COUNTERS";
 /// What outlives the daemon beside the workers.
 pub const MAP_STATE: &str = "STATE";
 
-/// All of them.
-pub const MAPS: [&str; 5] = [MAP_SOCKETS, MAP_SENDERS, MAP_MEMBERS, MAP_COUNTERS, MAP_STATE];
+/// What was handed to each receiver and each user.
+pub const MAP_INBOXES: &str = "INBOXES";
+/// What may be.
+pub const MAP_CREDITS: &str = "CREDITS";
+/// Slots with little credit left; never pinned.
+pub const MAP_LOW: &str = "LOW";
+/// What both programs have for the daemon's log: a ring buffer of [`LogRecord`]s, never pinned.
+pub const MAP_LOG: &str = "LOG";
+/// Whether a program records what goes well, too: a global of one byte, 0 or 1.
+pub const LOG_ALL: &str = "LOG_ALL";
+
+/// All that are pinned.
+pub const MAPS: [&str; 7] = [
+    MAP_SOCKETS,
+    MAP_SENDERS,
+    MAP_MEMBERS,
+    MAP_COUNTERS,
+    MAP_STATE,
+    MAP_INBOXES,
+    MAP_CREDITS,
+];
 
 /// The version of the maps' values and of the frame. Maps of another version are left alone.
-pub const ABI: u32 = 1;
+pub const ABI: u32 = 2;
 
 /// Workers that the maps hold unless the daemon asks for another number.
 pub const DEFAULT_MAX_WORKERS: u32 = 4096;
@@ -104,6 +129,54 @@ impl Member {
     }
 }
 
+/// A worker that frames may be sent to, as the program knows it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(C)]
+pub struct Receiver {
+    /// Whose it is.
+    pub member: Member,
+    /// The slot that counts what it is handed.
+    pub inbox: u32,
+    /// The slot that counts what all workers of its user are handed.
+    pub account: u32,
+}
+
+/// The slot of the daemon's own socket.
+pub const DEAD_LETTERS: u32 = 0;
+
+/// What a receiver, or all of a user's, were handed since the map was made.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(C)]
+pub struct Inbox {
+    /// Messages: a redirect each, of one frame or several.
+    pub messages: u64,
+    /// `messages` when the program last said that little credit is left.
+    pub told: u64,
+    /// So that no two slots share a cache line.
+    pub reserved: [u64; 6],
+}
+
+/// What may be handed to a receiver, or to all of a user's: so many messages since the map was made.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(C)]
+pub struct Credit {
+    /// From here on the program tells the daemon, which then looks what has been read.
+    pub low: u64,
+    /// One more is refused.
+    pub allowed: u64,
+    /// While there is no daemon: nobody looks then.
+    pub without_daemon: u64,
+    /// For later.
+    pub reserved: u64,
+}
+
+/// How many messages lie between two times that the program tells of one slot, at least.
+pub const TELL_EVERY: u64 = 1024;
+
+const _: () = assert!(size_of::<Receiver>() == 20);
+const _: () = assert!(size_of::<Inbox>() == 64);
+const _: () = assert!(size_of::<Credit>() == 32);
+
 /// What a daemon leaves to the next.
 ///
 /// | offset | field | meaning |
@@ -161,6 +234,24 @@ pub struct Counters {
     /// `CLOCK_MONOTONIC` nanoseconds of the last frame, 0 for none.
     pub last_ns: u64,
 }
+
+/// What a program tells the daemon's log. Numbers in a record of one size: text would have to be copied behind length
+/// checks, which kernels before 6.18 let only `CAP_PERFMON` do.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(C)]
+pub struct LogRecord {
+    /// One of the program's `LOG_` numbers.
+    pub event: u32,
+    /// What that number's description lists, in that order.
+    pub values: [u32; 5],
+}
+
+/// LIFL's program refused a frame: the sending socket's worker, the frame's `from` and `to`, the [`Refusal`]'s number.
+pub const LOG_REFUSED: u32 = 1;
+/// LIFL's program cut off what a write ended with after its last whole frame: bytes.
+pub const LOG_CUT: u32 = 2;
+
+const _: () = assert!(size_of::<LogRecord>() == 24);
 
 /// Decides on a frame; both planes ask here.
 ///

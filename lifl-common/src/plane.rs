@@ -4,6 +4,10 @@ use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
+/// How a daemon's reason for the relay begins, when it was to choose and cannot have the kernel's plane. Then come why, and after
+/// a semicolon what to do.
+pub const NO_KERNEL_PLANE: &str = "no kernel plane: ";
+
 /// The two ways for a frame from one worker to another.
 ///
 /// | | worker's socket | the daemon gets |

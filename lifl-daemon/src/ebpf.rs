@@ -4,17 +4,19 @@
 use std::fmt;
 use std::io;
 use std::path::PathBuf;
+use std::time::{Duration, Instant};
 
 use aya::maps::sock::SockMapFd;
-use aya::maps::{Map, MapError};
+use aya::maps::{Map, MapData, MapError, RingBuf};
 use aya::programs::sk_msg::SkMsgLinkId;
 use aya::programs::{ProgramError, SkMsg};
 use aya::{Ebpf, EbpfError, EbpfLoader};
-use aya_log::EbpfLogger;
+use lifl_common::kernel::{LOG_ALL, LogRecord, MAP_LOG};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tokio_util::sync::CancellationToken;
-use tracing::{debug, error};
+use tracing::{debug, error, warn};
+use zerocopy::FromBytes;
 
 use crate::chain::{causes, error_chain};
 use crate::plane::support;
@@ -35,9 +37,9 @@ impl Program {
         pins: &[(&'static str, PathBuf)],
     ) -> Result<Self, LoadError> {
         // The program makes no log record that nobody would see.
-        let level = log_level();
+        let all = u8::from(tracing::enabled!(target: "ebpf", tracing::Level::DEBUG));
         let mut loader = EbpfLoader::new();
-        loader.btf(None).override_global(aya_log::LEVEL, &level, false);
+        loader.btf(None).override_global(LOG_ALL, &all, false);
         for &(map, entries) in entries {
             loader.map_max_entries(map, entries);
         }
@@ -67,13 +69,17 @@ impl Program {
         Ok(())
     }
 
-    /// Passes on what it logs, until `stop`.
-    pub(crate) fn read_log(&mut self, stop: &CancellationToken) -> Result<(), LoadError> {
-        let logger = EbpfLogger::init_with_logger(&mut self.ebpf, ToTracing)?;
-        // SAFETY: the logger owns its ring buffer's map, whose descriptor stays open and the same until it is dropped.
-        let logger = unsafe { AsyncFd::register_with_interest(logger, Interest::READABLE) };
-        let logger = logger.map_err(io::Error::from)?;
-        tokio::spawn(stop.clone().run_until_cancelled_owned(read_log(logger)));
+    /// Passes on what it logs, until `stop`: `write` makes a line of a record.
+    pub(crate) fn read_log(
+        &mut self,
+        stop: &CancellationToken,
+        write: fn(&LogRecord),
+    ) -> Result<(), LoadError> {
+        let log: RingBuf<MapData> = self.map(MAP_LOG)?;
+        // SAFETY: the ring buffer owns its map, whose descriptor stays open and the same until it is dropped.
+        let log = unsafe { AsyncFd::register_with_interest(log, Interest::READABLE) };
+        let log = log.map_err(io::Error::from)?;
+        tokio::spawn(stop.clone().run_until_cancelled_owned(read_log(log, write)));
         Ok(())
     }
 
@@ -121,15 +127,6 @@ impl fmt::Debug for Program {
     }
 }
 
-/// The most talkative level that this process's log shows of the programs, as aya numbers them.
-fn log_level() -> u8 {
-    if tracing::enabled!(target: "ebpf", tracing::Level::DEBUG) {
-        log::Level::Debug as u8
-    } else {
-        log::Level::Info as u8
-    }
-}
-
 /// Whether removing an entry failed because it was not there, which is what removing it was for.
 pub(crate) fn is_missing(error: &MapError) -> bool {
     match error {
@@ -141,11 +138,22 @@ pub(crate) fn is_missing(error: &MapError) -> bool {
     }
 }
 
-async fn read_log(mut logger: AsyncFd<EbpfLogger<ToTracing>>) {
+async fn read_log(mut log: AsyncFd<RingBuf<MapData>>, write: fn(&LogRecord)) {
+    let mut lines = Lines::default();
     loop {
-        match logger.readable_mut().await {
+        match log.readable_mut().await {
             Ok(mut ready) => {
-                ready.get_inner_mut().flush();
+                while let Some(record) = ready.get_inner_mut().next() {
+                    let Ok(record) = LogRecord::read_from_bytes(&record) else {
+                        continue;
+                    };
+                    if let Some(left_out) = lines.next(Instant::now()) {
+                        if left_out > 0 {
+                            warn!(target: "ebpf", left_out, "lines of the program were left out: too many in a second");
+                        }
+                        write(&record);
+                    }
+                }
                 ready.clear_ready();
             }
             Err(error) => break error!(%error, "the program's log cannot be read"),
@@ -153,26 +161,30 @@ async fn read_log(mut logger: AsyncFd<EbpfLogger<ToTracing>>) {
     }
 }
 
-/// The programs' log records, as this process's.
-struct ToTracing;
+/// How many lines of a program there may be: what it refuses is its senders' doing, and they may send without end.
+#[derive(Debug, Default)]
+struct Lines {
+    since: Option<Instant>,
+    written: u32,
+    left_out: u64,
+}
 
-impl log::Log for ToTracing {
-    fn enabled(&self, _: &log::Metadata<'_>) -> bool {
-        true
-    }
+impl Lines {
+    const EACH_SECOND: u32 = 50;
 
-    fn log(&self, record: &log::Record<'_>) {
-        let message = record.args();
-        match record.level() {
-            log::Level::Error => tracing::error!(target: "ebpf", "{message}"),
-            log::Level::Warn => tracing::warn!(target: "ebpf", "{message}"),
-            log::Level::Info => tracing::info!(target: "ebpf", "{message}"),
-            log::Level::Debug => tracing::debug!(target: "ebpf", "{message}"),
-            log::Level::Trace => tracing::trace!(target: "ebpf", "{message}"),
+    /// Whether there may be one line more: then how many were left out before it.
+    fn next(&mut self, now: Instant) -> Option<u64> {
+        let over = |since: Instant| now.saturating_duration_since(since) >= Duration::from_secs(1);
+        if self.since.is_none_or(over) {
+            (self.since, self.written) = (Some(now), 0);
         }
+        if self.written == Self::EACH_SECOND {
+            self.left_out += 1;
+            return None;
+        }
+        self.written += 1;
+        Some(std::mem::take(&mut self.left_out))
     }
-
-    fn flush(&self) {}
 }
 
 /// What loading can fail with, before it is put into words.
@@ -184,9 +196,7 @@ pub(crate) enum LoadError {
     Map(#[from] MapError),
     #[error("the program is refused")]
     Program(#[from] ProgramError),
-    #[error("the program's log cannot be read")]
-    Log(#[from] aya_log::Error),
-    #[error("the daemon's own socket in the map cannot be made")]
+    #[error("the daemon's own descriptors for the program cannot be made")]
     Io(#[from] io::Error),
 }
 
@@ -226,5 +236,21 @@ impl LoadError {
             let io = cause.downcast_ref::<io::Error>();
             io.is_some_and(|io| io.raw_os_error() == Some(errno))
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_second_has_so_many_lines_and_the_next_says_how_many_it_lacked() {
+        let mut lines = Lines::default();
+        let begun = Instant::now();
+        let written = (0..1_000).filter(|_| lines.next(begun).is_some()).count();
+        assert_eq!(written, Lines::EACH_SECOND as usize);
+        let later = begun + Duration::from_secs(1);
+        assert_eq!(lines.next(later), Some(1_000 - u64::from(Lines::EACH_SECOND)));
+        assert_eq!(lines.next(later), Some(0));
     }
 }

@@ -24,6 +24,7 @@ mod registry;
 pub mod runtime;
 mod server;
 pub mod signals;
+mod sock_diag;
 mod turns;
 
 use std::fmt;

@@ -17,6 +17,7 @@ use clap::Parser;
 use lifl_common::control::paths;
 use lifl_common::kernel::DEFAULT_MAX_WORKERS;
 use lifl_common::limits;
+use lifl_common::plane::NO_KERNEL_PLANE;
 use lifl_common::session::reach::Reach;
 use lifl_daemon::logging::{self, Sink};
 use lifl_daemon::plane::PinError;
@@ -219,6 +220,12 @@ fn run(settings: &Settings, file: &Path, log: &Sink) -> anyhow::Result<()> {
             socket = %daemon.socket().display(), plane = %daemon.plane(), reason = daemon.plane_reason(), pool_mib,
             ?huge_pages, ?capabilities, "listening"
         );
+        if daemon.plane_reason().starts_with(NO_KERNEL_PLANE) {
+            tracing::warn!(
+                "{}: frames go through this daemon, which takes more of the processors, and no job outlives it",
+                daemon.plane_reason()
+            );
+        }
         if let Some(flame) = daemon.flame() {
             let (skmsg, rpc) = flame.addresses();
             tracing::info!(%skmsg, %rpc, "listening for Flame's workers");

@@ -2,18 +2,20 @@
 //!
 //! Each fault of Flame's own manager is a test that fails against what that manager does.
 
-use std::io::{ErrorKind, Read, Write};
+use std::collections::HashSet;
+use std::io::{BufRead, BufReader, ErrorKind, Read, Write};
 use std::net::{Ipv4Addr, Shutdown, SocketAddrV4, TcpListener, TcpStream};
 use std::os::fd::AsRawFd;
 use std::os::unix::process::CommandExt;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
+use caps::{CapSet, Capability};
 use lifl_common::client::Client;
 use lifl_common::control::{FlamePage, FlameWorkerStatus};
 use lifl_common::plane::PlaneKind;
 use lifl_daemon::flame::{self, FlameError};
-use lifl_daemon::plane::{PlaneError, Request};
+use lifl_daemon::plane::{PlaneError, Request, support};
 use lifl_daemon::pool::HugePages;
 use lifl_daemon::{Daemon, GatewayOptions, Options, StartError};
 use tokio_util::sync::CancellationToken;
@@ -605,8 +607,11 @@ on_both_planes! {
         }
         const NOBODY: u32 = 65534;
         let theirs = node.other_process(Some(NOBODY));
-        // Not even root registers another user's socket.
-        node.register(theirs.0.id(), 5, 7);
+        // Not even root registers another user's socket. (Of a caller that closes at once, kernels before 6.18 do not tell the
+        // user.)
+        let mut root = TcpStream::connect(node.rpc).expect("connected");
+        root.write_all(&registration(theirs.0.id(), 5, 7)).expect("sent");
+        assert_eq!(root.read(&mut [0]).expect("read to its end"), 0);
         let mut ours = node.worker(7);
         let page = node.page();
         assert_eq!(page.workers.len(), 1, "{page:#?}");
@@ -715,6 +720,73 @@ fn what_is_no_reference_fails_its_send_and_no_other() {
             .expect("the next send works");
         assert_eq!(receive(&mut receiver), (2, TASK.to_owned(), 1));
     }
+}
+
+/// What systemd's unit grants for loading, and not `CAP_PERFMON`.
+#[test]
+fn two_capabilities_are_enough_for_flames_program() {
+    if node_with(PlaneKind::Sockmap, flame_options()).is_none() {
+        return;
+    }
+    let limited = std::thread::spawn(|| {
+        let granted: HashSet<Capability> = support::CAPABILITIES
+            .iter()
+            .map(|(name, _)| name.parse().expect("a capability"))
+            .collect();
+        caps::set(None, CapSet::Effective, &granted).expect("given up");
+        start(PlaneKind::Sockmap, flame_options()).map(drop)
+    });
+    if let Err(error) = limited.join().expect("the thread's work") {
+        panic!("{error}");
+    }
+}
+
+/// Flame's SDK never notices that its connection is closed, and reads it without a pause.
+#[test]
+fn at_its_end_the_daemon_names_the_workers_that_it_leaves() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let free = || {
+        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).expect("bound");
+        listener.local_addr().expect("bound").port()
+    };
+    let (skmsg, rpc) = (free(), free());
+    let mut daemon = Command::new(env!("CARGO_BIN_EXE_lifl-daemon"))
+        .args([
+            "--plane",
+            "relay",
+            "--no-pin",
+            "--huge-pages",
+            "never",
+            "--socket",
+        ])
+        .arg(folder.path().join("lifl.sock"))
+        .args(["--flame-skmsg", &format!("127.0.0.1:{skmsg}")])
+        .args(["--flame-rpc", &format!("127.0.0.1:{rpc}")])
+        .stderr(Stdio::piped())
+        .spawn()
+        .expect("the daemon starts");
+    let mut log = BufReader::new(daemon.stderr.take().expect("piped")).lines();
+    let mut line_with = |what: &str| {
+        log.by_ref()
+            .map(|line| line.expect("readable"))
+            .find(|line| line.contains(what))
+            .unwrap_or_else(|| panic!("the log ends without {what:?}"))
+    };
+    line_with("listening for Flame");
+    let worker = TcpStream::connect((Ipv4Addr::LOCALHOST, skmsg)).expect("connected");
+    let own = std::process::id();
+    TcpStream::connect((Ipv4Addr::LOCALHOST, rpc))
+        .expect("connected")
+        .write_all(&registration(own, worker.as_raw_fd(), 0x45a7))
+        .expect("sent");
+    line_with("Flame worker registered");
+    let pid = nix::unistd::Pid::from_raw(daemon.id() as i32);
+    nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGTERM).expect("told");
+    let left = line_with("left without a daemon");
+    for said in [&format!("kill {own}"), "…a745", "start its job again"] {
+        assert!(left.contains(said), "{said:?} in {left}");
+    }
+    assert!(daemon.wait().expect("ended").success());
 }
 
 #[test]

@@ -85,6 +85,16 @@ impl Node {
             .expect("registered")
     }
 
+    /// Waits until nobody has a worker's socket open: the daemon closes what it was passed on a thread of its own.
+    async fn until_closed(&self, worker: u32) {
+        within(async {
+            while self.plane.open_sockets().expect("readable").contains(&worker) {
+                tokio::task::yield_now().await;
+            }
+        })
+        .await;
+    }
+
     /// The next dead letter must be `frame`, for that reason, from that worker.
     async fn expect_dead(&mut self, frame: Frame, refusal: Refusal, stamp: u32) {
         let dead = within(self.dead_letters.recv()).await.expect("the plane runs");
@@ -195,6 +205,7 @@ on_both_planes! {
     async fn frames_that_go_together_are_judged_one_by_one(node: Node) {
         let (mut one, mut two, closed) = (node.worker(1, 1), node.worker(2, 1), node.worker(3, 1));
         drop(closed);
+        node.until_closed(3).await;
         let mut sent = Vec::new();
         for length in 1..=50 {
             for at in 0..length {
@@ -301,6 +312,7 @@ on_both_planes! {
     async fn a_frame_to_a_closed_socket_comes_back_and_the_next_goes_through(node: Node) {
         let (mut one, two, mut three) = (node.worker(1, 1), node.worker(2, 1), node.worker(3, 1));
         drop(two);
+        node.until_closed(2).await;
         one.send(&[frame(1, 2, 1), frame(1, 3, 2)]).await.expect("sent");
         node.expect_dead(frame(1, 2, 1), Refusal::WorkerGone, 1).await;
         expect(&mut three, frame(1, 3, 2)).await;
@@ -661,6 +673,133 @@ async fn the_program_logs_what_it_refuses() {
                 break;
             }
             tokio::task::yield_now().await;
+        }
+    })
+    .await;
+}
+
+/// Messages that may wait for one receiver in the kernel, and for all workers of one user.
+const UNREAD_OF_RECEIVER: u64 = 16_384;
+const UNREAD_OF_USER: u64 = 65_536;
+
+impl Node {
+    /// As [`worker`](Self::worker), of a job of that user.
+    fn worker_of(&mut self, worker: u32, job: u32, uid: u32) -> FrameSocket {
+        let (socket, registered) = FrameSocket::pair_for(self.plane.kind()).expect("a pair");
+        let member = Member {
+            job: JobId(job),
+            uid,
+            flags: 0,
+        };
+        let registered = self.plane.register(WorkerId(worker), member, registered);
+        registered.expect("registered");
+        socket
+    }
+
+    /// Sends frames one by one until one comes back; says for which reason.
+    async fn fill(&mut self, socket: &mut FrameSocket, from: u32, to: u32) -> Refusal {
+        let before = self.counters(from).frames;
+        for round in 0_u32.. {
+            let sent = self.counters(from).frames - before;
+            assert!(
+                sent <= UNREAD_OF_USER + 1024,
+                "{sent} frames for who does not read"
+            );
+            for n in 0..256 {
+                socket
+                    .send(&[frame(from, to, round * 256 + n)])
+                    .await
+                    .expect("sent");
+            }
+            tokio::task::yield_now().await;
+            let mut first = None;
+            while let Ok(dead) = self.dead_letters.try_recv() {
+                assert_eq!(dead.stamp.0, from);
+                // Some may be left of the receiver before.
+                if dead.to.0 == to {
+                    first = first.or(Refusal::from_number(dead.refusal));
+                }
+            }
+            if let Some(refusal) = first {
+                return refusal;
+            }
+        }
+        unreachable!("an endless loop")
+    }
+}
+
+/// Sender and receiver are one attacker's: what the receiver says about itself counts for nothing.
+#[tokio::test]
+async fn frames_for_who_does_not_read_are_bounded_and_others_go_on() {
+    let Some(mut node) = node_for(PlaneKind::Sockmap, 4) else {
+        return;
+    };
+    let (mut one, mut deaf) = (node.worker_of(1, 1, 1000), node.worker_of(2, 1, 1000));
+    let (mut three, mut four) = (node.worker_of(3, 2, 1001), node.worker_of(4, 2, 1001));
+    assert_eq!(node.fill(&mut one, 1, 2).await, Refusal::ReceiverFull);
+    let queued = node.counters(1).frames;
+    assert!(queued >= UNREAD_OF_RECEIVER / 2, "{queued}: refused too soon");
+    assert!(
+        queued <= UNREAD_OF_RECEIVER + 64,
+        "{queued} are in the kernel for who does not read"
+    );
+    // Its trouble is not another job's.
+    for n in 0..100 {
+        three.send(&[frame(3, 4, n)]).await.expect("sent");
+        expect(&mut four, frame(3, 4, n)).await;
+    }
+    // All that was taken is there, and when it has been read there is room again.
+    for n in 0..queued {
+        let got = within(deaf.recv()).await.expect("read").expect("open");
+        assert_eq!((got.from.0, u64::from(got.round)), (1, n));
+    }
+    let again = frame(1, 2, 4_000_000);
+    within(async {
+        loop {
+            one.send(&[again]).await.expect("sent");
+            match tokio::time::timeout(Duration::from_millis(50), deaf.recv()).await {
+                Ok(got) => break assert_eq!(got.expect("read"), Some(again)),
+                Err(_still_refused) => while node.dead_letters.try_recv().is_ok() {},
+            }
+        }
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn frames_for_all_workers_of_one_user_are_bounded() {
+    const DEAF: u32 = 6;
+    let Some(mut node) = node_for(PlaneKind::Sockmap, DEAF + 3) else {
+        return;
+    };
+    let mut sender = node.worker_of(1, 1, 1000);
+    let deaf: Vec<FrameSocket> = (2..2 + DEAF).map(|id| node.worker_of(id, 1, 1000)).collect();
+    let (mut three, mut four) = (node.worker_of(10, 2, 1001), node.worker_of(11, 2, 1001));
+    for id in 2..2 + DEAF {
+        assert_eq!(node.fill(&mut sender, 1, id).await, Refusal::ReceiverFull);
+    }
+    let queued = node.counters(1).frames;
+    assert!(queued >= UNREAD_OF_USER / 2, "{queued}: refused too soon");
+    assert!(
+        queued <= UNREAD_OF_USER + 64,
+        "{queued} are in the kernel for one user"
+    );
+    three.send(&[frame(10, 11, 1)]).await.expect("sent");
+    expect(&mut four, frame(10, 11, 1)).await;
+    // What was for those who leave is nobody's any more.
+    drop(deaf);
+    for id in 2..2 + DEAF {
+        node.plane.unregister(WorkerId(id)).expect("unregistered");
+    }
+    let mut reader = node.worker_of(20, 1, 1000);
+    let again = frame(1, 20, 7);
+    within(async {
+        loop {
+            sender.send(&[again]).await.expect("sent");
+            match tokio::time::timeout(Duration::from_millis(50), reader.recv()).await {
+                Ok(got) => break assert_eq!(got.expect("read"), Some(again)),
+                Err(_still_refused) => while node.dead_letters.try_recv().is_ok() {},
+            }
         }
     })
     .await;

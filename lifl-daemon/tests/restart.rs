@@ -184,7 +184,7 @@ impl Machine {
     /// The workers that each map has an entry of.
     fn workers_in_maps(&self) -> [BTreeSet<u32>; 4] {
         let sockets: SockHash<_, u32> = self.map("SOCKETS").try_into().expect("a sockhash");
-        let members: HashMap<_, u32, [u8; 12]> = self.map("MEMBERS").try_into().expect("a hash");
+        let members: HashMap<_, u32, [u8; 20]> = self.map("MEMBERS").try_into().expect("a hash");
         let counters: HashMap<_, u32, [u8; 32]> = self.map("COUNTERS").try_into().expect("a hash");
         let senders: HashMap<_, [u8; 16], [u8; 8]> = self.map("SENDERS").try_into().expect("a hash");
         let senders = senders.iter().map(|entry| {

@@ -11,8 +11,10 @@
 //!                                                                          └─────▶ SOCKETS[sender]
 //! ```
 //!
-//! Who may send to whom is in the maps, which only the daemon writes ([`lifl_common::kernel`]). A refused frame is
-//! redirected and never dropped: after `SK_DROP` the kernel fails every later send on that socket. While there is no
+//! Who may send to whom, and how much may wait for a receiver and its user, is in the maps, which only the daemon writes
+//! ([`lifl_common::kernel`]). A refused frame is
+//! redirected and not dropped: after `SK_DROP` the kernel fails every later send on that socket. (It is dropped when neither the
+//! daemon nor the sender reads dead letters, and both have as many as may wait.) While there is no
 //! daemon to read dead letters, the sender gets its own back: a frame that says that it is from its receiver can be
 //! nothing else, since no other socket may send it.
 //!
@@ -28,11 +30,10 @@ use aya_ebpf::helpers::{bpf_ktime_get_ns, bpf_msg_apply_bytes, bpf_msg_cork_byte
 use aya_ebpf::macros::{map, sk_msg};
 use aya_ebpf::maps::{Array, HashMap, SockHash};
 use aya_ebpf::programs::SkMsgContext;
-use aya_log_ebpf::warn;
 use lifl_common::frame::{Frame, FrameKind, Refusal};
 use lifl_common::id::WorkerId;
-use lifl_common::kernel::{self, Connection, Counters, DEFAULT_MAX_WORKERS, Member, Sender, State};
-use lifl_ebpf::{add, connection};
+use lifl_common::kernel::{self, Counters, DEAD_LETTERS, DEFAULT_MAX_WORKERS, Receiver, Sender, State};
+use lifl_ebpf::{ConnectionKey, add, connection, count_message, eight_times, has_room, log};
 
 /// The worker's sockets; one more for the dead letters, under 0.
 #[map]
@@ -40,11 +41,11 @@ static SOCKETS: SockHash<u32> = SockHash::with_max_entries(DEFAULT_MAX_WORKERS +
 
 /// Whose a sending socket is.
 #[map]
-static SENDERS: HashMap<Connection, Sender> = HashMap::with_max_entries(DEFAULT_MAX_WORKERS, 0);
+static SENDERS: HashMap<ConnectionKey, Sender> = HashMap::with_max_entries(DEFAULT_MAX_WORKERS, 0);
 
 /// Who may be sent to.
 #[map]
-static MEMBERS: HashMap<u32, Member> = HashMap::with_max_entries(DEFAULT_MAX_WORKERS, 0);
+static MEMBERS: HashMap<u32, Receiver> = HashMap::with_max_entries(DEFAULT_MAX_WORKERS, 0);
 
 /// What each worker has sent.
 #[map]
@@ -56,10 +57,6 @@ static STATE: Array<State> = Array::with_max_entries(1, 0);
 
 /// [`Frame::BYTES`] as the helpers take it.
 const FRAME: u32 = Frame::BYTES as u32;
-
-/// Frames that go together at most. The kernel does the same work for a run as for a frame: by so many it is small beside the
-/// frames' own.
-const LONGEST_RUN: usize = 16;
 
 /// The program; its name is [`kernel::PROGRAM`].
 #[sk_msg]
@@ -73,7 +70,7 @@ pub(crate) fn lifl_verdict(ctx: SkMsgContext) -> u32 {
     let piece = ctx.size() % FRAME;
     if piece != 0 {
         let cut = ctx.pop_data(ctx.size() - piece, piece, 0);
-        log_cut(piece);
+        log(kernel::LOG_CUT, piece, 0, 0, 0);
         if cut.is_err() {
             return sk_action::SK_DROP;
         }
@@ -94,17 +91,19 @@ pub(crate) fn lifl_verdict(ctx: SkMsgContext) -> u32 {
     let connection = connection(msg);
     // SAFETY: an entry that the daemon removes meanwhile may be read as another's. No worker id is given out twice
     // and the daemon takes the socket out of SOCKETS first, so the worst of it is one refusal for another reason.
-    let (sender, member) = unsafe { (SENDERS.get(connection), MEMBERS.get(frame.to.0)) };
+    let (sender, receiver) = unsafe { (SENDERS.get(connection), MEMBERS.get(frame.to.0)) };
 
-    let refusal = match kernel::verdict(&frame, sender, member) {
+    let refusal = match kernel::verdict(&frame, sender, receiver.map(|receiver| &receiver.member)) {
+        Ok(()) if receiver.is_none_or(|receiver| !takes_one_more(&ctx, receiver)) => Refusal::ReceiverFull,
         Ok(()) => {
             // SAFETY: the 64 bytes from `data` were compared with `data_end`, and `frame` was read from there.
             let run = unsafe { run(data, ctx.data_end(), &frame) };
             // SAFETY: as above. The verdict is for these alone; the kernel asks again for what follows.
             unsafe { bpf_msg_apply_bytes(msg, run.frames * FRAME) };
             if redirect(&ctx, frame.to) == sk_action::SK_PASS {
-                if let Some(sender) = sender {
+                if let (Some(sender), Some(receiver)) = (sender, receiver) {
                     count_taken(sender.worker, &run);
+                    count_handed(receiver);
                 }
                 return sk_action::SK_PASS;
             }
@@ -121,31 +120,46 @@ pub(crate) fn lifl_verdict(ctx: SkMsgContext) -> u32 {
     if stamp.0 != 0 {
         count_refused(stamp);
     }
-    log_refused(stamp.0, frame.from.0, frame.to.0, refusal as u32);
-    let read = redirect(&ctx, WorkerId::NONE);
-    if read == sk_action::SK_PASS || stamp.0 == 0 {
-        return read;
+    log(
+        kernel::LOG_REFUSED,
+        stamp.0,
+        frame.from.0,
+        frame.to.0,
+        refusal as u32,
+    );
+    let with_daemon = redirect(&ctx, WorkerId::NONE) == sk_action::SK_PASS;
+    if with_daemon && has_room(DEAD_LETTERS, true) {
+        count_message(DEAD_LETTERS);
+        return sk_action::SK_PASS;
     }
-    redirect(&ctx, stamp)
+    // SAFETY: as for the receiver.
+    match unsafe { MEMBERS.get(stamp.0) } {
+        Some(own) if has_room(own.inbox, with_daemon) && has_room(own.account, with_daemon) => {
+            let back = redirect(&ctx, stamp);
+            if back == sk_action::SK_PASS {
+                count_handed(own);
+            }
+            back
+        }
+        _ => sk_action::SK_DROP,
+    }
 }
 
-// Logging has subprograms to itself: within the program, its variables would share stack slots with pointers, which
-// the verifier lets only CAP_PERFMON do.
-
-#[inline(never)]
-fn log_cut(bytes: u32) {
-    warn!(
-        (),
-        "cut off {} bytes that a write ended with after its last whole frame", bytes
-    );
+/// Whether a receiver and its user have credit for one message more. Nobody adds to it while there is no daemon.
+#[inline(always)]
+fn takes_one_more(ctx: &SkMsgContext, receiver: &Receiver) -> bool {
+    if has_room(receiver.inbox, true) && has_room(receiver.account, true) {
+        return true;
+    }
+    redirect(ctx, WorkerId::NONE) != sk_action::SK_PASS
+        && has_room(receiver.inbox, false)
+        && has_room(receiver.account, false)
 }
 
-#[inline(never)]
-fn log_refused(worker: u32, from: u32, to: u32, refusal: u32) {
-    warn!(
-        (),
-        "refused a frame of worker {} (it says {}) to worker {}: reason {}", worker, from, to, refusal
-    );
+#[inline(always)]
+fn count_handed(receiver: &Receiver) {
+    count_message(receiver.inbox);
+    count_message(receiver.account);
 }
 
 /// The fields that are decided on, each read by itself: a frame may lie at any address.
@@ -167,7 +181,8 @@ unsafe fn head(data: usize) -> Frame {
     }
 }
 
-/// Frames that stand one behind the other and go from one worker to one other.
+/// Frames that stand one behind the other and go from one worker to one other, seventeen at most. The kernel does the same work
+/// for a run as for a frame: by so many it is small beside the frames' own.
 struct Run {
     frames: u32,
     referenced_bytes: u64,
@@ -184,18 +199,26 @@ unsafe fn run(data: usize, end: usize, first: &Frame) -> Run {
         referenced_bytes: lent(first),
     };
     let mut next = data;
-    for _ in 1..LONGEST_RUN {
-        next += Frame::BYTES;
-        if next + Frame::BYTES > end {
-            break;
+    'run: {
+        macro_rules! one_more {
+            () => {
+                next += Frame::BYTES;
+                if next + Frame::BYTES > end {
+                    break 'run;
+                }
+                // SAFETY: the 64 bytes from `next` were just compared with the end.
+                let frame = unsafe { head(next) };
+                if (frame.to.0, frame.from.0) != (first.to.0, first.from.0) {
+                    break 'run;
+                }
+                run.frames += 1;
+                run.referenced_bytes = run.referenced_bytes.wrapping_add(lent(&frame));
+            };
         }
-        // SAFETY: the 64 bytes from `next` were just compared with the end.
-        let frame = unsafe { head(next) };
-        if (frame.to.0, frame.from.0) != (first.to.0, first.from.0) {
-            break;
-        }
-        run.frames += 1;
-        run.referenced_bytes = run.referenced_bytes.wrapping_add(lent(&frame));
+        eight_times!({
+            one_more!();
+            one_more!();
+        });
     }
     run
 }
@@ -234,9 +257,9 @@ fn count_taken(worker: WorkerId, run: &Run) {
     };
     // SAFETY: the map's values are 8-aligned `Counters` and live as long as this call.
     unsafe {
-        add(&raw mut (*counters).frames, run.frames.into());
+        add::<{ offset_of!(Counters, frames) }, _>(counters, run.frames.into());
         if run.referenced_bytes != 0 {
-            add(&raw mut (*counters).referenced_bytes, run.referenced_bytes);
+            add::<{ offset_of!(Counters, referenced_bytes) }, _>(counters, run.referenced_bytes);
         }
         ptr::write_volatile(&raw mut (*counters).last_ns, bpf_ktime_get_ns());
     }
@@ -249,7 +272,7 @@ fn count_refused(worker: WorkerId) {
     };
     // SAFETY: as in `count_taken`.
     unsafe {
-        add(&raw mut (*counters).refused, 1);
+        add::<{ offset_of!(Counters, refused) }, _>(counters, 1);
         ptr::write_volatile(&raw mut (*counters).last_ns, bpf_ktime_get_ns());
     }
 }

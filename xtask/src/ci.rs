@@ -6,7 +6,7 @@ use std::time::Instant;
 
 use anyhow::{Context, Result, ensure};
 
-use crate::ebpf;
+use crate::{ebpf, kernels};
 
 pub(crate) fn run() -> Result<()> {
     step("format", cargo(["fmt", "--all", "--check"]))?;
@@ -43,7 +43,9 @@ pub(crate) fn run() -> Result<()> {
     step(
         "the tasks' own tests",
         cargo(["test", "--release", "--package", "xtask"]),
-    )
+    )?;
+    println!("=== other kernels");
+    kernels::run(&kernels::Options::ci())
 }
 
 /// What may be linked (`deny.toml`). cargo-deny takes minutes to build, so it is used where it is, and missed aloud.

@@ -5,6 +5,7 @@ mod ci;
 mod ebpf;
 mod fuzz;
 mod install;
+mod kernels;
 
 use anyhow::Result;
 use clap::{Parser, Subcommand};
@@ -29,6 +30,8 @@ enum Task {
     Uninstall(install::Options),
     /// Kill, stop and delay the workers of jobs, and the daemon, at random: nothing may be lost, nothing left.
     Chaos(chaos::Options),
+    /// Run what depends on the kernel under other kernels, in QEMU.
+    Kernels(kernels::Options),
     /// Run the fuzz targets under libFuzzer: needs rustup's nightly and cargo-fuzz.
     Fuzz(fuzz::Options),
 }
@@ -40,6 +43,7 @@ fn main() -> Result<()> {
         Task::Install(options) => install::install(&options),
         Task::Uninstall(options) => install::uninstall(&options),
         Task::Chaos(options) => chaos::run(&options),
+        Task::Kernels(options) => kernels::run(&options),
         Task::Fuzz(options) => fuzz::run(&options),
     }
 }

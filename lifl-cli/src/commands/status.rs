@@ -6,6 +6,7 @@ use anyhow::anyhow;
 use comfy_table::presets::NOTHING;
 use comfy_table::{CellAlignment, Table};
 use lifl_common::control::{FlamePage, Status, UserStatus};
+use lifl_common::plane::NO_KERNEL_PLANE;
 use nix::time::{ClockId, clock_gettime};
 use serde_json::json;
 
@@ -55,7 +56,11 @@ fn print(socket: &Path, status: &Status) -> Outcome {
         daemon.pid,
         socket.display()
     )?;
-    outln!("  plane {}: {}", daemon.plane, daemon.plane_reason)?;
+    let warning = match daemon.plane_reason.starts_with(NO_KERNEL_PLANE) {
+        true => "WARNING, ",
+        false => "",
+    };
+    outln!("  plane {}: {warning}{}", daemon.plane, daemon.plane_reason)?;
     if daemon.awaited > 0 {
         outln!(
             "  {} workers of the daemon before have not come back yet",

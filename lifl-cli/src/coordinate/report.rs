@@ -6,7 +6,7 @@ use std::sync::{Mutex, PoisonError};
 
 use anyhow::Context;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
-use lifl_common::plane::PlaneKind;
+use lifl_common::plane::{NO_KERNEL_PLANE, PlaneKind};
 use serde::{Deserialize, Serialize};
 
 use super::folder::RunFolder;
@@ -468,8 +468,14 @@ pub(crate) fn describe(event: &Event) -> Option<String> {
                 .map(|level| format!("{} {}", level.workers, level.role))
                 .collect();
             let whose = if *own_daemon { "own daemon" } else { "daemon" };
+            // An own daemon has its user's rights, as a rule none; one that serves everybody was to have more.
+            let warning = if !own_daemon && plane_reason.starts_with(NO_KERNEL_PLANE) {
+                "WARNING, "
+            } else {
+                ""
+            };
             format!(
-                "job {job}: {}\nplane {plane}: {plane_reason} ({whose} at {daemon})\nmemory in pages of {}{}\nrun folder {run}",
+                "job {job}: {}\nplane {plane}: {warning}{plane_reason} ({whose} at {daemon})\nmemory in pages of {}{}\nrun folder {run}",
                 tree.join(", "),
                 human_bytes(*page_bytes),
                 page_note

@@ -10,15 +10,18 @@ use aya::maps::{HashMap, MapData, MapError, SockHash};
 use aya::programs::ProgramError;
 use lifl_common::client::loopback_pair;
 use lifl_common::flame::{
-    Address, HOLD, MAP_SENDERS, MAP_SOCKETS, MAP_WORKERS, MESSAGE_BYTES, PROGRAM, REFUSE, Sender, Worker,
+    Address, HEADER_BYTES, HOLD, LOG_CLOSED, LOG_GONE, LOG_LENGTH, LOG_NO_MEMORY, LOG_TAKEN,
+    LONGEST_REFERENCE_BYTES, MAP_SENDERS, MAP_SOCKETS, MAP_WORKERS, MESSAGE_BYTES, PROGRAM, REFUSE, Sender,
+    Worker,
 };
-use lifl_common::kernel::Connection;
+use lifl_common::kernel::{Connection, LogRecord};
 use nix::sys::socket::Shutdown;
 use tokio::io::AsyncReadExt;
 use tokio::sync::mpsc;
 use tokio_util::sync::{CancellationToken, DropGuard};
 use zerocopy::transmute;
 
+use super::rules::show_id;
 use super::wire::Message;
 use crate::ebpf::{LoadError, Program, is_missing};
 
@@ -79,7 +82,7 @@ impl Kernel {
         let near = std::net::TcpStream::from(near);
         let near = tokio::net::TcpStream::from_std(near)?;
         let stop = CancellationToken::new();
-        program.read_log(&stop)?;
+        program.read_log(&stop, write_log)?;
         let (held, receiver) = mpsc::channel(QUEUE);
         tokio::spawn(stop.clone().run_until_cancelled_owned(read_held(near, held)));
         let kernel = Self {
@@ -192,6 +195,44 @@ fn unless_missing(removed: Result<(), MapError>) -> Result<(), MapError> {
     removed.or_else(|error| if is_missing(&error) { Ok(()) } else { Err(error) })
 }
 
+/// A line of the program's for this process's log.
+fn write_log(record: &LogRecord) {
+    match describe(record) {
+        (tracing::Level::DEBUG, line) => tracing::debug!(target: "ebpf", "{line}"),
+        (_, line) => tracing::warn!(target: "ebpf", "{line}"),
+    }
+}
+
+/// How much a record matters, and what it says.
+fn describe(record: &LogRecord) -> (tracing::Level, String) {
+    let [uid, from, to, bytes, _] = record.values;
+    let from = format!("worker {} of user {uid}", show_id(from));
+    let refused = |why: &str| {
+        let line = format!("refused {bytes} bytes of {from} to {}: {why}", show_id(to));
+        (tracing::Level::WARN, line)
+    };
+    match record.event {
+        LOG_TAKEN => {
+            let line = format!("a reference of {bytes} bytes of {from} to {}", show_id(to));
+            (tracing::Level::DEBUG, line)
+        }
+        LOG_GONE => refused("that worker is gone"),
+        LOG_CLOSED => refused("that worker's socket is closed"),
+        LOG_NO_MEMORY => refused("the kernel has no memory for the message"),
+        LOG_LENGTH => {
+            let bytes = to;
+            let line = format!(
+                "refused {bytes} bytes of {from}: a reference has {HEADER_BYTES} to {LONGEST_REFERENCE_BYTES}"
+            );
+            (tracing::Level::WARN, line)
+        }
+        event => {
+            let line = format!("a record of the unknown kind {event}: {:?}", record.values);
+            (tracing::Level::WARN, line)
+        }
+    }
+}
+
 /// Passes on what the program could not hand over.
 async fn read_held(mut socket: tokio::net::TcpStream, held: mpsc::Sender<(Address, Message)>) {
     let mut bytes = [0; MESSAGE_BYTES];
@@ -203,5 +244,37 @@ async fn read_held(mut socket: tokio::net::TcpStream, held: mpsc::Sender<(Addres
         if held.send(Message::unstamp(&bytes)).await.is_err() {
             break;
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The ids as the ends of the taskids that stand in the workers' configs, and one reason.
+    #[test]
+    fn a_record_of_the_program_is_a_line_with_ids_as_people_know_them_and_one_reason() {
+        let id = |bytes: [u8; 2]| u32::from_le_bytes([bytes[0], bytes[1], 0, 0]);
+        let record = |event| LogRecord {
+            event,
+            values: [1000, id([0xa7, 0x45]), id([0x01, 0xfe]), 69, 0],
+        };
+        assert_eq!(
+            describe(&record(LOG_GONE)).1,
+            "refused 69 bytes of worker …a745 of user 1000 to …01fe: that worker is gone"
+        );
+        let reasons = [LOG_GONE, LOG_CLOSED, LOG_NO_MEMORY].map(|event| describe(&record(event)).1);
+        for line in &reasons {
+            assert!(line.contains("…a745") && line.contains("…01fe"), "{line}");
+            assert_eq!(line.matches(": ").count(), 1, "{line}");
+        }
+        let too_long = LogRecord {
+            event: LOG_LENGTH,
+            values: [1000, id([0xa7, 0x45]), 2048, 0, 0],
+        };
+        assert_eq!(
+            describe(&too_long).1,
+            "refused 2048 bytes of worker …a745 of user 1000: a reference has 4 to 1013"
+        );
     }
 }

@@ -7,14 +7,12 @@ use std::net::SocketAddrV4;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::sync::LazyLock;
 
-use nix::sys::socket::{
-    AddressFamily, MsgFlags, SockFlag, SockProtocol, SockType, getsockopt, recv, send, socket, sockopt,
-};
+use nix::sys::socket::{getsockopt, sockopt};
 use nix::sys::stat::{SFlag, fstat};
-use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
 use crate::errands::Foreign;
 use crate::plane::support;
+use crate::sock_diag::SocketTable;
 
 /// A socket, as the kernel describes it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -45,62 +43,6 @@ pub(super) enum Descriptor {
     Missing,
 }
 
-/// `struct nlmsghdr` and `struct inet_diag_req_v2` (`include/uapi/linux/{netlink,inet_diag}.h`).
-#[derive(FromBytes, IntoBytes, Immutable, KnownLayout)]
-#[repr(C)]
-struct DiagRequest {
-    length: u32,
-    kind: u16,
-    flags: u16,
-    sequence: u32,
-    port: u32,
-    family: u8,
-    protocol: u8,
-    extensions: u8,
-    pad: u8,
-    states: u32,
-    id: DiagSocket,
-}
-
-/// `struct inet_diag_sockid`: ports and addresses in network byte order.
-#[derive(FromBytes, IntoBytes, Immutable, KnownLayout)]
-#[repr(C)]
-struct DiagSocket {
-    local_port: [u8; 2],
-    remote_port: [u8; 2],
-    local: [u8; 16],
-    remote: [u8; 16],
-    interface: u32,
-    cookie: [u32; 2],
-}
-
-/// `struct nlmsghdr` and `struct inet_diag_msg`.
-#[derive(FromBytes, IntoBytes, Immutable, KnownLayout)]
-#[repr(C)]
-struct DiagReply {
-    length: u32,
-    kind: u16,
-    flags: u16,
-    sequence: u32,
-    port: u32,
-    family: u8,
-    state: u8,
-    timer: u8,
-    retransmits: u8,
-    id: DiagSocket,
-    expires: u32,
-    receive_queue: u32,
-    send_queue: u32,
-    uid: u32,
-    inode: u32,
-}
-
-const _: () = assert!(size_of::<DiagRequest>() == 16 + 56);
-const _: () = assert!(size_of::<DiagReply>() == 16 + 72);
-
-/// `SOCK_DIAG_BY_FAMILY` in `include/uapi/linux/sock_diag.h`.
-const SOCK_DIAG_BY_FAMILY: u16 = 20;
-
 /// `TCP_FIN_WAIT2` and `TCP_TIME_WAIT` in `include/net/tcp_states.h`: of a closed socket in these states the kernel keeps
 /// little more than the addresses.
 const FORGOTTEN: [u8; 2] = [5, 6];
@@ -109,72 +51,21 @@ const FORGOTTEN: [u8; 2] = [5, 6];
 /// far end has acknowledged. Older ones may show user 0 instead.
 const KEEPS_USERS: (u32, u32) = (6, 18);
 
-/// The kernel's table of sockets. Kept open, so that a process without a descriptor to spare can still look there.
-#[derive(Debug)]
-pub(super) struct SocketTable(OwnedFd);
-
-impl SocketTable {
-    pub(super) fn open() -> io::Result<Self> {
-        let netlink = socket(
-            AddressFamily::Netlink,
-            SockType::Datagram,
-            SockFlag::SOCK_CLOEXEC,
-            SockProtocol::NetlinkSockDiag,
-        )?;
-        Ok(Self(netlink))
-    }
-
-    /// The socket at that end of a TCP connection of this machine; `None` if there is none any more.
-    pub(super) fn at(&self, local: SocketAddrV4, remote: SocketAddrV4) -> io::Result<Option<Owner>> {
-        let request = request(local, remote);
-        // The kernel answers before `send` returns.
-        send(self.0.as_raw_fd(), request.as_bytes(), MsgFlags::empty())?;
-        let mut answer = [0; 512];
-        let length = recv(self.0.as_raw_fd(), &mut answer, MsgFlags::MSG_DONTWAIT)?;
-        Ok(owner(&request, &answer[..length]))
-    }
-}
-
-fn request(local: SocketAddrV4, remote: SocketAddrV4) -> DiagRequest {
-    let address = |ip: &std::net::Ipv4Addr| {
-        let mut bytes = [0; 16];
-        bytes[..4].copy_from_slice(&ip.octets());
-        bytes
+/// The socket at that end of a TCP connection of this machine; `None` if there is none any more.
+pub(super) fn owner(
+    sockets: &SocketTable,
+    local: SocketAddrV4,
+    remote: SocketAddrV4,
+) -> io::Result<Option<Owner>> {
+    let Some(found) = sockets.at(local, remote)? else {
+        return Ok(None);
     };
-    DiagRequest {
-        length: size_of::<DiagRequest>() as u32,
-        kind: SOCK_DIAG_BY_FAMILY,
-        flags: libc::NLM_F_REQUEST as u16,
-        sequence: 1,
-        port: 0,
-        family: libc::AF_INET as u8,
-        protocol: libc::IPPROTO_TCP as u8,
-        extensions: 0,
-        pad: 0,
-        states: u32::MAX,
-        id: DiagSocket {
-            local_port: local.port().to_be_bytes(),
-            remote_port: remote.port().to_be_bytes(),
-            local: address(local.ip()),
-            remote: address(remote.ip()),
-            interface: 0,
-            cookie: [u32::MAX; 2],
-        },
-    }
-}
-
-fn owner(request: &DiagRequest, answer: &[u8]) -> Option<Owner> {
-    let (reply, _) = DiagReply::read_from_prefix(answer).ok()?;
-    // Where there is no such connection, the kernel shows who listens at the address, or NLMSG_ERROR.
-    if reply.kind != SOCK_DIAG_BY_FAMILY || reply.id.remote_port != request.id.remote_port {
-        return None;
-    }
-    let open = reply.inode != 0;
-    let known = open || keeps_users() && !FORGOTTEN.contains(&reply.state);
-    Some(Owner {
-        uid: known.then_some(reply.uid),
-        inode: reply.inode,
-    })
+    let open = found.inode != 0;
+    let known = open || keeps_users() && !FORGOTTEN.contains(&found.state);
+    Ok(Some(Owner {
+        uid: known.then_some(found.uid),
+        inode: found.inode,
+    }))
 }
 
 fn keeps_users() -> bool {
@@ -279,7 +170,7 @@ mod tests {
             v4(near.peer_addr().expect("connected")),
         );
         let table = SocketTable::open().expect("a socket");
-        let owner = table.at(local, remote).expect("asked").expect("found");
+        let owner = owner(&table, local, remote).expect("asked").expect("found");
         let uid = nix::unistd::geteuid().as_raw();
         assert_eq!(owner.uid, Some(uid));
         let (pid, fd) = (std::process::id(), near.as_raw_fd() as u32);
@@ -289,8 +180,6 @@ mod tests {
         assert_eq!(what_is(copy.as_fd()), Descriptor::Socket { inode: owner.inode });
         let file = fs::File::open("/dev/null").expect("open");
         assert_eq!(what_is(file.as_fd()), Descriptor::Other);
-        let elsewhere = SocketAddrV4::new(*local.ip(), local.port() ^ 1);
-        assert_eq!(table.at(elsewhere, remote).expect("asked"), None);
     }
 
     #[test]

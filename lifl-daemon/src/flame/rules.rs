@@ -67,6 +67,8 @@ pub(super) enum Refusal {
     NotASocket,
     /// A socket, but not one that is connected to us.
     NotConnectedHere,
+    /// So many claims to sockets that are not connected here wait already.
+    TooEarly { of_user: usize },
     /// The process is another user's than the socket.
     OtherProcess { process: u32, socket: u32 },
     /// The caller is another user.
@@ -91,6 +93,10 @@ impl fmt::Display for Refusal {
             Self::NotConnectedHere => {
                 f.write_str("the socket is not connected to the daemon's port for workers")
             }
+            Self::TooEarly { of_user } => write!(
+                f,
+                "{of_user} registrations of that process's user wait already for sockets that are not connected to the daemon"
+            ),
             Self::OtherProcess { process, socket } => {
                 write!(f, "the process is user {process}'s, the socket user {socket}'s")
             }

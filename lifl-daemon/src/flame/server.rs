@@ -14,7 +14,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use lifl_common::control::FlamePage;
-use lifl_common::flame::Address;
+use lifl_common::flame::{Address, MESSAGE_BYTES};
 use nix::errno::Errno;
 use nix::sys::socket::{MsgFlags, recv};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -23,11 +23,12 @@ use tokio::sync::{mpsc, oneshot};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-use super::owner::{self, Owner, SocketTable};
+use super::owner::{self, Owner};
 use super::rules::{Claim, Refusal};
-use super::switch::{Conn, ConnId, Switch};
+use super::switch::{Conn, ConnId, Queued, Switch};
 use super::wire::{Message, Registration, Splitter};
 use crate::refusals::may_log;
+use crate::sock_diag::SocketTable;
 
 /// How long a registration may take to come.
 const REGISTRATION: Duration = Duration::from_secs(5);
@@ -40,6 +41,13 @@ const REGISTRATIONS_OF_USER: u32 = 512;
 
 /// Messages that wait for one worker to read them.
 const OUTBOX: usize = 4096;
+
+/// Messages that may lie unread on a worker's connection. So few are under way at once under any congestion window, and
+/// they fit into any receive window.
+const UNREAD: u32 = 8;
+
+/// How soon a connection is looked at again on which a message has no room yet; the pause doubles up to the second.
+const LOOK_AGAIN: (Duration, Duration) = (Duration::from_micros(500), Duration::from_millis(50));
 
 /// How long a stream must be silent for a reference without an end to be whole.
 const SILENCE: Duration = Duration::from_millis(20);
@@ -74,7 +82,7 @@ pub(super) struct Ports {
 #[derive(Debug)]
 pub(super) struct Port {
     listener: TcpListener,
-    sockets: SocketTable,
+    sockets: Arc<Mutex<SocketTable>>,
 }
 
 /// Serves until `shutdown`, then closes all connections and gives the switch back.
@@ -119,6 +127,7 @@ pub(super) async fn serve(
             _ = sweep.tick() => switch.expire(Instant::now()),
         }
     }
+    switch.name_left();
     inbox.close();
     tasks.close();
     tasks.wait().await;
@@ -176,7 +185,7 @@ impl Port {
     pub(super) fn new(listener: TcpListener) -> std::io::Result<Self> {
         Ok(Self {
             listener,
-            sockets: SocketTable::open()?,
+            sockets: Arc::new(Mutex::new(SocketTable::open()?)),
         })
     }
 
@@ -191,7 +200,8 @@ impl Port {
                 let (SocketAddr::V4(peer), SocketAddr::V4(local)) = (peer, stream.local_addr()?) else {
                     return Ok(None);
                 };
-                Ok(Some((stream, peer, self.sockets.at(peer, local)?)))
+                let sockets = self.sockets.lock().unwrap_or_else(PoisonError::into_inner);
+                Ok(Some((stream, peer, owner::owner(&sockets, peer, local)?)))
             });
             match accepted {
                 Ok(Some(accepted)) => return accepted,
@@ -237,10 +247,15 @@ async fn accept_workers(
             return;
         }
         let events = events.clone();
+        let receiver = Receiver {
+            sockets: Arc::clone(&port.sockets),
+            address: peer,
+            room: 0,
+        };
         tasks.spawn(async move {
             tokio::select! {
                 () = kick.cancelled() => {}
-                () = converse(stream, id, (uid, peer), &events, queued) => {}
+                () = converse(stream, id, (uid, peer), &events, queued, receiver) => {}
             }
             let _ = events.send(Event::Closed(id)).await;
             drop(share);
@@ -254,9 +269,10 @@ async fn converse(
     id: ConnId,
     (uid, peer): (u32, SocketAddrV4),
     events: &mpsc::Sender<Event>,
-    mut queued: mpsc::Receiver<Message>,
+    mut queued: mpsc::Receiver<Queued>,
+    mut receiver: Receiver,
 ) {
-    // Messages of 1,024 bytes must not wait for each other.
+    // Each message is a segment of its own.
     let _ = stream.set_nodelay(true);
     let (mut from, mut to) = stream.into_split();
     let reading = async {
@@ -298,8 +314,9 @@ async fn converse(
         }
     };
     let writing = async {
-        while let Some(message) = queued.recv().await {
-            if to.write_all(message.bytes()).await.is_err() {
+        while let Some(queued) = queued.recv().await {
+            receiver.has_room(to.as_ref()).await;
+            if to.write_all(queued.message.bytes()).await.is_err() {
                 // The reader sees the end of it, too.
                 break;
             }
@@ -311,6 +328,58 @@ async fn converse(
         () = writing => {}
     }
 }
+
+/// The far end of a worker's connection, which takes what one `recv(1024)` returns for one message. A stream has no
+/// boundaries: it must never hold a part of a message. So a message is written only when all before it have been sent and
+/// few of them are unread: then it goes out whole, in a segment of its own, and no window cuts it.
+struct Receiver {
+    sockets: Arc<Mutex<SocketTable>>,
+    address: SocketAddrV4,
+    /// Messages that surely have room.
+    room: u32,
+}
+
+impl Receiver {
+    /// Waits until one message more has room.
+    async fn has_room(&mut self, stream: &TcpStream) {
+        let (mut pause, longest) = LOOK_AGAIN;
+        while self.room == 0 || unsent_bytes(stream) > 0 {
+            self.room = UNREAD.saturating_sub(self.unread(stream));
+            if self.room == 0 || unsent_bytes(stream) > 0 {
+                tokio::time::sleep(pause).await;
+                pause = longest.min(2 * pause);
+            }
+        }
+        self.room -= 1;
+    }
+
+    /// Messages, or parts of one, that it has not read. Where the kernel does not tell, none: then what is unsent decides.
+    fn unread(&self, stream: &TcpStream) -> u32 {
+        let Ok(SocketAddr::V4(local)) = stream.local_addr() else {
+            return 0;
+        };
+        let sockets = self.sockets.lock().unwrap_or_else(PoisonError::into_inner);
+        let found = sockets.at(self.address, local).ok().flatten();
+        found.map_or(0, |found| {
+            found.receive_queue_bytes.div_ceil(MESSAGE_BYTES as u32)
+        })
+    }
+}
+
+/// Bytes that were written to a connection and that the kernel has not sent yet; 0 where it does not tell.
+fn unsent_bytes(stream: &TcpStream) -> u32 {
+    let mut bytes: libc::c_int = 0;
+    // SAFETY: `SIOCOUTQNSD` writes one int, to a place that outlives the call.
+    let status = unsafe { libc::ioctl(stream.as_raw_fd(), SIOCOUTQNSD, &raw mut bytes) };
+    if status == 0 {
+        u32::try_from(bytes).unwrap_or(0)
+    } else {
+        0
+    }
+}
+
+/// `include/uapi/linux/sockios.h`.
+const SIOCOUTQNSD: libc::Ioctl = 0x894B;
 
 async fn accept_registrations(
     port: Port,
@@ -426,7 +495,64 @@ impl Received {
 
 #[cfg(test)]
 mod tests {
+    use std::net::Ipv4Addr;
+
+    use nix::sys::socket::{setsockopt, sockopt};
+
     use super::*;
+
+    /// A worker that reads in its own time, under a receive window of the system's size and one of the smallest.
+    #[tokio::test]
+    async fn a_receive_of_a_messages_size_never_gets_a_part_of_one() {
+        for receive_buffer in [None, Some(2048)] {
+            let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.expect("a port");
+            let socket = tokio::net::TcpSocket::new_v4().expect("a socket");
+            if let Some(bytes) = receive_buffer {
+                setsockopt(&socket, sockopt::RcvBuf, &bytes).expect("set");
+            }
+            let at = listener.local_addr().expect("bound");
+            let (worker, accepted) = tokio::join!(socket.connect(at), listener.accept());
+            let (worker, (mut stream, SocketAddr::V4(peer))) =
+                (worker.expect("connected"), accepted.expect("accepted"))
+            else {
+                panic!("an IPv4 address");
+            };
+            stream.set_nodelay(true).expect("set");
+            let mut receiver = Receiver {
+                sockets: Arc::new(Mutex::new(SocketTable::open().expect("a socket"))),
+                address: peer,
+                room: 0,
+            };
+            const MESSAGES: u8 = 200;
+            let writing = async {
+                for n in 0..MESSAGES {
+                    receiver.has_room(&stream).await;
+                    assert!(receiver.unread(&stream) <= UNREAD);
+                    stream.write_all(&[n; MESSAGE_BYTES]).await.expect("written");
+                }
+            };
+            let reading = async {
+                let mut bytes = [0; MESSAGE_BYTES];
+                for n in 0..MESSAGES {
+                    // Sometimes as fast as they come, and sometimes all have time to lie there.
+                    if n % 16 == 0 {
+                        tokio::time::sleep(Duration::from_millis(300)).await;
+                    }
+                    let read = loop {
+                        worker.readable().await.expect("readable");
+                        match worker.try_read(&mut bytes) {
+                            Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {}
+                            read => break read.expect("read"),
+                        }
+                    };
+                    assert_eq!((read, bytes[0], bytes[MESSAGE_BYTES - 1]), (MESSAGE_BYTES, n, n));
+                }
+            };
+            tokio::time::timeout(Duration::from_secs(60), async { tokio::join!(writing, reading) })
+                .await
+                .expect("in time");
+        }
+    }
 
     #[test]
     fn nobody_takes_more_than_a_share_and_gives_it_back() {

@@ -18,12 +18,13 @@
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::net::SocketAddrV4;
 use std::os::fd::AsFd;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use lifl_common::control::{FlamePage, FlameWorkerStatus};
 use lifl_common::flame::{Address, Sender, Worker, is_gone};
 use lifl_common::plane::PlaneKind;
-use tokio::sync::mpsc;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 use tokio_util::sync::CancellationToken;
 
 use super::kernel::Kernel;
@@ -44,8 +45,9 @@ const NEW: Duration = Duration::from_secs(2);
 /// How long a registration waits for its socket's connection to be accepted: it is in the kernel's queue by then.
 const OVERTAKEN: Duration = Duration::from_secs(5);
 
-/// Registrations that may wait so at a time.
-const EARLY: usize = 1024;
+/// Registrations that may wait so at a time for the sockets of one user's processes, and for all.
+const EARLY_OF_USER: usize = 1024;
+const EARLY: usize = 64 * EARLY_OF_USER;
 
 /// References that are held for one receiver.
 const HELD_FOR_RECEIVER: usize = 256;
@@ -53,12 +55,22 @@ const HELD_FOR_RECEIVER: usize = 256;
 /// References that are held for all receivers of one user.
 const HELD_FOR_USER: usize = 4096;
 
+/// Messages that wait in the daemon for all workers of one user to read them: 16 MiB.
+const QUEUED_OF_USER: usize = 16_384;
+
 /// Workers on one page of a status: a page must fit into a packet.
 const STATUS_PAGE: usize = 128;
 
 /// A connection's number.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub(super) struct ConnId(pub(super) u64);
+
+/// A message that waits for its receiver to read, and its share of what may wait for that user's.
+#[derive(Debug)]
+pub(super) struct Queued {
+    pub(super) message: Message,
+    _share: OwnedSemaphorePermit,
+}
 
 /// A worker's connection.
 #[derive(Debug)]
@@ -69,7 +81,7 @@ pub(super) struct Conn {
     /// The far end's address.
     pub(super) peer: SocketAddrV4,
     /// What it is to read.
-    pub(super) outbox: mpsc::Sender<Message>,
+    pub(super) outbox: mpsc::Sender<Queued>,
     /// Closes it.
     pub(super) kick: CancellationToken,
     since: Instant,
@@ -82,7 +94,7 @@ impl Conn {
     pub(super) fn new(
         (uid, inode): (u32, u32),
         peer: SocketAddrV4,
-        outbox: mpsc::Sender<Message>,
+        outbox: mpsc::Sender<Queued>,
         kick: CancellationToken,
     ) -> Self {
         Self {
@@ -113,6 +125,15 @@ struct Held {
     message: Message,
 }
 
+/// A claim that waits for its socket's connection.
+#[derive(Debug)]
+struct Early {
+    since: Instant,
+    /// The user of the process that it names.
+    uid: u32,
+    claim: Claim,
+}
+
 /// Flame's workers.
 #[derive(Debug)]
 pub(super) struct Switch {
@@ -125,11 +146,13 @@ pub(super) struct Switch {
     conns: HashMap<ConnId, Conn>,
     inodes: HashMap<u32, ConnId>,
     workers: BTreeMap<Address, ConnId>,
+    /// What may yet be queued for the connections of each user that has one.
+    queues: HashMap<u32, (usize, Arc<Semaphore>)>,
     gone: HashMap<Address, Worker>,
     gone_in_order: VecDeque<(Address, u64)>,
     held: HashMap<Address, VecDeque<Held>>,
     /// Claims to sockets whose connection has not been accepted yet, by their inode.
-    early: HashMap<u32, (Instant, Claim)>,
+    early: HashMap<u32, Early>,
     changes: u64,
 }
 
@@ -148,6 +171,7 @@ impl Switch {
             conns: HashMap::new(),
             inodes: HashMap::new(),
             workers: BTreeMap::new(),
+            queues: HashMap::new(),
             gone: HashMap::new(),
             gone_in_order: VecDeque::new(),
             held: HashMap::new(),
@@ -165,17 +189,26 @@ impl Switch {
     pub(super) fn connected(&mut self, id: ConnId, conn: Conn) {
         let inode = conn.inode;
         self.inodes.insert(inode, id);
+        let new = || (0, Arc::new(Semaphore::new(QUEUED_OF_USER)));
+        self.queues.entry(conn.uid).or_insert_with(new).0 += 1;
         self.conns.insert(id, conn);
-        if let Some((_, claim)) = self.early.remove(&inode) {
-            self.claim(claim);
+        if let Some(early) = self.early.remove(&inode) {
+            self.claim(early.claim);
         }
     }
 
     /// A worker's connection is closed, and with it its socket.
     pub(super) fn closed(&mut self, id: ConnId) {
         self.unregister(id);
-        if let Some(conn) = self.conns.remove(&id) {
-            self.inodes.remove(&conn.inode);
+        let Some(conn) = self.conns.remove(&id) else {
+            return;
+        };
+        self.inodes.remove(&conn.inode);
+        if let Some((connections, _)) = self.queues.get_mut(&conn.uid) {
+            *connections -= 1;
+            if *connections == 0 {
+                self.queues.remove(&conn.uid);
+            }
         }
     }
 
@@ -185,11 +218,7 @@ impl Switch {
             Descriptor::Socket { inode } => match self.inodes.get(&inode) {
                 Some(&id) => self.grant(id, &claim),
                 // Its registration may overtake its connection, which is then on its way.
-                None if self.early.len() < EARLY => {
-                    self.early.insert(inode, (Instant::now(), claim));
-                    Ok(())
-                }
-                None => Err(Refusal::NotConnectedHere),
+                None => self.wait_for(inode, claim),
             },
             Descriptor::Other => Err(Refusal::NotASocket),
             Descriptor::Missing => Err(Refusal::NoDescriptor),
@@ -197,6 +226,28 @@ impl Switch {
         if let Err(refusal) = granted {
             log_refused(&claim, &refusal);
         }
+    }
+
+    /// Keeps a claim until its socket's connection is accepted. A process's own user counts: whoever calls, the claim can be
+    /// granted to no other.
+    fn wait_for(&mut self, inode: u32, claim: Claim) -> Result<(), Refusal> {
+        let process = owner::process(claim.registration.pid).ok_or(Refusal::NoProcess)?;
+        if let Some(caller) = claim.caller
+            && caller != process.uid
+        {
+            return Err(Refusal::OtherCaller {
+                caller,
+                socket: process.uid,
+            });
+        }
+        let uid = process.uid;
+        let of_user = self.early.values().filter(|early| early.uid == uid).count();
+        if !self.early.contains_key(&inode) && (of_user >= EARLY_OF_USER || self.early.len() >= EARLY) {
+            return Err(Refusal::TooEarly { of_user });
+        }
+        let since = Instant::now();
+        self.early.insert(inode, Early { since, uid, claim });
+        Ok(())
     }
 
     fn grant(&mut self, id: ConnId, claim: &Claim) -> Result<(), Refusal> {
@@ -326,6 +377,25 @@ impl Switch {
         self.forget();
     }
 
+    /// Tells whoever reads the log which workers this daemon leaves: Flame's SDK takes the end of its connection for an
+    /// empty message, again and again.
+    pub(super) fn name_left(&self) {
+        for (address, conn) in &self.workers {
+            let Some(worker) = self.conns.get(conn).and_then(|conn| conn.worker.as_ref()) else {
+                continue;
+            };
+            tracing::warn!(
+                id = show_id(address.id),
+                uid = address.uid,
+                pid = worker.process.pid,
+                name = worker.process.name,
+                "Flame worker left without a daemon: its SDK reads the closed connection without a pause and never \
+                 connects again; end it with `kill {}` and start its job again once a daemon is there",
+                worker.process.pid
+            );
+        }
+    }
+
     /// Forgets the workers that are gone for longest, when there are too many.
     fn forget(&mut self) {
         while self.gone_in_order.len() > self.remembered {
@@ -431,25 +501,34 @@ impl Switch {
     }
 
     fn hand_over(&mut self, to: ConnId, message: Message) {
-        if let Some(conn) = self.conns.get(&to)
-            && conn.outbox.try_send(message).is_err()
-        {
-            let id = conn
-                .worker
-                .as_ref()
-                .map_or(u32::MAX, |worker| worker.sender.address.id);
-            tracing::warn!(
-                to = show_id(id),
-                "dropped a reference: its receiver does not read, or is just closing"
-            );
-        }
+        let Some(conn) = self.conns.get(&to) else {
+            return;
+        };
+        let queue = self.queues.get(&conn.uid);
+        let share = queue.and_then(|(_, queue)| Arc::clone(queue).try_acquire_owned().ok());
+        let why = match share.map(|share| {
+            let queued = Queued {
+                message,
+                _share: share,
+            };
+            conn.outbox.try_send(queued)
+        }) {
+            Some(Ok(())) => return,
+            Some(Err(_)) => "its receiver does not read, or is just closing",
+            None => "too many wait for this user's workers, which do not read",
+        };
+        let id = conn
+            .worker
+            .as_ref()
+            .map_or(u32::MAX, |worker| worker.sender.address.id);
+        tracing::warn!(to = show_id(id), uid = conn.uid, "dropped a reference: {why}");
     }
 
     /// Ends what has waited too long.
     pub(super) fn expire(&mut self, now: Instant) {
         let older = |since: Instant, limit| now.saturating_duration_since(since) >= limit;
-        for (_, (_, claim)) in self.early.extract_if(|_, (since, _)| older(*since, OVERTAKEN)) {
-            log_refused(&claim, &Refusal::NotConnectedHere);
+        for (_, early) in self.early.extract_if(|_, early| older(early.since, OVERTAKEN)) {
+            log_refused(&early.claim, &Refusal::NotConnectedHere);
         }
         for conn in self.conns.values().filter(|conn| conn.worker.is_none()) {
             if older(conn.since, UNREGISTERED) && !conn.kick.is_cancelled() {
@@ -570,4 +649,59 @@ fn monotonic_ns() -> u64 {
     nix::time::ClockId::CLOCK_MONOTONIC.now().map_or(0, |now| {
         now.tv_sec() as u64 * 1_000_000_000 + now.tv_nsec() as u64
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::process::CommandExt;
+    use std::process::Command;
+
+    use super::*;
+
+    fn claim(pid: u32, inode: u32, caller: Option<u32>) -> Claim {
+        Claim {
+            registration: Registration { pid, fd: 3, id: 9 },
+            caller,
+            descriptor: Descriptor::Socket { inode },
+        }
+    }
+
+    /// What waits for one user's sockets takes no place of another's, whoever has sent it.
+    #[test]
+    fn early_registrations_are_counted_for_the_user_whose_process_they_name() {
+        if !nix::unistd::geteuid().is_root() {
+            eprintln!("NOT RUN: only root has processes of two users");
+            assert!(
+                std::env::var_os("LIFL_REQUIRE_KERNEL").is_none(),
+                "run as root, or without LIFL_REQUIRE_KERNEL"
+            );
+            return;
+        }
+        let other_uid = 65_533;
+        let mut other = Command::new("sleep")
+            .arg("600")
+            .uid(other_uid)
+            .spawn()
+            .expect("a process");
+        let local = SocketAddrV4::new(std::net::Ipv4Addr::LOCALHOST, 1);
+        let mut switch = Switch::new(None, local, Duration::from_secs(1), 4);
+        let theirs = |inode, caller| claim(other.id(), inode, caller);
+        for inode in 0..EARLY_OF_USER as u32 {
+            let caller = (inode % 2 == 0).then_some(other_uid);
+            assert_eq!(switch.wait_for(inode, theirs(inode, caller)), Ok(()));
+        }
+        let of_user = EARLY_OF_USER;
+        assert_eq!(
+            switch.wait_for(1 << 20, theirs(1 << 20, None)),
+            Err(Refusal::TooEarly { of_user })
+        );
+        // The same socket named again takes no other place.
+        assert_eq!(switch.wait_for(0, theirs(0, None)), Ok(()));
+        let own = std::process::id();
+        assert_eq!(switch.wait_for(1 << 20, claim(own, 1 << 20, None)), Ok(()));
+        let refused = switch.wait_for(2 << 20, claim(own, 2 << 20, Some(other_uid)));
+        assert!(matches!(refused, Err(Refusal::OtherCaller { .. })), "{refused:?}");
+        other.kill().expect("ended");
+        other.wait().expect("reaped");
+    }
 }

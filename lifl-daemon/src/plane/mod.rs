@@ -14,6 +14,7 @@
 //! The registry task owns the plane; nobody else calls it.
 
 mod bare;
+mod credit;
 mod pins;
 mod recover;
 mod relay;
@@ -29,12 +30,13 @@ use aya::maps::MapError;
 use lifl_common::frame::Frame;
 use lifl_common::id::{JobId, WorkerId};
 use lifl_common::kernel::{Counters, DEFAULT_MAX_WORKERS, Member};
-use lifl_common::plane::PlaneKind;
+use lifl_common::plane::{NO_KERNEL_PLANE, PlaneKind};
 use serde::{Deserialize, Serialize};
 use tokio::sync::mpsc;
 
 use crate::errands::Foreign;
 
+use crate::chain::error_chain;
 pub use bare::Bare;
 pub use pins::{PinError, give as give_pins, reset};
 pub use recover::Recovered;
@@ -131,8 +133,10 @@ pub fn choose(request: Request, options: Options) -> Result<Chosen, PlaneError> 
         // With the relay beside them, jobs that are in the kernel would be left there for good.
         Err(error @ PlaneError::Pins(_)) => Err(error),
         Err(error) if request == Request::Sockmap => Err(error),
-        Err(PlaneError::Unavailable { reason, .. }) => Ok(relay(reason)),
-        Err(error) => Ok(relay(error.to_string())),
+        Err(PlaneError::Unavailable { reason, remedy }) => {
+            Ok(relay(format!("{NO_KERNEL_PLANE}{reason}; {remedy}")))
+        }
+        Err(error) => Ok(relay(format!("{NO_KERNEL_PLANE}{}", error_chain(&error)))),
     }
 }
 

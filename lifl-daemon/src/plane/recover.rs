@@ -8,12 +8,15 @@ use std::path::Path;
 
 use aya::maps::{Map, MapData, MapError, SockHash};
 use lifl_common::id::{JobId, WorkerId};
-use lifl_common::kernel::{Connection, MAP_COUNTERS, MAP_MEMBERS, MAP_SENDERS, MAP_SOCKETS, Member, Sender};
+use lifl_common::kernel::{
+    Connection, MAP_COUNTERS, MAP_CREDITS, MAP_MEMBERS, MAP_SENDERS, MAP_SOCKETS, Member, Receiver, Sender,
+};
 use zerocopy::transmute;
 
+use super::credit::Slots;
 use super::pins::PinError;
 use super::socket::Found;
-use super::sockmap::{ConnectionBytes, MemberBytes, SenderBytes, Sockmap, failed};
+use super::sockmap::{ConnectionBytes, ReceiverBytes, Registered, SenderBytes, Sockmap, failed};
 use super::{PlaneError, SocketError};
 use crate::ebpf::is_missing;
 
@@ -65,7 +68,17 @@ impl Sockmap {
             let (key, sender): (Connection, Sender) = (transmute!(connection), transmute!(sender));
             let worker = sender.worker.0;
             if sockets.contains(&worker) && members.contains(&worker) && counted.contains(&worker) {
-                self.workers.insert(sender.worker, key);
+                let receiver = self.receiver(sender.worker)?;
+                let slots = Slots {
+                    inbox: receiver.inbox,
+                    account: receiver.account,
+                };
+                self.credits
+                    .adopt(receiver.member.uid, &key, slots)
+                    .map_err(failed(MAP_CREDITS, "change an entry"))?;
+                let connection = key;
+                self.workers
+                    .insert(sender.worker, Registered { connection, slots });
                 self.holders.insert(key, sender.worker);
             } else {
                 gone(self.senders.remove(&connection)).map_err(failed(MAP_SENDERS, "remove an entry"))?;
@@ -91,7 +104,7 @@ impl Sockmap {
     pub(super) fn recovered(&self) -> Result<Recovered, PlaneError> {
         let mut members = BTreeMap::new();
         for &worker in self.workers.keys() {
-            members.insert(worker, self.member(worker)?);
+            members.insert(worker, self.receiver(worker)?.member);
         }
         let last = members.keys().next_back().map_or(0, |worker| worker.0);
         let last_job = members.values().map(|member| member.job.0).max().unwrap_or(0);
@@ -108,17 +121,19 @@ impl Sockmap {
         if self.pinned().is_none() || !self.workers.contains_key(&worker) {
             return Ok(());
         }
-        let member: MemberBytes = transmute!(self.member(worker)?.with_arena_bytes(bytes));
-        let noted = self.members.insert(worker.0, member, 0);
+        let mut receiver = self.receiver(worker)?;
+        receiver.member = receiver.member.with_arena_bytes(bytes);
+        let receiver: ReceiverBytes = transmute!(receiver);
+        let noted = self.members.insert(worker.0, receiver, 0);
         noted.map_err(failed(MAP_MEMBERS, "change an entry"))
     }
 
-    fn member(&self, worker: WorkerId) -> Result<Member, PlaneError> {
-        let member: MemberBytes = self
+    fn receiver(&self, worker: WorkerId) -> Result<Receiver, PlaneError> {
+        let receiver: ReceiverBytes = self
             .members
             .get(&worker.0, 0)
             .map_err(failed(MAP_MEMBERS, "read an entry"))?;
-        Ok(transmute!(member))
+        Ok(transmute!(receiver))
     }
 
     /// The worker whose socket a descriptor is, `None` if it is no registered worker's.

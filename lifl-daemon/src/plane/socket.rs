@@ -182,6 +182,18 @@ pub(crate) fn connection(local: SocketAddrV4, remote: SocketAddrV4) -> Connectio
     }
 }
 
+/// A connection's own end and its far end.
+pub(super) fn addresses(connection: &Connection) -> (SocketAddrV4, SocketAddrV4) {
+    let ip = |ip4: u32| Ipv4Addr::from(u32::from_be(ip4));
+    // Ports are 16 bits wide, in 32.
+    let local = connection.local_port as u16;
+    let remote = u32::from_be(connection.remote_port) as u16;
+    (
+        SocketAddrV4::new(ip(connection.local_ip4), local),
+        SocketAddrV4::new(ip(connection.remote_ip4), remote),
+    )
+}
+
 /// One socket option, or its first bytes.
 fn option<T: FromBytes + IntoBytes>(
     fd: impl AsFd,
@@ -221,5 +233,6 @@ mod tests {
         assert_eq!(connection.local_ip4.to_ne_bytes(), [127, 0, 0, 1]);
         assert_eq!(connection.local_port, 0x1234);
         assert_eq!(connection.remote_port.to_ne_bytes(), [0, 0, 0x56, 0x78]);
+        assert_eq!(addresses(&connection), (at(0x1234), at(0x5678)));
     }
 }

@@ -8,26 +8,28 @@
 
 use std::collections::HashMap;
 use std::fmt;
+use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::Path;
 
 use aya::maps::{Map, MapData, MapError};
 use aya::programs::ProgramError;
 use lifl_common::client::FrameSocket;
-use lifl_common::frame::Frame;
+use lifl_common::frame::{Frame, Refusal};
 use lifl_common::id::WorkerId;
 use lifl_common::kernel::{
-    ABI, Connection, Counters, MAP_COUNTERS, MAP_MEMBERS, MAP_SENDERS, MAP_SOCKETS, MAP_STATE, MAPS, Member,
-    PROGRAM, Sender, State,
+    ABI, Connection, Counters, LOG_CUT, LOG_REFUSED, LogRecord, MAP_COUNTERS, MAP_CREDITS, MAP_INBOXES,
+    MAP_MEMBERS, MAP_SENDERS, MAP_SOCKETS, MAP_STATE, MAPS, Member, PROGRAM, Receiver, Sender, State,
 };
 use lifl_common::plane::PlaneKind;
 use tokio::sync::mpsc;
 use tokio_util::sync::{CancellationToken, DropGuard};
-use tracing::{error, warn};
+use tracing::{debug, error, warn};
 use zerocopy::transmute;
 
+use super::credit::{Credits, Slots};
 use super::pins::{PinError, Pins, StateBytes};
-use super::socket::own_netns;
+use super::socket::{check_tcp, own_netns};
 use super::{DEAD_LETTERS, Examined, Identity, Joining, Options, PlaneError, SocketError, support};
 use crate::chain::error_chain;
 use crate::ebpf::{LoadError, Program, is_missing};
@@ -39,7 +41,7 @@ static OBJECT: &[u8] = aya::include_bytes_aligned!("../../../lifl-ebpf/lifl.bpf.
 // The maps' keys and values as aya takes them: plain bytes, which the ABI types turn into at no cost.
 pub(super) type ConnectionBytes = [u8; size_of::<Connection>()];
 pub(super) type SenderBytes = [u8; size_of::<Sender>()];
-pub(super) type MemberBytes = [u8; size_of::<Member>()];
+pub(super) type ReceiverBytes = [u8; size_of::<Receiver>()];
 type CountersBytes = [u8; size_of::<Counters>()];
 
 /// The loaded program with its maps. Dropping it detaches the program, unless the maps are pinned and workers are
@@ -49,13 +51,14 @@ pub struct Sockmap {
     program: Option<Program>,
     pub(super) sockets: aya::maps::SockHash<MapData, u32>,
     pub(super) senders: aya::maps::HashMap<MapData, ConnectionBytes, SenderBytes>,
-    pub(super) members: aya::maps::HashMap<MapData, u32, MemberBytes>,
+    pub(super) members: aya::maps::HashMap<MapData, u32, ReceiverBytes>,
     pub(super) counters: aya::maps::HashMap<MapData, u32, CountersBytes>,
     state_map: aya::maps::Array<MapData, StateBytes>,
     /// What `state_map` says.
     pub(super) state: State,
-    pub(super) workers: HashMap<WorkerId, Connection>,
+    pub(super) workers: HashMap<WorkerId, Registered>,
     pub(super) holders: HashMap<Connection, WorkerId>,
+    pub(super) credits: Credits,
     capacity: u32,
     pub(super) netns: u64,
     pins: Option<Pins>,
@@ -63,6 +66,13 @@ pub struct Sockmap {
     unpinned: Option<String>,
     /// Ends the tasks that read its dead letters and its log.
     _stop: DropGuard,
+}
+
+/// A worker in the maps.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Registered {
+    pub(super) connection: Connection,
+    pub(super) slots: Slots,
 }
 
 impl Sockmap {
@@ -134,6 +144,8 @@ impl Sockmap {
             (MAP_SENDERS, capacity),
             (MAP_MEMBERS, capacity),
             (MAP_COUNTERS, capacity),
+            (MAP_INBOXES, Credits::entries(capacity)),
+            (MAP_CREDITS, Credits::entries(capacity)),
         ];
         let paths: Vec<_> = pins
             .iter()
@@ -145,14 +157,17 @@ impl Sockmap {
         let members = program.map(MAP_MEMBERS)?;
         let counters = program.map(MAP_COUNTERS)?;
         let mut state_map: aya::maps::Array<_, StateBytes> = program.map(MAP_STATE)?;
+        let credits = Credits::of(&mut program, capacity, Frame::BYTES as u32)?;
         program.attach(sockets.fd())?;
 
         let (dead_letter_socket, near) = FrameSocket::pair_for(PlaneKind::Sockmap)?;
+        let own = check_tcp(&near).and_then(|found| found.within(netns));
+        credits.add_own(&own.map_err(io::Error::other)?)?;
         // In the place of the last daemon's, if that is not quite closed yet.
         sockets.insert(WorkerId::NONE.0, near.as_raw_fd(), 0)?;
         let stop = CancellationToken::new();
         let (dead_letters, receiver) = mpsc::channel(DEAD_LETTERS);
-        program.read_log(&stop)?;
+        program.read_log(&stop, write_log)?;
         tokio::spawn(
             stop.clone()
                 .run_until_cancelled_owned(read_dead_letters(dead_letter_socket, dead_letters)),
@@ -174,6 +189,7 @@ impl Sockmap {
             state,
             workers: HashMap::new(),
             holders: HashMap::new(),
+            credits,
             capacity,
             netns,
             pins: None,
@@ -258,9 +274,18 @@ impl Sockmap {
         })?;
         // Before the number is used: whoever comes after this daemon must not use it again.
         self.keep(|state| state.last_worker = state.last_worker.max(worker.0))?;
-        self.workers.insert(worker, connection);
+        let slots = self
+            .credits
+            .add(member.uid, &connection)
+            .map_err(failed(MAP_CREDITS, "add an entry"))?;
+        let receiver = Receiver {
+            member,
+            inbox: slots.inbox,
+            account: slots.account,
+        };
+        self.workers.insert(worker, Registered { connection, slots });
         self.holders.insert(connection, worker);
-        if let Err(error) = self.insert(worker, member, connection) {
+        if let Err(error) = self.insert(worker, receiver, connection) {
             if let Err(error) = self.unregister(worker) {
                 error!(%worker, error = error_chain(&error), "cannot take back a registration that failed");
             }
@@ -273,16 +298,21 @@ impl Sockmap {
         })
     }
 
-    fn insert(&mut self, worker: WorkerId, member: Member, connection: Connection) -> Result<(), PlaneError> {
+    fn insert(
+        &mut self,
+        worker: WorkerId,
+        receiver: Receiver,
+        connection: Connection,
+    ) -> Result<(), PlaneError> {
         let action = "add an entry";
         let counters: CountersBytes = transmute!(Counters::default());
         self.counters
             .insert(worker.0, counters, 0)
             .map_err(failed(MAP_COUNTERS, action))?;
-        let job = member.job;
-        let member: MemberBytes = transmute!(member);
+        let job = receiver.member.job;
+        let receiver: ReceiverBytes = transmute!(receiver);
         self.members
-            .insert(worker.0, member, 0)
+            .insert(worker.0, receiver, 0)
             .map_err(failed(MAP_MEMBERS, action))?;
         let connection: ConnectionBytes = transmute!(connection);
         let sender: SenderBytes = transmute!(Sender { worker, job });
@@ -300,13 +330,13 @@ impl Sockmap {
     }
 
     pub(super) fn unregister(&mut self, worker: WorkerId) -> Result<(), PlaneError> {
-        let Some(connection) = self.workers.remove(&worker) else {
+        let Some(Registered { connection, slots }) = self.workers.remove(&worker) else {
             return Ok(());
         };
         self.holders.remove(&connection);
         let connection: ConnectionBytes = transmute!(connection);
         // Each is tried, whatever becomes of the others. A closed socket has left its map by itself.
-        [
+        let removed = [
             (MAP_SOCKETS, self.sockets.remove(&worker.0)),
             (MAP_SENDERS, self.senders.remove(&connection)),
             (MAP_MEMBERS, self.members.remove(&worker.0)),
@@ -317,7 +347,10 @@ impl Sockmap {
             Err(source) if !is_missing(&source) => Err(failed(map, "remove an entry")(source)),
             _ => Ok(()),
         })
-        .fold(Ok(()), Result::and)
+        .fold(Ok(()), Result::and);
+        // After the socket: another's count begins where this one's ends.
+        self.credits.remove(slots);
+        removed
     }
 
     pub(super) fn counters(&self, worker: WorkerId) -> Result<Option<Counters>, PlaneError> {
@@ -432,6 +465,26 @@ async fn read_dead_letters(mut socket: FrameSocket, dead_letters: mpsc::Sender<F
     }
 }
 
+/// A line of the program's for this process's log.
+fn write_log(record: &LogRecord) {
+    let [a, b, c, d, _] = record.values;
+    match record.event {
+        // A socket that was never a worker's, or is none any more.
+        LOG_REFUSED if a == 0 => {
+            debug!(target: "ebpf", "refused a frame of nobody's (it says {b}) to worker {c}")
+        }
+        LOG_REFUSED => {
+            let refusal = u16::try_from(d).ok().and_then(Refusal::from_number);
+            let reason = refusal.map_or_else(|| format!("refusal {d}"), |refusal| refusal.to_string());
+            warn!(target: "ebpf", "refused a frame of worker {a} (it says {b}) to worker {c}: {reason}");
+        }
+        LOG_CUT => {
+            warn!(target: "ebpf", "cut off {a} bytes that a write ended with after its last whole frame");
+        }
+        event => warn!(target: "ebpf", event, values = ?record.values, "a record of an unknown kind"),
+    }
+}
+
 pub(super) fn unavailable(error: &LoadError) -> PlaneError {
     let (reason, remedy) = error.explain("or use the relay plane (--plane relay)");
     PlaneError::Unavailable { reason, remedy }
@@ -490,7 +543,7 @@ mod tests {
         };
         let (mut socket, registered) = FrameSocket::pair_for(PlaneKind::Sockmap).expect("a pair");
         register(&mut plane, WorkerId(1), registered);
-        let connection: ConnectionBytes = transmute!(plane.workers[&WorkerId(1)]);
+        let connection: ConnectionBytes = transmute!(plane.workers[&WorkerId(1)].connection);
         plane.senders.remove(&connection).expect("an entry");
 
         let frame = frame(1, 1);

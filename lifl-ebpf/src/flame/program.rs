@@ -18,6 +18,8 @@
 //! Why not `SK_DROP`, whose `EACCES` Flame's own manager gives: the kernel then fails every later send on that socket, too
 //! (`net/ipv4/tcp_bpf.c` keeps the verdict). A redirect that fails is an error of that one send.
 
+use core::arch::asm;
+use core::mem::offset_of;
 use core::ptr;
 
 use aya_ebpf::bindings::{BPF_F_INGRESS, sk_action};
@@ -25,29 +27,37 @@ use aya_ebpf::helpers::{bpf_ktime_get_ns, bpf_msg_pull_data};
 use aya_ebpf::macros::{map, sk_msg};
 use aya_ebpf::maps::{HashMap, SockHash};
 use aya_ebpf::programs::SkMsgContext;
-use aya_log_ebpf::{debug, warn};
 use lifl_common::flame::{
-    Address, HEADER_BYTES, HOLD, LONGEST_REFERENCE_BYTES, MESSAGE_BYTES, PADDING_TAG, REFUSE, STAMP_BYTES,
-    Sender, Worker, is_gone,
+    Address, HEADER_BYTES, HOLD, LOG_CLOSED, LOG_GONE, LOG_LENGTH, LOG_NO_MEMORY, LOG_TAKEN,
+    LONGEST_REFERENCE_BYTES, MESSAGE_BYTES, PADDING_TAG, REFUSE, STAMP_BYTES, Sender, Worker, is_gone,
 };
-use lifl_common::kernel::{Connection, DEFAULT_MAX_WORKERS};
-use lifl_ebpf::{add, connection, opaque};
+use lifl_common::kernel::DEFAULT_MAX_WORKERS;
+use lifl_ebpf::{ConnectionKey, add, connection, eight_times, log, logs_all, word};
 
 /// The workers' sockets, and the daemon's own under [`HOLD`] and [`REFUSE`].
 #[map]
-static SOCKETS: SockHash<Address> = SockHash::with_max_entries(DEFAULT_MAX_WORKERS + 2, 0);
+static SOCKETS: SockHash<u64> = SockHash::with_max_entries(DEFAULT_MAX_WORKERS + 2, 0);
 
 /// Whose a sending socket is.
 #[map]
-static SENDERS: HashMap<Connection, Sender> = HashMap::with_max_entries(DEFAULT_MAX_WORKERS, 0);
+static SENDERS: HashMap<ConnectionKey, Sender> = HashMap::with_max_entries(DEFAULT_MAX_WORKERS, 0);
 
 /// Who is registered or was, and what each has sent.
 #[map]
-static WORKERS: HashMap<Address, Worker> = HashMap::with_max_entries(2 * DEFAULT_MAX_WORKERS, 0);
+static WORKERS: HashMap<u64, Worker> = HashMap::with_max_entries(2 * DEFAULT_MAX_WORKERS, 0);
+
+/// An address as the maps' key.
+#[inline(always)]
+fn key(address: Address) -> u64 {
+    word(address.uid, address.id)
+}
+
+const _: () = assert!(offset_of!(Address, uid) == 0 && offset_of!(Address, id) == 4);
 
 const MESSAGE: u32 = MESSAGE_BYTES as u32;
 const HEADER: u32 = HEADER_BYTES as u32;
 const LONGEST: u32 = LONGEST_REFERENCE_BYTES as u32;
+const STAMP: u32 = STAMP_BYTES as u32;
 
 /// The program; its name is [`lifl_common::flame::PROGRAM`].
 #[sk_msg]
@@ -61,7 +71,7 @@ pub(crate) fn flame_verdict(ctx: SkMsgContext) -> u32 {
     let (sender, since) = (sender.address, sender.since);
     let bytes = ctx.size();
     if !(HEADER..=LONGEST).contains(&bytes) {
-        return refuse(&ctx, sender, u32::MAX, bytes);
+        return refuse(&ctx, sender, LOG_LENGTH, bytes, 0);
     }
     if ctx.data() + HEADER_BYTES > ctx.data_end() {
         // What was sent without a copy must be pulled to be looked at; for the rest that would only cost.
@@ -70,7 +80,7 @@ pub(crate) fn flame_verdict(ctx: SkMsgContext) -> u32 {
     }
     let data = ctx.data();
     if data + HEADER_BYTES > ctx.data_end() {
-        return refuse(&ctx, sender, u32::MAX, bytes);
+        return refuse(&ctx, sender, LOG_NO_MEMORY, u32::MAX, bytes);
     }
     // SAFETY: the 4 bytes from `data` were just compared with `data_end`.
     let id = unsafe { ptr::read_unaligned(data as *const u32) };
@@ -79,33 +89,42 @@ pub(crate) fn flame_verdict(ctx: SkMsgContext) -> u32 {
         id: u32::from_le(id),
     };
     // SAFETY: as for the sender.
-    let to = match unsafe { WORKERS.get(receiver) } {
+    let to = match unsafe { WORKERS.get(key(receiver)) } {
         None => HOLD,
         Some(worker) if worker.live == 1 => receiver,
-        Some(worker) if is_gone(worker, since) => return refuse(&ctx, sender, receiver.id, bytes),
+        Some(worker) if is_gone(worker, since) => {
+            return refuse(&ctx, sender, LOG_GONE, receiver.id, bytes);
+        }
         Some(_) => HOLD,
     };
-    let verdict = SOCKETS.redirect_msg(&ctx, to, u64::from(BPF_F_INGRESS)) as u32;
-    if verdict != sk_action::SK_PASS || !pad(&ctx, bytes, sender, to.uid == HOLD.uid) {
-        return refuse(&ctx, sender, receiver.id, bytes);
+    let verdict = SOCKETS.redirect_msg(&ctx, key(to), u64::from(BPF_F_INGRESS)) as u32;
+    if verdict != sk_action::SK_PASS {
+        return refuse(&ctx, sender, LOG_CLOSED, receiver.id, bytes);
     }
-    if let Some(worker) = WORKERS.get_ptr_mut(sender) {
+    if !pad(&ctx, bytes, sender, to.uid == HOLD.uid) {
+        return refuse(&ctx, sender, LOG_NO_MEMORY, receiver.id, bytes);
+    }
+    if let Some(worker) = WORKERS.get_ptr_mut(key(sender)) {
         // SAFETY: the map's values are 8-aligned and live as long as this call.
         unsafe {
-            let counter = if to.uid == HOLD.uid {
-                &raw mut (*worker).held
+            if to.uid == HOLD.uid {
+                add::<{ offset_of!(Worker, held) }, _>(worker, 1);
             } else {
-                &raw mut (*worker).sent
-            };
-            add(counter, 1);
+                add::<{ offset_of!(Worker, sent) }, _>(worker, 1);
+            }
             ptr::write_volatile(&raw mut (*worker).last_ns, bpf_ktime_get_ns());
         }
     }
-    log_taken(sender.id, receiver.id, bytes);
+    if logs_all() {
+        log(LOG_TAKEN, sender.uid, sender.id, receiver.id, bytes);
+    }
     sk_action::SK_PASS
 }
 
 /// Makes a message of `bytes` bytes one of [`MESSAGE_BYTES`], and says whether that went well.
+///
+/// Each store is at a constant distance from where the kernel says that the data begins, and there is no loop: older verifiers
+/// walk one for every value that its bound may have, and let only `CAP_PERFMON` add a variable to a packet's pointer.
 #[inline(always)]
 fn pad(ctx: &SkMsgContext, bytes: u32, sender: Address, stamped: bool) -> bool {
     let room = MESSAGE - bytes;
@@ -118,70 +137,67 @@ fn pad(ctx: &SkMsgContext, bytes: u32, sender: Address, stamped: bool) -> bool {
         return false;
     }
     let (data, end) = (ctx.data(), ctx.data_end());
-    // Less than MESSAGE_BYTES, since no reference is empty; the verifier does not remember.
-    let room = opaque(room as usize) & (MESSAGE_BYTES - 1);
-    // It is old kernel memory until it is written. The last word may overlap the one before.
-    let mut at = 0;
-    while opaque(at) + 8 <= room {
-        if !put(data, end, at, 0_u64) {
-            return false;
-        }
-        at += 8;
-    }
     let length = room - 3;
-    let header = [PADDING_TAG, (length & 0x7f) as u8 | 0x80, (length >> 7) as u8];
-    put(data, end, room - 8, 0_u64)
-        && put(data, end, 0, header)
-        && (!stamped || put(data, end, room - STAMP_BYTES, sender))
-}
-
-/// Writes into what lies between `data` and `end`, and says whether it has such a place. Compared each
-/// time, since the verifier knows no bounds of a place that is not a constant.
-#[inline(always)]
-fn put<T>(data: usize, end: usize, at: usize, value: T) -> bool {
-    let place = data + (at & (MESSAGE_BYTES - 1));
-    if place + size_of::<T>() > end {
+    // It is old kernel memory until it is written.
+    if !put_byte(data, end, PADDING_TAG.into())
+        || !put_byte(data + 1, end, length & 0x7f | 0x80)
+        || !put_byte(data + 2, end, length >> 7)
+    {
         return false;
     }
-    // SAFETY: as many bytes from `place` were just compared with the end. Volatile, so that no call to memset
-    // comes of many.
-    unsafe { ptr::write_volatile(place as *mut Unaligned<T>, Unaligned(value)) };
+    let mut place = data + 3;
+    'filled: {
+        // 128 words.
+        eight_times!(eight_times!({
+            if !put_word(place, end, 0) || !put_word(place + 8, end, 0) {
+                break 'filled;
+            }
+            place += 16;
+        }));
+    }
+    // Fewer than eight bytes are left. The last eight, which may overlap those before, are looked at by themselves: the
+    // padding is longer than a header and a stamp.
+    // SAFETY: as above.
+    if unsafe { bpf_msg_pull_data(ctx.msg, MESSAGE - STAMP, MESSAGE, 0) } != 0 {
+        return false;
+    }
+    let (data, end) = (ctx.data(), ctx.data_end());
+    put_word(data, end, if stamped { key(sender) } else { 0 })
+}
+
+/// Writes eight bytes at a place of the message, if they lie before the end, and says whether they do.
+#[inline(always)]
+fn put_word(place: usize, end: usize, value: u64) -> bool {
+    if place + size_of::<u64>() > end {
+        return false;
+    }
+    // SAFETY: the eight bytes from `place` were just compared with the end. One store, where the compiler would make eight, since
+    // they may lie at any address, or a call to memset of many.
+    unsafe { asm!("*(u64 *)({0} + 0) = {1}", in(reg) place, in(reg) value, options(nostack)) };
     true
 }
 
-/// A value at any address.
-#[repr(C, packed)]
-struct Unaligned<T>(T);
-
-/// The sender's `send` fails with `EPIPE`.
+/// As [`put_word`], one byte.
 #[inline(always)]
-fn refuse(ctx: &SkMsgContext, sender: Address, receiver: u32, bytes: u32) -> u32 {
-    if let Some(worker) = WORKERS.get_ptr_mut(sender) {
-        // SAFETY: as where references are counted.
-        unsafe { add(&raw mut (*worker).refused, 1) };
+fn put_byte(place: usize, end: usize, value: u32) -> bool {
+    if place + size_of::<u8>() > end {
+        return false;
     }
-    log_refused(sender.uid, sender.id, receiver, bytes);
+    // SAFETY: the byte at `place` was just compared with the end.
+    unsafe { asm!("*(u8 *)({0} + 0) = {1}", in(reg) place, in(reg) value, options(nostack)) };
+    true
+}
+
+/// The sender's `send` fails with `EPIPE`. The log gets the event with what it lists after user and sender.
+#[inline(always)]
+fn refuse(ctx: &SkMsgContext, sender: Address, event: u32, c: u32, d: u32) -> u32 {
+    if let Some(worker) = WORKERS.get_ptr_mut(key(sender)) {
+        // SAFETY: as where references are counted.
+        unsafe { add::<{ offset_of!(Worker, refused) }, _>(worker, 1) };
+    }
+    log(event, sender.uid, sender.id, c, d);
     // Not into its receive queue, but out on its connection: that is what is shut down.
-    SOCKETS.redirect_msg(ctx, REFUSE, 0) as u32
-}
-
-// Logging has subprograms to itself, for the verifier's sake: see LIFL's own program.
-
-#[inline(never)]
-fn log_taken(from: u32, to: u32, bytes: u32) {
-    debug!((), "a reference of {} bytes from {:x} to {:x}", bytes, from, to);
-}
-
-#[inline(never)]
-fn log_refused(uid: u32, from: u32, to: u32, bytes: u32) {
-    warn!(
-        (),
-        "refused {} bytes of worker {:x} of user {} to {:x}: it is gone, or so many bytes are no reference",
-        bytes,
-        from,
-        uid,
-        to
-    );
+    SOCKETS.redirect_msg(ctx, key(REFUSE), 0) as u32
 }
 
 /// What the kernel reads to allow helpers that are for GPL-compatible programs.
