@@ -9,8 +9,8 @@
 //! | a symbolic link on the way | the same | |
 //!
 //! A group may write where it is its owner's alone (a group of the user's name, as many systems give each user). An
-//! ordinary user's folder may lie in one that is shared with a group of theirs, and be made anew in one that everybody
-//! may write to: the run's own folder is not.
+//! ordinary user's folder may lie in one that is shared with a group of theirs. A run's folder may be made anew in one that
+//! everybody may write to: it is itself not, and is held from then on.
 //!
 //! Trusted are, for root only: who called sudo; in a container, below a mount, the owner of that mount's root, which is
 //! whose folder was handed in; and for anybody whom `--trust-owner` names.
@@ -218,7 +218,9 @@ impl Trust {
         let mut ahead: VecDeque<OsString> = names(&path).collect();
         let mut links = 0;
         while let Some(name) = ahead.pop_front() {
-            if self.root || (ahead.is_empty() && walk.has(&name)) {
+            let is_last = ahead.is_empty();
+            let is_made_anew = is_last && !walk.has(&name);
+            if !is_made_anew && (self.root || is_last) {
                 walk.check_above()?;
             }
             match walk.enter(&name) {
@@ -236,9 +238,9 @@ impl Trust {
                     }
                 }
                 Err(FolderError::System { source, .. }) if source.kind() == io::ErrorKind::NotFound => {
-                    // What an ordinary user makes anew is its own, and is held: others who may write here can at most move it
-                    // away. The next run does not find it then.
-                    match self.root {
+                    // What is made anew is this user's, and is held: others who may write here can at most move it away. The
+                    // next run does not find it then.
+                    match self.root && !is_last {
                         true => walk.check_above()?,
                         false => walk.check_owner_above()?,
                     }
