@@ -581,7 +581,7 @@ mod tests {
         assert_eq!(small.state, State::Warn);
         assert_eq!(
             small.found,
-            "x.max of cgroup /docker/f00 allows 300.0 MiB, 280.0 MiB in use"
+            "x.max of cgroup /docker/f00 allows 300 MiB, 280 MiB in use"
         );
         assert_eq!(memory_limit(Some(limit(300 << 20, 0))).state, State::Ok);
         let none = huge_page_limit(Some(limit(8 << 20, 8 << 20)));

@@ -86,10 +86,12 @@ fn only_by_capability(job: &JobSpec) -> bool {
         .chain(job.base_model.as_deref())
         .collect();
     let denied: Vec<bool> = std::thread::scope(|scope| {
-        let tried = scope.spawn(|| {
+        let tried = std::thread::Builder::new().spawn_scoped(scope, || {
             let given_up = keep_only(0).is_ok();
             datasets.iter().map(|path| given_up && is_denied(path)).collect()
         });
+        // Where there can be no thread there is no run either.
+        let Ok(tried) = tried else { return Vec::new() };
         tried.join().unwrap_or_default()
     });
     let denied = datasets.iter().zip(denied).filter(|(_, denied)| *denied);

@@ -55,6 +55,10 @@ fn run_with(args: &RunArgs, reporter: &mut Reporter) -> Outcome {
             (loaded.job, Destination::New(args.out.clone()))
         }
     };
+    // Its own daemon's descriptors are this process's.
+    lifl_daemon::raise_open_files();
+    let schema = learn::schema(&job).because(Cause::Config)?;
+    Requirements::of(&job, &schema).check()?;
     let folder_of = match &destination {
         Destination::Resumed(resumed) => resumed.owner(),
         Destination::New(_) => None,
@@ -75,10 +79,6 @@ fn run_with(args: &RunArgs, reporter: &mut Reporter) -> Outcome {
         checkpoint_every: args.checkpoint_every,
         keep_checkpoints: args.keep_checkpoints,
     };
-    // Its own daemon's descriptors are this process's.
-    lifl_daemon::raise_open_files();
-    let schema = learn::schema(&job).because(Cause::Config)?;
-    Requirements::of(&job, &schema).check()?;
     let runtime = runtime::start(requirements::COORDINATOR, move || privileges.give_up());
     let runtime = runtime.because(Cause::Machine)?;
     let outcome = runtime.block_on(async {

@@ -5,10 +5,13 @@
 pub(crate) mod node;
 
 use std::fs;
+use std::io;
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
+use nix::sys::signal::{SigHandler, Signal, signal as set_disposition};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
@@ -20,7 +23,18 @@ pub(crate) fn lifl() -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_lifl"));
     // As it is unless told, but for the workers, whose logs then have every round.
     command.env("RUST_LOG", "warn,lifl_verdict=error,lifl_cli::work=debug");
+    // SAFETY: between fork and exec it makes nothing but system calls.
+    unsafe { command.pre_exec(default_signals) };
     command
+}
+
+/// Signals that the tests' own starter has ignored, `nohup` or a shell's `&`, would stay ignored.
+fn default_signals() -> io::Result<()> {
+    for number in [Signal::SIGHUP, Signal::SIGINT, Signal::SIGQUIT, Signal::SIGTERM] {
+        // SAFETY: no handler is installed, so no code runs in one.
+        unsafe { set_disposition(number, SigHandler::SigDfl) }?;
+    }
+    Ok(())
 }
 
 /// A job file in the making: levels of aggregators above the trainers.

@@ -4,7 +4,9 @@
 //! has connected it. The daemon is always another process, since it trusts its own.
 
 use std::fs::{self, File};
+use std::io;
 use std::os::unix::fs::PermissionsExt;
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
@@ -14,7 +16,7 @@ use lifl_common::control::ErrorCode;
 use lifl_common::id::JobId;
 use lifl_common::plane::PlaneKind;
 use nix::libc;
-use nix::sys::signal::{Signal, kill};
+use nix::sys::signal::{SigHandler, Signal, kill, signal as set_disposition};
 use nix::unistd::Pid;
 
 /// How long a test waits for what should come soon.
@@ -46,6 +48,15 @@ pub(crate) fn has(daemon: &Daemon, client: &Client, kind: PlaneKind) -> bool {
         daemon.log()
     );
     false
+}
+
+/// Signals that the tests' own starter has ignored, `nohup` or a shell's `&`, would stay ignored.
+fn default_signals() -> io::Result<()> {
+    for number in [Signal::SIGHUP, Signal::SIGINT, Signal::SIGTERM] {
+        // SAFETY: no handler is installed, so no code runs in one.
+        unsafe { set_disposition(number, SigHandler::SigDfl) }?;
+    }
+    Ok(())
 }
 
 /// A daemon's process with its folder.
@@ -107,6 +118,8 @@ impl Daemon {
             .args(more)
             .env_remove("RUST_LOG")
             .stdin(Stdio::null());
+        // SAFETY: between fork and exec it makes nothing but system calls.
+        unsafe { command.pre_exec(default_signals) };
         // What is one for all of the machine only where a test asks for it.
         for (unless, option) in [
             ("--pin", "--no-pin"),
