@@ -53,7 +53,7 @@ pub enum LearnError {
     Candle(#[from] candle_core::Error),
     /// Training went to infinity.
     #[error(
-        "the training loss of share {share} in round {round} is {loss}: a lower learningRate than {learning_rate} may help"
+        "the training loss of share {share} in round {round} is {loss}: a lower learningRate than {learning_rate:?} may help"
     )]
     Diverged {
         /// The trainer's share.
