@@ -36,6 +36,9 @@ use crate::settings::{LogFormat, Settings};
 /// The group whose members may connect, where the system has it.
 const GROUP: &str = "lifl";
 
+/// Threads of one user for its descriptors and its memory, and the log's: without any nobody is served.
+const SPARE: usize = 5;
+
 /// Threads for what blocks, looking up names among it.
 const BLOCKING: usize = 2;
 
@@ -249,9 +252,10 @@ fn threads() -> Threads {
         usize::try_from(limit.left()).unwrap_or(usize::MAX)
     });
     Threads {
-        workers: limits::cpus().min(left.saturating_sub(BLOCKING)).max(1),
+        workers: limits::cpus().min(left.saturating_sub(BLOCKING + SPARE)).max(1),
         blocking: BLOCKING,
         most_blocking: MOST_BLOCKING,
+        spare: SPARE,
     }
 }
 

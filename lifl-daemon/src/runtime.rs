@@ -62,6 +62,8 @@ pub struct Threads {
     pub blocking: usize,
     /// For work that blocks, at most; where the system refuses one of these, work waits for those that there are.
     pub most_blocking: usize,
+    /// Of the program's own, which come and go: tried with the others, and left free.
+    pub spare: usize,
 }
 
 impl Threads {
@@ -84,11 +86,11 @@ pub fn start(threads: Threads, on_start: impl Fn() + Send + Sync + 'static) -> R
         });
     }
     let refused = |source| RuntimeError::Threads {
-        threads: threads.count(),
+        threads: threads.count() + threads.spare,
         limit: limits::explain_threads(),
         source,
     };
-    try_threads(threads.count()).map_err(refused)?;
+    try_threads(threads.count() + threads.spare).map_err(refused)?;
     let mut builder = match threads.workers {
         0 => Builder::new_current_thread(),
         workers => {
@@ -209,6 +211,7 @@ mod tests {
                 workers: 2,
                 blocking: 3,
                 most_blocking: 3,
+                spare: 0,
             },
             || {},
         )

@@ -194,6 +194,7 @@ fn start_workers(
             workers: 1,
             blocking: 1,
             most_blocking: 64,
+            spare: 0,
         },
         || {},
     )?;

@@ -42,6 +42,7 @@ const ALONE: Threads = Threads {
     workers: 0,
     blocking: 0,
     most_blocking: 1,
+    spare: 0,
 };
 
 /// A command that needs no more than its own thread, and one to look up names on.
@@ -49,6 +50,7 @@ const SMALL: Threads = Threads {
     workers: 0,
     blocking: 1,
     most_blocking: 1,
+    spare: 0,
 };
 
 fn runtime(threads: Threads) -> Outcome<Runtime> {
@@ -64,6 +66,7 @@ pub(crate) fn worker(place: Place, blocking: usize) -> Outcome {
         workers: 0,
         blocking,
         most_blocking: blocking,
+        spare: 0,
     })?;
     let played = runtime.block_on(work::play(place)).because(Cause::Job);
     // A training that is under way when the job ends is of no use to anybody.

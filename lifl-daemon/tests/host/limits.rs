@@ -17,7 +17,7 @@ fn end(daemon: &mut Daemon, command: std::process::Command) -> (Option<i32>, Str
 #[test]
 fn without_a_thread_it_does_not_start_and_says_which_limit() {
     let Some(group) = Group::new("pids") else { return };
-    for most in [1, 2, 3] {
+    for most in [1, 2, 3, 8] {
         let mut daemon = Daemon::new("");
         group.set("pids.max", "pids.max", most);
         let command = group.command("", &daemon.command("exec \"$@\"", &["--plane", "relay"]));
@@ -33,12 +33,11 @@ fn without_a_thread_it_does_not_start_and_says_which_limit() {
 async fn one_that_runs_lives_on_where_no_thread_can_be_had() {
     let Some(group) = Group::new("pids") else { return };
     let mut daemon = Daemon::new("");
-    group.set("pids.max", "pids.max", 4);
+    // Itself, one for tasks, two for what blocks, four for a user's descriptors, and the log's.
+    group.set("pids.max", "pids.max", 9);
     let command = group.command("", &daemon.command("exec \"$@\"", &["--plane", "relay"]));
     daemon.spawn(command);
     daemon.listening().await;
-    // Fewer than there are.
-    group.set("pids.max", "pids.max", 1);
     let socket = daemon.socket();
     let (mut parent, id, _up) = job(&socket, "few").await;
     let (mut child, _down) = worker(&socket, id, "trainer-1").await;
@@ -47,10 +46,15 @@ async fn one_that_runs_lives_on_where_no_thread_can_be_had() {
         slot_bytes: 4096,
     };
     within(child.create_arena(layout)).await.expect("an arena");
+    // Fewer than there are.
+    group.set("pids.max", "pids.max", 1);
     // A name to look up, and an address that the gateway may not have.
     let _ = within(parent.open_gateway(None, Some("localhost:1".to_owned()), 4096)).await;
     within(connect(&socket)).await;
     assert!(within(Client::connect(&socket)).await.is_ok());
+    // Again enough: whatever waited for a thread has one.
+    group.set("pids.max", "pids.max", 9);
+    within(child.create_arena(layout)).await.expect("an arena");
     assert!(!daemon.log().contains("panicked"), "{}", daemon.log());
     daemon.terminate();
 }
