@@ -32,11 +32,9 @@ const SPARE_TASKS: u64 = 7;
 /// closed a little later.
 const OWN_DESCRIPTORS: u64 = 56;
 
-/// The same for each worker: its process, and the daemon's ends of its connection, its socket and its arena. Measured: 3.
+/// The same for each registered worker, proxies among them: its process, and the daemon's ends of its connection, its socket
+/// and its arena. Measured: 3.
 const WORKER_DESCRIPTORS: u64 = 3;
-
-/// The same for a worker's proxy, both of whose ends are in the daemon, and its session.
-const PROXY_DESCRIPTORS: u64 = 6;
 
 /// What a process maps beside its memory: the program, libraries, the main thread's stack.
 const PROGRAM_BYTES: u64 = 40 << 20;
@@ -71,11 +69,6 @@ impl Requirements {
         };
         let coordinator = COORDINATOR.count() + judging;
         let of_workers: usize = job.workers.iter().map(threads).sum();
-        let proxies = job
-            .workers
-            .iter()
-            .filter(|worker| memory::is_remote(worker))
-            .count() as u64;
         let workers = job.workers.len() as u64;
 
         // Ordinary pages are the smaller arenas; every process maps its own, the model and, an aggregator, its children's.
@@ -102,7 +95,7 @@ impl Requirements {
         Self {
             processes: workers,
             tasks: (coordinator + of_workers) as u64 + SPARE_TASKS,
-            descriptors: OWN_DESCRIPTORS + WORKER_DESCRIPTORS * (workers + 1) + PROXY_DESCRIPTORS * proxies,
+            descriptors: own_descriptors(memory::registrations(job)),
             mapped_bytes: data_bytes.saturating_add(mapped).saturating_add(PROGRAM_BYTES),
             data_bytes,
         }
@@ -129,29 +122,29 @@ impl Requirements {
                 return refuse(&needed, &limit, &human_bytes);
             }
         }
-        self.check_descriptors(false)
-    }
-
-    /// Refuses what the limit of open files does not leave. `own_daemon` is whether the daemon's are this process's.
-    ///
-    /// # Errors
-    /// With the numbers, who sets the limit, and how to raise it.
-    pub fn check_descriptors(&self, own_daemon: bool) -> Outcome {
         // Of a daemon elsewhere the processes, and little more.
-        let need = if own_daemon {
-            self.descriptors
-        } else {
-            self.processes + OWN_DESCRIPTORS / 2
-        };
-        match limits::descriptors() {
-            Some(limit) if limit.allowed < need => {
-                refuse(&format!("the job needs {need} descriptors"), &limit, &|number| {
-                    number.to_string()
-                })
-            }
-            _ => Ok(()),
-        }
+        check_descriptors(self.processes + OWN_DESCRIPTORS / 2)
     }
+}
+
+/// Refuses a job that needs more descriptors than this process may have open.
+///
+/// # Errors
+/// With the numbers, who sets the limit, and how to raise it.
+pub fn check_descriptors(need: u64) -> Outcome {
+    match limits::descriptors() {
+        Some(limit) if limit.allowed < need => {
+            refuse(&format!("the job needs {need} descriptors"), &limit, &|number| {
+                number.to_string()
+            })
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Descriptors of a process with a daemon inside that has so many registered workers, the coordinator and proxies among them.
+pub fn own_descriptors(registrations: u32) -> u64 {
+    OWN_DESCRIPTORS + WORKER_DESCRIPTORS * u64::from(registrations)
 }
 
 /// Refuses a job whose memory its control group does not allow. Huge pages are not among that memory.

@@ -19,7 +19,7 @@ use crate::exit::{Because, Cause, Failure, Outcome};
 use crate::exposure;
 use crate::inputs;
 use crate::learn;
-use crate::memory::{self, Plan};
+use crate::memory::Plan;
 use crate::output::outln;
 use crate::requirements::Requirements;
 
@@ -81,7 +81,7 @@ pub(crate) fn plan(args: &JobArgs) -> Outcome {
     notes.extend(exposure::warnings(&job));
     look(&mut job, &mut notes, args.report)?;
     let schema = learn::schema(&job).because(Cause::Config)?;
-    let daemon = daemon_for(&job)?;
+    let daemon = daemon_for()?;
     let plan = Plan::new(&job, &schema, daemon.huge_pages);
     let needs = Requirements::of(&job, &schema);
     let pairs = pair(&job.workers, |_| true);
@@ -184,13 +184,14 @@ pub(crate) fn plan(args: &JobArgs) -> Outcome {
 }
 
 /// The daemon that a run would get: one that listens, or one started for a moment to see what this user may have.
-fn daemon_for(job: &JobSpec) -> Outcome<Welcome> {
+fn daemon_for() -> Outcome<Welcome> {
     let options = NodeOptions {
         daemon: DaemonChoice::Auto,
         plane: plane::Request::Auto,
         pool_bytes: None,
         huge_pages: HugePages::Auto,
-        workers: memory::registrations(job),
+        // None is started: a job that has too few descriptors is shown all the same.
+        workers: 1,
         insecure: false,
     };
     runtime(SMALL)?.block_on(async {

@@ -55,14 +55,14 @@ fn run_with(args: &RunArgs, reporter: &mut Reporter) -> Outcome {
             (loaded.job, Destination::New(args.out.clone()))
         }
     };
-    // Its own daemon's descriptors are this process's.
-    lifl_daemon::raise_open_files();
-    let schema = learn::schema(&job).because(Cause::Config)?;
-    Requirements::of(&job, &schema).check()?;
     let folder_of = match &destination {
         Destination::Resumed(resumed) => resumed.owner(),
         Destination::New(_) => None,
     };
+    // Its own daemon's descriptors are this process's.
+    lifl_daemon::raise_open_files();
+    let schema = learn::schema(&job).because(Cause::Config)?;
+    Requirements::of(&job, &schema).check()?;
     let privileges = Privileges::of(&job, folder_of);
     let options = RunOptions {
         node: NodeOptions {

@@ -50,7 +50,7 @@ use crate::inputs;
 use crate::learn;
 use crate::memory;
 use crate::privileges::Privileges;
-use crate::requirements::{self, Requirements};
+use crate::requirements;
 
 /// How to run a job.
 #[derive(Debug)]
@@ -361,7 +361,6 @@ fn check_room(job: &JobSpec, schema: &Schema, node: &Node) -> Outcome {
     let machine = |error| Err(Failure::new(Cause::Machine, error));
     let plan = memory::Plan::new(job, schema, daemon.huge_pages);
     requirements::check_memory(&plan)?;
-    Requirements::of(job, schema).check_descriptors(node.is_own())?;
     let free = daemon.pool_bytes.saturating_sub(daemon.pool_used_bytes);
     if plan.pool_bytes > free {
         let how = if node.is_own() {

@@ -15,6 +15,7 @@ use lifl_daemon::{Brokers, Daemon, GatewayOptions, Options, default_pool_bytes};
 use tokio_util::sync::CancellationToken;
 
 use crate::exit::{Because, Cause, Failure, Outcome};
+use crate::requirements;
 
 /// Which daemon a run wants.
 #[derive(Clone, Debug)]
@@ -111,6 +112,7 @@ impl Node {
     }
 
     async fn start(options: &NodeOptions, passed_over: Option<String>) -> Outcome<Self> {
+        requirements::check_descriptors(requirements::own_descriptors(options.workers))?;
         sweep();
         let socket = paths::own_daemon(std::process::id()).because(Cause::Machine)?;
         let daemon = Daemon::start(
