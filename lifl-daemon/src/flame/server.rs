@@ -115,6 +115,8 @@ pub(super) async fn serve(
         tokio::select! {
             () = shutdown.cancelled() => break,
             event = inbox.recv() => match event {
+                // The end closes all connections. Whose is closed by it is named below.
+                _ if shutdown.is_cancelled() => break,
                 Some(Event::Connected(id, conn)) => switch.connected(id, conn),
                 Some(Event::Reference(from, message)) => switch.reference(from, message),
                 Some(Event::Closed(id)) => switch.closed(id),
