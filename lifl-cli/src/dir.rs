@@ -3,7 +3,7 @@
 //! Whoever may write to a folder, or to one above it, can put a symbolic link, another name of somebody's file or a FIFO
 //! where a file is expected, or another folder where this one was. So a run's files are opened relative to the folder's
 //! descriptor, by a single name, without following a link and without waiting; what is opened must be a regular file,
-//! and one that is written in place must have no other name. Which folders are used at all, [`find`] decides.
+//! and one that is written in place must have no other name. Which folders are used at all, `find` decides.
 
 mod find;
 

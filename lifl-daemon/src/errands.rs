@@ -7,7 +7,7 @@
 //!
 //! `close(2)` waits for the linger time of a socket (`SO_LINGER`), for the server of a FUSE or NFS file, and for whoever holds
 //! a socket's lock; and it purges a socket's queue, in which other descriptors may lie. A user whose errands hang makes
-//! nobody wait but itself. Subordinate users' errands are their owner's ([`accounts`](crate::accounts)).
+//! nobody wait but itself. Subordinate users' errands are their owner's ([`accounts`]).
 
 use std::collections::{HashMap, VecDeque};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};

@@ -1,4 +1,4 @@
-//! What the system allows this process and those that it starts: limits of [control groups](self::cgroup), which containers
+//! What the system allows this process and those that it starts: limits of control groups, which containers
 //! and services have, and resource limits (`getrlimit(2)`).
 //!
 //! Nothing here fails: what cannot be found out is no limit. Memory that is shared counts for the group of whoever touches it
