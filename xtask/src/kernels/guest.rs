@@ -15,8 +15,11 @@ use super::Image;
 use super::initramfs::Initramfs;
 use crate::ebpf::{output, workspace};
 
-/// What PID 1 of the guest does before it runs `/check`.
+/// What PID 1 of the guest does before it runs `/etc/check.sh`.
 const INIT: &str = include_str!("init.sh");
+
+/// Where it is: like the check, not in a place where the clone's own folder can be.
+const INIT_PATH: &str = "/etc/init.sh";
 
 /// The last line of a guest that was not cut short, before its exit code.
 const END: &str = "guest: exit ";
@@ -100,13 +103,13 @@ impl Guest<'_> {
             job.replace(r#""model": "cnn""#, r#""model": "softmax""#)
                 .as_bytes(),
         )?;
-        root.file("init", INIT.as_bytes())?;
+        root.file(INIT_PATH, INIT.as_bytes())?;
         let environment: String = self
             .environment
             .iter()
             .map(|(name, value)| format!("export {name}='{value}'\n"))
             .collect();
-        root.file("check", format!("{environment}{}", self.check).as_bytes())?;
+        root.file("/etc/check.sh", format!("{environment}{}", self.check).as_bytes())?;
         root.finish()?;
         Ok(())
     }
@@ -136,7 +139,7 @@ impl Guest<'_> {
         Ok(None)
     }
 
-    /// Runs QEMU until it ends or its time is over; what `/check` ended with.
+    /// Runs QEMU until it ends or its time is over; what its check ended with.
     fn boot(&self, initramfs: &Path) -> Result<String> {
         let mut qemu = Command::new("qemu-system-x86_64");
         // Without KVM, which a machine may lack or have only in part: a slow guest shows what only happens to be in time.
@@ -151,7 +154,9 @@ impl Guest<'_> {
             "3072",
         ])
         .args(["-nographic", "-no-reboot", "-nic", "none"])
-        .args(["-append", "console=ttyS0 quiet panic=1", "-kernel"])
+        .arg("-append")
+        .arg(format!("console=ttyS0 quiet panic=1 rdinit={INIT_PATH}"))
+        .arg("-kernel")
         .arg(&self.image.vmlinuz)
         .arg("-initrd")
         .arg(initramfs)

@@ -15,6 +15,7 @@ const LINK: u32 = 0o120_777;
 pub(super) struct Initramfs<W> {
     to: W,
     folders: BTreeSet<String>,
+    files: BTreeSet<String>,
     entries: u32,
 }
 
@@ -23,11 +24,12 @@ impl<W: Write> Initramfs<W> {
         Self {
             to,
             folders: BTreeSet::new(),
+            files: BTreeSet::new(),
             entries: 0,
         }
     }
 
-    /// A folder, and those above it.
+    /// A folder, and those above it; an error where a file has its name.
     pub(super) fn folder(&mut self, path: &str) -> io::Result<()> {
         let path = path.trim_start_matches('/');
         if path.is_empty() || self.folders.contains(path) {
@@ -36,14 +38,16 @@ impl<W: Write> Initramfs<W> {
         if let Some((above, _)) = path.rsplit_once('/') {
             self.folder(above)?;
         }
+        if self.files.contains(path) {
+            return Err(taken(path));
+        }
         self.folders.insert(path.to_owned());
         self.entry(path, FOLDER, &[])
     }
 
-    /// A file that anybody may read and execute.
+    /// A file that anybody may read and execute; an error where a folder or another file has its name.
     pub(super) fn file(&mut self, path: &str, content: &[u8]) -> io::Result<()> {
-        self.above(path)?;
-        self.entry(path, PROGRAM, content)
+        self.leaf(path, PROGRAM, content)
     }
 
     /// A copy of one of this machine's files.
@@ -53,8 +57,7 @@ impl<W: Write> Initramfs<W> {
     }
 
     pub(super) fn link(&mut self, path: &str, to: &str) -> io::Result<()> {
-        self.above(path)?;
-        self.entry(path, LINK, to.as_bytes())
+        self.leaf(path, LINK, to.as_bytes())
     }
 
     /// Ends the archive.
@@ -63,9 +66,16 @@ impl<W: Write> Initramfs<W> {
         self.to.flush()
     }
 
-    fn above(&mut self, path: &str) -> io::Result<()> {
-        path.rsplit_once('/')
-            .map_or(Ok(()), |(above, _)| self.folder(above))
+    /// Something that is no folder. The kernel would unpack one of two things of the same name, and not say which.
+    fn leaf(&mut self, path: &str, mode: u32, content: &[u8]) -> io::Result<()> {
+        let path = path.trim_start_matches('/');
+        if self.folders.contains(path) || !self.files.insert(path.to_owned()) {
+            return Err(taken(path));
+        }
+        if let Some((above, _)) = path.rsplit_once('/') {
+            self.folder(above)?;
+        }
+        self.entry(path, mode, content)
     }
 
     fn entry(&mut self, path: &str, mode: u32, content: &[u8]) -> io::Result<()> {
@@ -95,9 +105,33 @@ impl<W: Write> Initramfs<W> {
 
 const HEADER_BYTES: usize = 110;
 
+fn taken(path: &str) -> io::Error {
+    io::Error::new(
+        io::ErrorKind::AlreadyExists,
+        format!("/{path} is in the archive already"),
+    )
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn no_two_things_have_one_name() {
+        let mut archive = Initramfs::new(Vec::new());
+        archive.file("/check", b"a script").expect("written");
+        for (refused, name) in [
+            (archive.file("/check/clone/program", b""), "check"),
+            (archive.link("check", "/bin/sh"), "check"),
+            (archive.folder("check"), "check"),
+        ] {
+            let error = refused.expect_err(name);
+            assert_eq!(error.kind(), io::ErrorKind::AlreadyExists);
+            assert_eq!(error.to_string(), "/check is in the archive already");
+        }
+        archive.file("/clone/program", b"").expect("written");
+        archive.file("/clone", b"").expect_err("a folder has its name");
+    }
 
     #[test]
     fn an_archive_has_a_header_before_each_name_and_folders_before_what_is_in_them() {
