@@ -7,8 +7,8 @@ use std::path::Path;
 use flate2::Compression;
 use flate2::read::MultiGzDecoder;
 use flate2::write::GzEncoder;
-use lifl_cli::data::{self, DataError, Samples};
 use lifl_common::config::{DataSource, Partition};
+use lifl_learn::data::{self, DataError, Samples};
 use zip::write::SimpleFileOptions;
 use zip::{CompressionMethod, ZipWriter};
 

@@ -13,8 +13,8 @@ use lifl_common::update::{DType, Schema};
 use serde::Deserialize;
 use serde::de::{Deserializer, MapAccess, Visitor};
 
-use crate::foreign::{self, Foreign, Unopened};
 use crate::inputs;
+use lifl_common::file_kind::{self, FileKind, Unopened};
 
 /// The longest header that safetensors' own reader takes.
 const MOST_HEADER_BYTES: u64 = 100_000_000;
@@ -147,13 +147,13 @@ impl<'de> Deserialize<'de> for Header {
 /// # Errors
 /// If it is not; it is not waited for, whatever it is.
 pub fn check(path: &Path, schema: &Schema) -> Result<(), BaseModelError> {
-    let (mut file, metadata) = foreign::open_file(path).map_err(|unopened| refuse(path, unopened))?;
+    let (mut file, metadata) = file_kind::open_file(path).map_err(|unopened| refuse(path, unopened))?;
     let io = |source| BaseModelError::Io {
         path: path.to_owned(),
         remedy: "",
         source,
     };
-    let start = foreign::start_of(&mut file).map_err(io)?;
+    let start = file_kind::start_of(&mut file).map_err(io)?;
     let length = metadata.len();
     let (header_bytes, header) = header(path, &mut file, &start, length)?;
     check_layout(path, &header, 8 + header_bytes, length)?;
@@ -228,7 +228,7 @@ fn header(path: &Path, file: &mut File, start: &[u8], length: u64) -> Result<(u6
     let Some(header_bytes) = header_bytes.filter(|_| start.get(8).is_none_or(|&first| first == b'{')) else {
         return Err(other_format(path, start));
     };
-    if start.get(8).is_none() && foreign::recognise(start).is_some() {
+    if start.get(8).is_none() && file_kind::recognise(start).is_some() {
         return Err(other_format(path, start));
     }
     if header_bytes > MOST_HEADER_BYTES {
@@ -263,10 +263,10 @@ fn header(path: &Path, file: &mut File, start: &[u8], length: u64) -> Result<(u6
 /// Names a file that is not safetensors.
 fn other_format(path: &Path, start: &[u8]) -> BaseModelError {
     let convert = "load it with Python and write it with safetensors' save_file";
-    let foreign = foreign::recognise(start);
+    let foreign = file_kind::recognise(start);
     let extension = path.extension().and_then(|extension| extension.to_str());
     let (found, remedy) = match foreign {
-        Some(Foreign::Json)
+        Some(FileKind::Json)
             if String::from_utf8_lossy(start).contains("\"weight_map\"") || is_index(path) =>
         {
             (
@@ -274,7 +274,7 @@ fn other_format(path: &Path, start: &[u8]) -> BaseModelError {
                 "merge them into one: load each with safetensors' load_file, and write all tensors with one save_file",
             )
         }
-        Some(Foreign::Json)
+        Some(FileKind::Json)
             if path
                 .file_name()
                 .is_some_and(|name| name.to_string_lossy().starts_with("checkpoint-")) =>
@@ -284,20 +284,20 @@ fn other_format(path: &Path, start: &[u8]) -> BaseModelError {
                 "give the model-….safetensors beside it",
             )
         }
-        Some(foreign @ (Foreign::Torch | Foreign::Pickle)) => (
-            if foreign == Foreign::Pickle && matches!(extension, Some("pt" | "pth" | "bin")) {
+        Some(foreign @ (FileKind::Torch | FileKind::Pickle)) => (
+            if foreign == FileKind::Pickle && matches!(extension, Some("pt" | "pth" | "bin")) {
                 "a PyTorch file (a pickle)".to_owned()
             } else {
                 foreign.name().to_owned()
             },
             "convert it: safetensors.torch.save_file(torch.load(FILE, weights_only=True), \"model.safetensors\")",
         ),
-        Some(foreign @ (Foreign::Keras | Foreign::Hdf5)) => (
+        Some(foreign @ (FileKind::Keras | FileKind::Hdf5)) => (
             foreign.name().to_owned(),
             "load it with Keras, and write {w.path: w.numpy() for w in model.weights} with safetensors.numpy.save_file, \
              under the job's names",
         ),
-        Some(foreign @ (Foreign::Npz | Foreign::Npy)) => (
+        Some(foreign @ (FileKind::Npz | FileKind::Npy)) => (
             foreign.name().to_owned(),
             "convert it: safetensors.numpy.save_file(dict(numpy.load(FILE)), \"model.safetensors\")",
         ),
@@ -484,7 +484,7 @@ fn wrapped(theirs: &BTreeMap<&str, &Info>, schema: &Schema) -> Option<String> {
     })
 }
 
-/// Whether the tensors are the two moments of a [server optimizer](crate::aggregate::State).
+/// Whether the tensors are the two moments of a [server optimizer](lifl_aggregate::State).
 fn is_state(theirs: &BTreeMap<&str, &Info>) -> bool {
     !theirs.is_empty()
         && theirs

@@ -5,9 +5,8 @@ use lifl_common::config::{DataSource, JobSpec, SampleShape};
 use serde_json::{Value, json};
 
 use crate::base_model::{self, BaseModelError};
-use crate::data::{self, DataError};
 use crate::exit::{Because, Cause, Failure, Outcome};
-use crate::learn;
+use lifl_learn::data::{self, DataError};
 
 /// The data sets of a job, each with the number of trainers that share it; the one that models are judged on first, whether
 /// anybody trains on it or not.
@@ -82,7 +81,7 @@ pub(crate) fn look(job: &mut JobSpec, problem: impl Fn(&Value)) -> Outcome<Vec<S
         found.push((source, prepared.shape));
     }
     job.samples = shape(job, &found)?;
-    let schema = learn::schema(&*job).because(Cause::Config)?;
+    let schema = lifl_learn::schema(&*job).because(Cause::Config)?;
     if let Some(path) = &job.base_model {
         match base_model::check(path, &schema) {
             Ok(()) => {}

@@ -8,8 +8,6 @@ use lifl_common::session::proxy_name;
 use lifl_common::update::{Schema, image};
 use serde::Serialize;
 
-use crate::aggregate;
-
 /// Private memory of a worker beside what it learns and keeps: runtime, stacks, the job. Measured: 1.1 MiB.
 const WORKER_BYTES: u64 = 2 << 20;
 
@@ -114,7 +112,7 @@ pub fn most_children(job: &JobSpec) -> u32 {
 fn kept_bytes<'a>(job: &'a JobSpec, schema: &Schema) -> HashMap<&'a Group, u64> {
     let parents = members(job, |worker| worker.down.as_ref());
     let children = members(job, |worker| worker.up.as_ref());
-    let all = aggregate::scratch_bytes(schema, job.timing) as u64;
+    let all = lifl_aggregate::scratch_bytes(schema, job.timing) as u64;
     let each = parents.into_iter().map(|(group, parents)| {
         // They are dealt out in turn.
         let most = children
@@ -139,7 +137,7 @@ pub fn state_layout(job: &JobSpec, worker: &WorkerSpec, schema: &Schema) -> Opti
     if worker.kind != Kind::Top {
         return None;
     }
-    let state = aggregate::state_schema(schema, &job.optimizer)?;
+    let state = lifl_aggregate::state_schema(schema, &job.optimizer)?;
     Layout::for_objects(STATE_SLOTS, object_bytes(&state))
 }
 

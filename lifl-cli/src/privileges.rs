@@ -18,7 +18,7 @@ use nix::fcntl::{OFlag, open};
 use nix::sys::stat::Mode;
 use nix::unistd::geteuid;
 
-use crate::data;
+use lifl_learn::data;
 
 /// The capabilities' bits (`include/uapi/linux/capability.h`).
 const CAP_DAC_OVERRIDE: u64 = 1 << 1;

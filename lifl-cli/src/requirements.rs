@@ -6,14 +6,12 @@
 use anyhow::anyhow;
 use lifl_common::config::{JobSpec, Kind, WorkerSpec};
 use lifl_common::limits::{self, Limit};
+use lifl_common::runtime::Threads;
 use lifl_common::update::Schema;
-use lifl_daemon::runtime::Threads;
 use serde::Serialize;
 
-use crate::aggregate;
 use crate::coordinate::report::human_bytes;
 use crate::exit::{Cause, Failure, Outcome};
-use crate::learn;
 use crate::memory::{self, Plan};
 
 /// The coordinator's threads, an own daemon's among them.
@@ -63,7 +61,7 @@ impl Requirements {
         let cpus = limits::cpus();
         let threads = |worker: &WorkerSpec| 1 + blocking(worker) + computing(job, schema, worker, cpus);
         let judging = if job.data.is_some() {
-            learn::threads::made(&job.model, learn::threads::allowed())
+            lifl_learn::threads::made(&job.model, lifl_learn::threads::allowed())
         } else {
             0
         };
@@ -185,14 +183,14 @@ pub fn blocking(worker: &WorkerSpec) -> usize {
 /// Threads of a worker that compute.
 fn computing(job: &JobSpec, schema: &Schema, worker: &WorkerSpec, cpus: usize) -> usize {
     match worker.kind {
-        Kind::Trainer => learn::threads::made(&job.model, trainer_threads(job, cpus)),
+        Kind::Trainer => lifl_learn::threads::made(&job.model, trainer_threads(job, cpus)),
         Kind::Aggregator | Kind::Top => {
-            let folding = match aggregate::Threads::useful(cpus, schema.elements()) {
+            let folding = match lifl_aggregate::Threads::useful(cpus, schema.elements()) {
                 1 => 0,
                 threads => threads,
             };
             // The top makes the first model.
-            let first = worker.kind == Kind::Top && learn::threads::made(&job.model, 1) > 0;
+            let first = worker.kind == Kind::Top && lifl_learn::threads::made(&job.model, 1) > 0;
             folding + if first { cpus } else { 0 }
         }
     }

@@ -2,7 +2,6 @@
 
 mod support;
 
-use lifl_cli::learn;
 use lifl_common::config::JobSpec;
 use lifl_common::update::{DType, Schema, Tensors, TensorsMut};
 use safetensors::SafeTensors;
@@ -40,12 +39,12 @@ fn numbers(dtype: DType, bytes: &[u8]) -> Vec<f64> {
 fn updates(job: &JobSpec, schema: &Schema) -> Vec<(u64, Vec<u8>)> {
     let mut model = vec![0_u64; schema.data_bytes().div_ceil(8)];
     let model = &mut zerocopy::IntoBytes::as_mut_bytes(&mut model[..])[..schema.data_bytes()];
-    learn::initial(&job.model, job.seed, TensorsMut::new(schema, model));
+    lifl_learn::initial(&job.model, job.seed, TensorsMut::new(schema, model));
     job.trainers()
         .map(|trainer| {
             let mut weights = vec![0_u64; schema.data_bytes().div_ceil(8)];
             let weights = &mut zerocopy::IntoBytes::as_mut_bytes(&mut weights[..])[..schema.data_bytes()];
-            let mut learner = learn::for_trainer(job, trainer, job.part_of(trainer)).expect("a learner");
+            let mut learner = lifl_learn::for_trainer(job, trainer, job.part_of(trainer)).expect("a learner");
             let trained = learner.train(1, Tensors::new(schema, model), TensorsMut::new(schema, weights));
             (trained.expect("trained").samples, weights.to_vec())
         })
@@ -56,7 +55,7 @@ fn updates(job: &JobSpec, schema: &Schema) -> Vec<(u64, Vec<u8>)> {
 /// magnitude.
 fn assert_flat_average(finished: &Finished, tolerance: f64) {
     let job = job_of(finished);
-    let schema = learn::schema(&job.model).expect("a schema");
+    let schema = lifl_learn::schema(&job.model).expect("a schema");
     let updates = updates(&job, &schema);
     let samples: f64 = updates.iter().map(|(samples, _)| *samples as f64).sum();
     let file = std::fs::read(finished.run.join("model.safetensors")).expect("a model");

@@ -11,7 +11,6 @@ use std::fs;
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
-use lifl_cli::learn;
 use lifl_common::config::JobSpec;
 use lifl_common::update::{Schema, Tensors, TensorsMut};
 use nix::errno::Errno;
@@ -289,9 +288,9 @@ struct FlatAverage<'a> {
 
 impl<'a> FlatAverage<'a> {
     fn new(job: &'a JobSpec) -> Self {
-        let schema = learn::schema(&job.model).expect("a schema");
+        let schema = lifl_learn::schema(&job.model).expect("a schema");
         let mut model = vec![0; schema.data_bytes()];
-        learn::initial(&job.model, job.seed, TensorsMut::new(&schema, &mut model));
+        lifl_learn::initial(&job.model, job.seed, TensorsMut::new(&schema, &mut model));
         Self { job, schema, model }
     }
 
@@ -304,7 +303,7 @@ impl<'a> FlatAverage<'a> {
             let trainer = trainers.find(|trainer| trainer.share == Some(share));
             let trainer = trainer.expect("a trainer");
             let part = self.job.part_of(trainer);
-            let mut learner = learn::for_trainer(self.job, trainer, part).expect("a learner");
+            let mut learner = lifl_learn::for_trainer(self.job, trainer, part).expect("a learner");
             let mut update = vec![0; self.model.len()];
             let model = Tensors::new(&self.schema, &self.model);
             let trained = learner.train(round, model, TensorsMut::new(&self.schema, &mut update));

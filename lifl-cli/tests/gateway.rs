@@ -386,7 +386,7 @@ async fn cut_after(stage: &mut Stage, wire: Wire, bytes: u64) {
 async fn a_trainer_takes_up_what_broke_and_trains_once() {
     const PARAMETERS: usize = 10_000_000;
     let mut stage = Stage::set(PARAMETERS as u64).await;
-    let schema = lifl_cli::learn::schema(&stage.job.model).expect("a schema");
+    let schema = lifl_learn::schema(&stage.job.model).expect("a schema");
     let object = Object {
         round: 1,
         length: schema.data_bytes() as u64,

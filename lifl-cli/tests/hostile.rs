@@ -208,7 +208,7 @@ impl Stage {
         for n in 1..=TRAINERS {
             trainers.push(Actor::join(&node, job_id, "trainer", &format!("trainer-{n}")).await);
         }
-        let schema = lifl_cli::learn::schema(&spec.model).expect("a schema");
+        let schema = lifl_learn::schema(&spec.model).expect("a schema");
         Self {
             node,
             top,

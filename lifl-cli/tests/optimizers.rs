@@ -4,7 +4,6 @@ mod support;
 
 use std::path::Path;
 
-use lifl_cli::learn;
 use lifl_common::config::{JobSpec, UpdateKind};
 use lifl_common::update::{Schema, Tensors, TensorsMut};
 use nix::sys::signal::Signal;
@@ -84,7 +83,7 @@ fn mean_difference(job: &JobSpec, schema: &Schema, round: u32, model: &[u8]) -> 
     let before = floats(model);
     for trainer in job.trainers() {
         let mut weights = vec![0; schema.data_bytes()];
-        let mut learner = learn::for_trainer(job, trainer, job.part_of(trainer)).expect("a learner");
+        let mut learner = lifl_learn::for_trainer(job, trainer, job.part_of(trainer)).expect("a learner");
         let trained = learner
             .train(
                 round,
@@ -107,7 +106,7 @@ fn follows_the_rule(updates: &str) {
     let text = std::fs::read(finished.run.join("job.json")).expect("the run's job");
     let job: JobSpec = serde_json::from_slice(&text).expect("a job");
     assert_eq!(job.updates == UpdateKind::Deltas, updates == "deltas");
-    let schema = learn::schema(&job.model).expect("a schema");
+    let schema = lifl_learn::schema(&job.model).expect("a schema");
     let mut m = vec![0.0; schema.data_bytes() / 4];
     let mut v = m.clone();
     for round in 2..=4 {

@@ -21,9 +21,15 @@ pub mod config;
 #[cfg(feature = "std")]
 pub mod control;
 #[cfg(feature = "std")]
+pub mod file_kind;
+#[cfg(feature = "std")]
 pub mod limits;
 #[cfg(feature = "std")]
 pub mod plane;
+#[cfg(feature = "std")]
+pub mod random;
+#[cfg(feature = "std")]
+pub mod runtime;
 #[cfg(feature = "std")]
 pub mod session;
 #[cfg(feature = "std")]

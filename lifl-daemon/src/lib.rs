@@ -21,7 +21,6 @@ pub mod pool;
 pub mod privileges;
 mod refusals;
 mod registry;
-pub mod runtime;
 mod server;
 pub mod signals;
 mod sock_diag;

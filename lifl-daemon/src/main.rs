@@ -18,11 +18,11 @@ use lifl_common::control::paths;
 use lifl_common::kernel::DEFAULT_MAX_WORKERS;
 use lifl_common::limits;
 use lifl_common::plane::NO_KERNEL_PLANE;
+use lifl_common::runtime::{self, RuntimeError, Threads};
 use lifl_common::session::reach::Reach;
 use lifl_daemon::logging::{self, Sink};
 use lifl_daemon::plane::PinError;
 use lifl_daemon::pool::HugePages;
-use lifl_daemon::runtime::{self, RuntimeError, Threads};
 use lifl_daemon::signals::{self, Ending};
 use lifl_daemon::{
     Brokers, DEFAULT_GRACE, DEFAULT_PINS, Daemon, GatewayOptions, Host, Options, Quota, Quotas, StartError,

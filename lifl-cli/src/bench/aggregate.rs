@@ -15,7 +15,7 @@ use serde_json::{Map, json};
 
 use super::report::{Measured, Reporter, Seconds};
 use super::{AggregateArgs, Arrival, Scene, machine};
-use crate::aggregate::{Accumulator, Input, Threads, scratch_bytes};
+use lifl_aggregate::{Accumulator, Input, Threads, scratch_bytes};
 
 /// Of the memory that can be had, what a case may take.
 const MOST_MEMORY: f64 = 0.7;

@@ -22,7 +22,6 @@ use serde_json::{Map, Value, json};
 use super::machine::TreeCpu;
 use super::report::{Measured, Reporter, Seconds};
 use super::{RoundArgs, RoundTiming, Scene, machine};
-use crate::learn;
 use crate::memory::Plan;
 
 /// How often a job's processes are looked at, at the most; what share of the time that may take, since a look at a thousand
@@ -177,7 +176,7 @@ impl Job {
         let path = scene.folder().join("job.json");
         std::fs::write(&path, serde_json::to_vec_pretty(&file)?)?;
         let spec = config::load(std::slice::from_ref(&path), &Overrides::default())?.job;
-        let schema = learn::schema(&spec.model)?;
+        let schema = lifl_learn::schema(&spec.model)?;
         let plan = Plan::new(&spec, &schema, true);
         Ok(Self { path, spec, plan })
     }

@@ -21,10 +21,10 @@ use anyhow::{Context, ensure};
 use lifl_common::client::{Client, Registration};
 use lifl_common::control::paths;
 use lifl_common::frame::Frame;
+use lifl_common::runtime::{self, Threads};
 use lifl_common::update::DType;
 use lifl_daemon::plane::Request;
 use lifl_daemon::pool::HugePages;
-use lifl_daemon::runtime::{self, Threads};
 use serde_json::{Map, Value, json};
 use tokio::runtime::Builder;
 

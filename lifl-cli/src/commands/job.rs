@@ -18,7 +18,6 @@ use crate::coordinate::report::human_bytes;
 use crate::exit::{Because, Cause, Failure, Outcome};
 use crate::exposure;
 use crate::inputs;
-use crate::learn;
 use crate::memory::Plan;
 use crate::output::outln;
 use crate::requirements::Requirements;
@@ -80,7 +79,7 @@ pub(crate) fn plan(args: &JobArgs) -> Outcome {
     let Loaded { mut job, mut notes } = load(&args.paths, &args.choices, args.report)?;
     notes.extend(exposure::warnings(&job));
     look(&mut job, &mut notes, args.report)?;
-    let schema = learn::schema(&job).because(Cause::Config)?;
+    let schema = lifl_learn::schema(&job).because(Cause::Config)?;
     let daemon = daemon_for()?;
     let plan = Plan::new(&job, &schema, daemon.huge_pages);
     let needs = Requirements::of(&job, &schema);

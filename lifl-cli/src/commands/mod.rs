@@ -16,7 +16,7 @@ pub(crate) use status::status;
 pub(crate) use stop::stop;
 
 use anyhow::anyhow;
-use lifl_daemon::runtime::{self, Threads};
+use lifl_common::runtime::{self, Threads};
 use serde_json::json;
 use tokio::runtime::Runtime;
 use tracing_subscriber::EnvFilter;

@@ -1,6 +1,6 @@
 //! `lifl run`.
 
-use lifl_daemon::runtime;
+use lifl_common::runtime;
 use lifl_daemon::signals::Ending;
 use tokio_util::sync::CancellationToken;
 
@@ -13,7 +13,6 @@ use crate::coordinate::report::{Event, Reporter};
 use crate::coordinate::{self, Destination, Resumed, RunOptions};
 use crate::dir::Trust;
 use crate::exit::{Because, Cause, Outcome};
-use crate::learn;
 use crate::memory;
 use crate::privileges::Privileges;
 use crate::requirements::{self, Requirements};
@@ -61,7 +60,7 @@ fn run_with(args: &RunArgs, reporter: &mut Reporter) -> Outcome {
     };
     // Its own daemon's descriptors are this process's.
     lifl_daemon::raise_open_files();
-    let schema = learn::schema(&job).because(Cause::Config)?;
+    let schema = lifl_learn::schema(&job).because(Cause::Config)?;
     Requirements::of(&job, &schema).check()?;
     let privileges = Privileges::of(&job, folder_of);
     let options = RunOptions {

@@ -24,8 +24,8 @@ use nix::fcntl::{Flock, FlockArg};
 use serde::Serialize;
 
 use crate::checkpoint::{self, Checkpoint, CheckpointError, Hash, Part};
-use crate::data;
 use crate::dir::{Dir, FolderError, Trust};
+use lifl_learn::data;
 
 /// The version of `job.json`.
 const JOB_VERSION: u32 = 1;

@@ -43,14 +43,13 @@ pub use self::resume::Resumed;
 use self::rounds::Rounds;
 use self::workers::Workers;
 use crate::base_model;
-use crate::data::{self, Progress};
 use crate::dir::Trust;
 use crate::exit::{Because, Cause, Failure, Outcome};
 use crate::inputs;
-use crate::learn;
 use crate::memory;
 use crate::privileges::Privileges;
 use crate::requirements;
+use lifl_learn::data::{self, Progress};
 
 /// How to run a job.
 #[derive(Debug)]
@@ -135,7 +134,7 @@ pub async fn run(
             ..job.clone()
         },
     };
-    let schema = learn::schema(job).because(Cause::Config)?;
+    let schema = lifl_learn::schema(job).because(Cause::Config)?;
     if !matches!(&options.destination, Destination::Resumed(resumed) if resumed.from.is_some()) {
         in_time(job, started, shutdown, check_base_model(job, &schema, reporter)).await?;
     }

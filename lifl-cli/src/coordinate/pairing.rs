@@ -5,7 +5,7 @@ use std::collections::HashMap;
 
 use lifl_common::config::{Group, Kind, WorkerSpec};
 
-use crate::random::{Stream, stream};
+use lifl_common::random::{Stream, stream};
 
 /// One worker's part in a round, by index into the job's workers.
 #[derive(Clone, Debug, PartialEq, Eq)]

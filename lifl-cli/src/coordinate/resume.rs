@@ -14,7 +14,6 @@ use super::report::Event;
 use crate::checkpoint;
 use crate::dir::{Dir, Trust};
 use crate::exit::{Because, Cause, Outcome};
-use crate::learn;
 
 /// A run's folder, opened to go on in it.
 #[derive(Debug)]
@@ -35,7 +34,7 @@ impl Resumed {
     /// If it is no run's folder, not to be used, its job cannot be read, or another run works in it.
     pub fn open(path: &Path, trust: &Trust) -> Outcome<(Self, JobSpec)> {
         let (folder, job) = RunFolder::open(path, trust).because(Cause::Config)?;
-        let schema = learn::schema(&job).because(Cause::Config)?;
+        let schema = lifl_learn::schema(&job).because(Cause::Config)?;
         let last = whole_model(folder.dir(), &schema);
         let mut resumed = Self {
             folder,

@@ -35,8 +35,8 @@ use super::watch::{Awake, Watch};
 use super::workers::Workers;
 use super::{Run, levels};
 use crate::exit::{Because, Cause, Failure, Outcome};
-use crate::learn::{Evaluation, Evaluator, LearnError};
 use crate::memory;
+use lifl_learn::{Evaluation, Evaluator, LearnError};
 
 /// A round's new model, as the top lent it.
 struct NewModel {
@@ -164,7 +164,7 @@ impl<'r, 'j> Rounds<'r, 'j> {
         let job = self.run.job;
         let known = tokio::task::spawn_blocking({
             let job = job.clone();
-            move || crate::learn::known(&job)
+            move || lifl_learn::known(&job)
         })
         .await
         .context("the data could not be read")

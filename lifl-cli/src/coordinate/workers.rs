@@ -18,7 +18,6 @@ use tokio_util::sync::CancellationToken;
 
 use super::folder::RunFolder;
 use super::gateway::Gateway;
-use crate::learn;
 use crate::program;
 use crate::requirements;
 use crate::task::Tasks;
@@ -124,7 +123,7 @@ impl Workers {
             command.env(SECRET_VARIABLE, secret.to_text());
         }
         if spec.kind == Kind::Trainer {
-            command.env(learn::threads::VARIABLE, &self.trainer_threads);
+            command.env(lifl_learn::threads::VARIABLE, &self.trainer_threads);
         }
         // The folder itself: whatever is at its path by now.
         command.stdin(run.context("the run's folder cannot be handed on")?);

@@ -49,10 +49,9 @@ use self::up::Up;
 use super::ground::Ground;
 use super::link::Incoming;
 use super::{Place, join, ready, uplink};
-use crate::aggregate::{Accumulator, Threads};
 use crate::dir::Dir;
-use crate::learn;
 use crate::task::Task;
+use lifl_aggregate::{Accumulator, Threads};
 
 /// Answers of one worker that are kept which came before they can be taken; what it sends beyond that is refused.
 const MOST_EARLY: u32 = 4;
@@ -173,9 +172,9 @@ pub(super) async fn play(place: Place, run: &Dir, task: Task, schema: Schema) ->
     let link = join(&place, &task, &schema).await?;
     let up = Up::new(uplink(&place, &task.worker)?);
     let threads = Threads::up_to(Threads::useful(limits::cpus(), schema.elements()));
-    if task.worker.kind == Kind::Top && learn::threads::made(&task.job.model, 1) > 0 {
+    if task.worker.kind == Kind::Top && lifl_learn::threads::made(&task.job.model, 1) > 0 {
         // It makes the first model.
-        learn::threads::start(&task.job.model)?;
+        lifl_learn::threads::start(&task.job.model)?;
     }
     let mut aggregator = Aggregator::new(link, up, threads, task, schema);
     if aggregator.at_top() {
@@ -288,7 +287,7 @@ impl<G: Ground> Aggregator<G> {
         let offset = image::data_offset(schema);
         let data = &mut slot.bytes_mut()[offset..offset + schema.data_bytes()];
         match &job.base_model {
-            None => crate::learn::initial(job, job.seed, TensorsMut::new(schema, data)),
+            None => lifl_learn::initial(job, job.seed, TensorsMut::new(schema, data)),
             Some(path) => {
                 let file = std::fs::read(path)
                     .with_context(|| format!("cannot read baseModel {}", path.display()))?;

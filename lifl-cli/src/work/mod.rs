@@ -65,7 +65,7 @@ pub async fn play(place: Place) -> anyhow::Result<()> {
         .folder()
         .with_context(|| format!("cannot open {}", place.run.display()))?;
     let task = Task::read(&run, &place.name)?;
-    let schema = crate::learn::schema(&task.job)?;
+    let schema = lifl_learn::schema(&task.job)?;
     match task.worker.kind {
         Kind::Trainer => match uplink(&place, &task.worker)? {
             Some(up) => remote_trainer::play(up, task, schema).await,

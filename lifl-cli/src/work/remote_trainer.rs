@@ -16,9 +16,9 @@ use tokio::task::JoinHandle;
 
 use super::trainer::{Shared, finished, learn_round};
 use super::uplink::{FromAbove, Uplink};
-use crate::aggregate::Threads;
-use crate::learn::{self, Learner, Trained};
 use crate::task::Task;
+use lifl_aggregate::Threads;
+use lifl_learn::{Learner, Trained};
 
 /// What comes back from the training thread.
 struct Learned {
@@ -51,7 +51,8 @@ pub(super) async fn play(up: Uplink, task: Task, schema: Schema) -> anyhow::Resu
         .share
         .context("a trainer without a share of the data")?;
     let (name, updates) = (task.worker.name.clone(), task.job.updates);
-    let learner = tokio::task::spawn_blocking(move || learn::for_trainer(&task.job, &task.worker, task.part));
+    let learner =
+        tokio::task::spawn_blocking(move || lifl_learn::for_trainer(&task.job, &task.worker, task.part));
     let learner = learner.await.context("the learner could not be made")??;
     let bytes = schema.data_bytes();
     let shared = Shared {

@@ -27,10 +27,10 @@ use tokio::task::JoinHandle;
 use super::ground::Ground;
 use super::link::Incoming;
 use super::{Place, join, ready};
-use crate::aggregate::{Threads, subtract};
 use crate::clock::monotonic_ns;
-use crate::learn::{self, Learner, Trained};
 use crate::task::Task;
+use lifl_aggregate::{Threads, subtract};
+use lifl_learn::{Learner, Trained};
 
 /// What stays the same from round to round.
 pub(super) struct Shared {
@@ -91,7 +91,7 @@ pub(super) async fn play(place: Place, task: Task, schema: Schema) -> anyhow::Re
     let share = task.worker.share.context("a trainer without a number")?;
     let learner = tokio::task::spawn_blocking({
         let task = task.clone();
-        move || learn::for_trainer(&task.job, &task.worker, task.part)
+        move || lifl_learn::for_trainer(&task.job, &task.worker, task.part)
     });
     let learner = learner.await.context("the learner could not be made")??;
     let link = join(&place, &task, &schema).await?;

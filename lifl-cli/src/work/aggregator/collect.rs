@@ -12,9 +12,9 @@ use super::Shared;
 use super::children::{Children, Given};
 use super::models::Lent;
 use super::server::Step;
-use crate::aggregate::{self, Accumulator, FoldError, Input, Threads};
 use crate::clock::monotonic_ns;
 use crate::work::ground::Ground;
+use lifl_aggregate::{Accumulator, FoldError, Input, Threads};
 
 /// An aggregate in the making.
 pub(super) struct Collecting {
@@ -259,7 +259,7 @@ impl Collecting {
         let mut culprits = Vec::new();
         for given in self.children.folded() {
             let mut copy = copied(input(given, schema)?.data)?;
-            match aggregate::add(
+            match lifl_aggregate::add(
                 threads,
                 schema,
                 model,

@@ -18,8 +18,8 @@ use lifl_common::frame::Frame;
 use lifl_common::id::{Key, WorkerId};
 use lifl_common::update::{Metadata, Schema, image};
 
-use crate::aggregate::{FoldError, ServerOptimizer, State, Threads};
 use crate::work::ground::Ground;
+use lifl_aggregate::{FoldError, ServerOptimizer, State, Threads};
 
 /// The optimizer with its state.
 pub(super) struct Server {

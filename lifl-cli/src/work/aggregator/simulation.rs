@@ -30,7 +30,6 @@ use rand_chacha::ChaCha8Rng;
 
 use super::*;
 use crate::coordinate::roster::Roster;
-use crate::learn;
 use crate::memory;
 use crate::task::Tasks;
 use crate::work::trainer::{self, Lesson, Trainer, learn_one};
@@ -161,9 +160,9 @@ struct World {
 
 impl World {
     async fn new(job: JobSpec, seed: u64) -> Self {
-        let schema = learn::schema(&job.model).expect("a schema");
+        let schema = lifl_learn::schema(&job.model).expect("a schema");
         let mut model = vec![0; schema.data_bytes()];
-        learn::initial(&job.model, job.seed, TensorsMut::new(&schema, &mut model));
+        lifl_learn::initial(&job.model, job.seed, TensorsMut::new(&schema, &mut model));
         let mut world = Self {
             random: ChaCha8Rng::seed_from_u64(seed),
             schema,
@@ -196,7 +195,7 @@ impl World {
         let schema = self.schema.clone();
         let node = match spec.share {
             Some(share) => {
-                let learner = learn::for_trainer(&task.job, &spec, task.part).expect("a learner");
+                let learner = lifl_learn::for_trainer(&task.job, &spec, task.part).expect("a learner");
                 let shared = trainer::Shared {
                     name: spec.name.clone(),
                     cover: Cover::of(share),
@@ -422,7 +421,7 @@ impl World {
                 continue;
             }
             let part = self.job.part_of(trainer);
-            let mut learner = learn::for_trainer(&self.job, trainer, part).expect("a learner");
+            let mut learner = lifl_learn::for_trainer(&self.job, trainer, part).expect("a learner");
             let mut update = vec![0; self.schema.data_bytes()];
             let out = TensorsMut::new(&self.schema, &mut update);
             let trained = learner
@@ -456,7 +455,7 @@ async fn live(mut job: JobSpec, seed: u64, deaths: u32, rounds: u32) {
     job.rounds = last;
     let workers = job.workers.clone();
     let mut roster = Roster::new(COORDINATOR, &workers);
-    roster.know_samples(learn::known(&job).expect("synthetic").samples);
+    roster.know_samples(lifl_learn::known(&job).expect("synthetic").samples);
     let mut world = World::new(job, seed).await;
     let mut tops: Vec<(WorkerId, Arc<PeerArena>)> = Vec::new();
     let mut running = false;

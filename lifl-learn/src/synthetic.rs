@@ -13,7 +13,7 @@ use zerocopy::little_endian::{F32, F64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
 use super::{LearnError, Learner, Trained};
-use crate::random::{Stream, stream};
+use lifl_common::random::{Stream, stream};
 
 /// The one tensor's name.
 const NAME: &str = "parameters";

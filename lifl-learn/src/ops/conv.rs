@@ -16,7 +16,7 @@ use super::floats;
 ///
 /// # Errors
 /// If the shapes do not fit or candle fails.
-pub(in crate::learn) fn conv2d(images: &Tensor, kernel: &Tensor, input_gradient: bool) -> Result<Tensor> {
+pub(crate) fn conv2d(images: &Tensor, kernel: &Tensor, input_gradient: bool) -> Result<Tensor> {
     let (batch, height, width, channels) = images.dims4()?;
     let (rows, columns, kernel_in, out) = kernel.dims4()?;
     if kernel_in != channels || rows > height || columns > width {

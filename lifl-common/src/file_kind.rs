@@ -8,11 +8,12 @@ use std::path::Path;
 use nix::fcntl::OFlag;
 
 /// Bytes of a file's beginning that tell what it is: a tar archive says so in byte 257.
-pub(crate) const START_BYTES: usize = 1024;
+pub const START_BYTES: usize = 1024;
 
 /// A format that neither models nor data sets have here.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Foreign {
+#[expect(missing_docs, reason = "the names say it")]
+pub enum FileKind {
     LfsPointer,
     Page,
     Xml,
@@ -37,9 +38,9 @@ pub(crate) enum Foreign {
     Other(&'static str),
 }
 
-impl Foreign {
+impl FileKind {
     /// What the file is, for a message that goes on with what it should be.
-    pub(crate) fn name(self) -> &'static str {
+    pub fn name(self) -> &'static str {
         match self {
             Self::LfsPointer => "a Git LFS pointer in place of the file",
             Self::Page => "an HTML page, perhaps a login or an error page that was downloaded",
@@ -66,7 +67,7 @@ impl Foreign {
     }
 
     /// What makes it the file that was meant, whatever that is; `None` where that depends on what was meant.
-    pub(crate) fn remedy(self) -> Option<&'static str> {
+    pub fn remedy(self) -> Option<&'static str> {
         match self {
             Self::LfsPointer => Some("fetch the file itself with `git lfs pull`"),
             Self::Page | Self::Xml => Some(
@@ -82,50 +83,50 @@ impl Foreign {
 }
 
 /// What a file is that begins so, if that is one of the formats that are known to be something else.
-pub(crate) fn recognise(start: &[u8]) -> Option<Foreign> {
-    let magic: [(&[u8], Foreign); 23] = [
-        (b"version https://git-lfs", Foreign::LfsPointer),
-        (b"\x93NUMPY", Foreign::Npy),
-        (b"GGUF", Foreign::Gguf),
-        (b"\x89HDF\r\n\x1a\n", Foreign::Hdf5),
-        (b"\x1f\x8b", Foreign::Gzip),
-        (b"PAR1", Foreign::Parquet),
-        (b"ARROW1", Foreign::Arrow),
-        (b"\x89PNG", Foreign::Image),
-        (b"\xff\xd8\xff", Foreign::Image),
-        (b"GIF8", Foreign::Image),
-        (b"BZh", Foreign::Packed("bzip2 data")),
-        (b"\xfd7zXZ\0", Foreign::Packed("xz data")),
-        (b"\x28\xb5\x2f\xfd", Foreign::Packed("zstd data")),
-        (b"7z\xbc\xaf\x27\x1c", Foreign::Packed("a 7z archive")),
-        (b"Rar!", Foreign::Packed("a RAR archive")),
-        (b"MATLAB 5.0", Foreign::Matlab),
-        (b"SQLite format 3\0", Foreign::Other("an SQLite database")),
-        (b"%PDF", Foreign::Other("a PDF document")),
-        (b"\x7fELF", Foreign::Other("a program")),
-        (b"\xca\xfe\xba\xbe", Foreign::Other("a program")),
-        (b"RIFF", Foreign::Other("a sound or video")),
-        (b"PK\x05\x06", Foreign::Zip),
-        (b"PK\x03\x04", Foreign::Zip),
+pub fn recognise(start: &[u8]) -> Option<FileKind> {
+    let magic: [(&[u8], FileKind); 23] = [
+        (b"version https://git-lfs", FileKind::LfsPointer),
+        (b"\x93NUMPY", FileKind::Npy),
+        (b"GGUF", FileKind::Gguf),
+        (b"\x89HDF\r\n\x1a\n", FileKind::Hdf5),
+        (b"\x1f\x8b", FileKind::Gzip),
+        (b"PAR1", FileKind::Parquet),
+        (b"ARROW1", FileKind::Arrow),
+        (b"\x89PNG", FileKind::Image),
+        (b"\xff\xd8\xff", FileKind::Image),
+        (b"GIF8", FileKind::Image),
+        (b"BZh", FileKind::Packed("bzip2 data")),
+        (b"\xfd7zXZ\0", FileKind::Packed("xz data")),
+        (b"\x28\xb5\x2f\xfd", FileKind::Packed("zstd data")),
+        (b"7z\xbc\xaf\x27\x1c", FileKind::Packed("a 7z archive")),
+        (b"Rar!", FileKind::Packed("a RAR archive")),
+        (b"MATLAB 5.0", FileKind::Matlab),
+        (b"SQLite format 3\0", FileKind::Other("an SQLite database")),
+        (b"%PDF", FileKind::Other("a PDF document")),
+        (b"\x7fELF", FileKind::Other("a program")),
+        (b"\xca\xfe\xba\xbe", FileKind::Other("a program")),
+        (b"RIFF", FileKind::Other("a sound or video")),
+        (b"PK\x05\x06", FileKind::Zip),
+        (b"PK\x03\x04", FileKind::Zip),
     ];
     let known = magic.into_iter().find(|(magic, _)| start.starts_with(magic));
     match known {
-        Some((_, Foreign::Zip)) => return Some(zip(start)),
+        Some((_, FileKind::Zip)) => return Some(zip(start)),
         Some((_, foreign)) => return Some(foreign),
         None => {}
     }
     match start {
         // Protocols 2 to 5; older ones have no magic.
-        [0x80, 2..=5, ..] => return Some(Foreign::Pickle),
-        [_, _, _, _, b'T', b'F', b'L', b'3', ..] => return Some(Foreign::Other("a TensorFlow Lite model")),
-        _ if start.get(257..262) == Some(b"ustar") => return Some(Foreign::Tar),
+        [0x80, 2..=5, ..] => return Some(FileKind::Pickle),
+        [_, _, _, _, b'T', b'F', b'L', b'3', ..] => return Some(FileKind::Other("a TensorFlow Lite model")),
+        _ if start.get(257..262) == Some(b"ustar") => return Some(FileKind::Tar),
         _ => {}
     }
     text(start)
 }
 
 /// What a zip archive is by the name of its first entry (PKZIP's APPNOTE, 4.3.7).
-fn zip(start: &[u8]) -> Foreign {
+fn zip(start: &[u8]) -> FileKind {
     let length = match start.get(26..28) {
         Some(&[low, high]) => usize::from(u16::from_le_bytes([low, high])),
         _ => 0,
@@ -136,18 +137,18 @@ fn zip(start: &[u8]) -> Foreign {
         || name.ends_with(".data/serialization_id")
         || name.ends_with("/.format_version")
     {
-        Foreign::Torch
+        FileKind::Torch
     } else if name.ends_with(".npy") {
-        Foreign::Npz
+        FileKind::Npz
     } else if matches!(&*name, "metadata.json" | "config.json" | "model.weights.h5") {
-        Foreign::Keras
+        FileKind::Keras
     } else {
-        Foreign::Zip
+        FileKind::Zip
     }
 }
 
 /// What a text is; `None` if it is none.
-fn text(start: &[u8]) -> Option<Foreign> {
+fn text(start: &[u8]) -> Option<FileKind> {
     let start = start.strip_prefix(b"\xef\xbb\xbf").unwrap_or(start);
     // The last character may have been cut.
     let known = match std::str::from_utf8(start) {
@@ -164,26 +165,26 @@ fn text(start: &[u8]) -> Option<Foreign> {
     let begins = |prefixes: &[&str]| prefixes.iter().any(|prefix| lower.starts_with(prefix));
     Some(
         if begins(&["<!doctype html", "<html", "<head", "<body", "<script", "<!--"]) {
-            Foreign::Page
+            FileKind::Page
         } else if begins(&["<"]) {
-            Foreign::Xml
+            FileKind::Xml
         } else if begins(&["{", "["]) {
-            Foreign::Json
+            FileKind::Json
         } else if lower
             .lines()
             .next()
             .is_some_and(|line| line.split([',', ';', '\t']).count() > 1)
         {
-            Foreign::Csv
+            FileKind::Csv
         } else {
-            Foreign::Text
+            FileKind::Text
         },
     )
 }
 
 /// Why a path is no file to read.
 #[derive(Debug)]
-pub(crate) enum Unopened {
+pub enum Unopened {
     /// It is something else: what, for a message.
     NoFile(&'static str),
     /// It cannot be opened.
@@ -194,7 +195,7 @@ pub(crate) enum Unopened {
 ///
 /// # Errors
 /// If it is no regular file, or cannot be opened.
-pub(crate) fn open_file(path: &Path) -> Result<(File, Metadata), Unopened> {
+pub fn open_file(path: &Path) -> Result<(File, Metadata), Unopened> {
     let metadata = std::fs::metadata(path).map_err(Unopened::Io)?;
     // To open a device may do something; only then is it known that what was looked at is what was opened.
     regular(&metadata)?;
@@ -225,7 +226,7 @@ fn regular(metadata: &Metadata) -> Result<(), Unopened> {
 ///
 /// # Errors
 /// If it cannot be read.
-pub(crate) fn start_of(file: &mut impl Read) -> io::Result<Vec<u8>> {
+pub fn start_of(file: &mut impl Read) -> io::Result<Vec<u8>> {
     let mut start = Vec::new();
     file.take(START_BYTES as u64).read_to_end(&mut start)?;
     Ok(start)
@@ -251,22 +252,22 @@ mod tests {
         for (start, what) in [
             (
                 b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n".to_vec(),
-                Foreign::LfsPointer,
+                FileKind::LfsPointer,
             ),
-            (b"\n <!DOCTYPE html>".to_vec(), Foreign::Page),
-            (b"\xef\xbb\xbf<HTML>".to_vec(), Foreign::Page),
-            (b"<?xml version='1.0'?><Error>".to_vec(), Foreign::Xml),
-            (b"{\"weight_map\": {}}".to_vec(), Foreign::Json),
-            (b"label,p1,p2\n5,0,0\n".to_vec(), Foreign::Csv),
-            (b"5\t0\t0\n".to_vec(), Foreign::Csv),
-            ("größer\n".as_bytes()[..4].to_vec(), Foreign::Text),
-            (b"\x80\x04\x95".to_vec(), Foreign::Pickle),
-            (zip("archive/data.pkl"), Foreign::Torch),
-            (zip("x_train.npy"), Foreign::Npz),
-            (zip("metadata.json"), Foreign::Keras),
-            (zip("train/0.png"), Foreign::Zip),
-            (tar, Foreign::Tar),
-            (b"PAR1\x15".to_vec(), Foreign::Parquet),
+            (b"\n <!DOCTYPE html>".to_vec(), FileKind::Page),
+            (b"\xef\xbb\xbf<HTML>".to_vec(), FileKind::Page),
+            (b"<?xml version='1.0'?><Error>".to_vec(), FileKind::Xml),
+            (b"{\"weight_map\": {}}".to_vec(), FileKind::Json),
+            (b"label,p1,p2\n5,0,0\n".to_vec(), FileKind::Csv),
+            (b"5\t0\t0\n".to_vec(), FileKind::Csv),
+            ("größer\n".as_bytes()[..4].to_vec(), FileKind::Text),
+            (b"\x80\x04\x95".to_vec(), FileKind::Pickle),
+            (zip("archive/data.pkl"), FileKind::Torch),
+            (zip("x_train.npy"), FileKind::Npz),
+            (zip("metadata.json"), FileKind::Keras),
+            (zip("train/0.png"), FileKind::Zip),
+            (tar, FileKind::Tar),
+            (b"PAR1\x15".to_vec(), FileKind::Parquet),
         ] {
             assert_eq!(recognise(&start), Some(what));
         }

@@ -28,11 +28,11 @@ mod testing {
     use candle_core::{Device, Result, Tensor, Var};
     use rand::Rng;
 
-    use crate::random::{Stream, stream};
+    use lifl_common::random::{Stream, stream};
 
     /// Floats in -1 to 1, the same ones each time.
     pub(super) fn floats(shape: &[usize], which: u64) -> Result<Tensor> {
-        let mut random = stream(7, Stream::Test, 0, which);
+        let mut random = stream(7, Stream::Initial, 0, which);
         let n = shape.iter().product();
         let values: Vec<f32> = (0..n).map(|_| random.random_range(-1.0..1.0)).collect();
         Tensor::from_slice(&values, shape, &Device::Cpu)

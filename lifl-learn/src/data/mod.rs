@@ -69,17 +69,17 @@ pub fn prepare(source: &DataSource, trainers: u32, progress: &Progress) -> Resul
 }
 
 /// Whether such a dataset is downloaded.
-pub(crate) fn is_url(dataset: &Dataset) -> bool {
+pub fn is_url(dataset: &Dataset) -> bool {
     fetch::is_url(dataset.as_str())
 }
 
 /// Whether the data can be had without a download.
-pub(crate) fn is_here(source: &DataSource) -> bool {
+pub fn is_here(source: &DataSource) -> bool {
     !is_url(&source.dataset) || fetch::is_kept(&source.dataset)
 }
 
 /// Whether such a dataset is a file or a folder.
-pub(crate) fn is_path(dataset: &str) -> bool {
+pub fn is_path(dataset: &str) -> bool {
     dataset != BUILTIN_DIGITS && !fetch::is_url(dataset)
 }
 

@@ -14,7 +14,7 @@ use std::sync::mpsc;
 use std::sync::{Arc, RwLock};
 use std::time::{Duration, Instant};
 
-use lifl_common::limits::{self, Limit};
+use crate::limits::{self, Limit};
 use tokio::runtime::{Builder, Runtime};
 
 /// Descriptors that a runtime with its timers, sockets and signals takes, and some to work with.

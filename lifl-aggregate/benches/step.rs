@@ -12,7 +12,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
-use lifl_cli::aggregate::{ServerOptimizer, State, Threads};
+use lifl_aggregate::{ServerOptimizer, State, Threads};
 use lifl_common::config::{Adaptive, Optimizer, UpdateKind};
 use lifl_common::update::{DType, Schema, TensorSpec};
 

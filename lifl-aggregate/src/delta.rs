@@ -170,7 +170,7 @@ mod tests {
     use zerocopy::{FromBytes, IntoBytes};
 
     use super::*;
-    use crate::aggregate::{Accumulator, Input};
+    use crate::{Accumulator, Input};
 
     fn schema(dtype: DType, elements: usize) -> Schema {
         Schema::new(vec![TensorSpec::new("w", dtype, [elements])]).expect("a schema")

@@ -9,7 +9,7 @@ use std::sync::OnceLock;
 
 use lifl_common::config::ModelSpec;
 use lifl_common::limits;
-use lifl_daemon::runtime::try_threads;
+use lifl_common::runtime::try_threads;
 use rayon::ThreadPoolBuilder;
 
 use super::LearnError;

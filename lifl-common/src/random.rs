@@ -8,7 +8,7 @@ use rand_chacha::ChaCha8Rng;
 
 /// What the numbers are for.
 #[derive(Clone, Copy, Debug)]
-pub(crate) enum Stream {
+pub enum Stream {
     /// A fresh model's weights.
     Initial = 1,
     /// The order of samples in a round.
@@ -25,13 +25,10 @@ pub(crate) enum Stream {
     TestDigit = 7,
     /// Which children an aggregator selects.
     Select = 8,
-    /// What a test needs.
-    #[cfg(test)]
-    Test = 9,
 }
 
 /// The stream for that purpose, and among its kind for that worker (or other small number) and step.
-pub(crate) fn stream(seed: u64, purpose: Stream, worker: u32, step: u64) -> ChaCha8Rng {
+pub fn stream(seed: u64, purpose: Stream, worker: u32, step: u64) -> ChaCha8Rng {
     let mut key = [0; 32];
     key[..8].copy_from_slice(&seed.to_le_bytes());
     key[8..16].copy_from_slice(&step.to_le_bytes());

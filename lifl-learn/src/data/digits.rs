@@ -16,7 +16,7 @@ use rand_chacha::ChaCha8Rng;
 
 use self::glyphs::Point;
 use super::samples::{CLASSES, PIXELS, SIDE, Samples};
-use crate::random::{Stream, stream};
+use lifl_common::random::{Stream, stream};
 
 /// The labels of the first `n` images: all digits equally often.
 pub(super) fn labels(n: usize) -> Vec<u8> {

@@ -12,7 +12,7 @@ use zerocopy::little_endian::F32;
 
 use super::ops::{conv2d, max_pool_relu};
 use super::{LearnError, ModelOf};
-use crate::random::{Stream, stream};
+use lifl_common::random::{Stream, stream};
 
 /// Channels after the convolution network's second convolution.
 const CNN_CHANNELS: usize = 64;

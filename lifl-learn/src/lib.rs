@@ -4,6 +4,7 @@
 //! needs to start a job, [`Evaluator`] what judges a model. Networks run on candle (`network`, `sgd`); a
 //! synthetic model is written by this crate alone (`synthetic`).
 
+pub mod data;
 mod error;
 mod evaluate;
 mod job;

@@ -15,7 +15,7 @@ use super::lift;
 use super::network::{Network, Parameter};
 use super::{LearnError, Learner, Trained};
 use crate::data::Samples;
-use crate::random::{Stream, stream};
+use lifl_common::random::{Stream, stream};
 
 /// A network, a share of the data, and how to learn from it.
 pub(super) struct SgdLearner {

@@ -14,7 +14,7 @@ use super::floats;
 ///
 /// # Errors
 /// If the shapes do not fit or candle fails.
-pub(in crate::learn) fn max_pool_relu(images: &Tensor, bias: &Tensor) -> Result<Tensor> {
+pub(crate) fn max_pool_relu(images: &Tensor, bias: &Tensor) -> Result<Tensor> {
     let (batch, height, width, channels) = images.dims4()?;
     if bias.dims() != [channels] {
         bail!(

@@ -10,7 +10,7 @@ use std::sync::Arc;
 use super::error::DataError;
 use super::samples::Samples;
 use super::{idx, npz};
-use crate::foreign::{self, Foreign};
+use lifl_common::file_kind::{self, FileKind};
 
 /// How gzip data begins.
 const GZIP: &[u8] = &[0x1f, 0x8b];
@@ -49,7 +49,7 @@ pub(super) fn read(path: &Path) -> Result<Files, DataError> {
     }
     let io = || DataError::io(path, "read it");
     let (mut file, _) = idx::open_file(path)?;
-    let start = foreign::start_of(&mut file).map_err(io())?;
+    let start = file_kind::start_of(&mut file).map_err(io())?;
     if start.starts_with(b"PK") {
         return npz::read(path, &npz::Source::File);
     }
@@ -64,7 +64,7 @@ pub(super) fn read(path: &Path) -> Result<Files, DataError> {
             None => idx::open(path)?,
             Some(file) => idx::unpacked(BufReader::new(Spooled::new(file))).map_err(io())?,
         };
-        inner = idx::bytes(path, &mut reader, foreign::START_BYTES)?;
+        inner = idx::bytes(path, &mut reader, file_kind::START_BYTES)?;
         if inner.starts_with(b"PK") || inner.starts_with(GZIP) {
             layer = Some(spool(path, &inner, &mut reader)?);
         }
@@ -136,7 +136,7 @@ fn other(path: &Path, start: &[u8], packed: bool) -> DataError {
     if start.is_empty() {
         return DataError::format(path, "an empty file", "a whole one: copy or download it again");
     }
-    let foreign = foreign::recognise(start);
+    let foreign = file_kind::recognise(start);
     let found = match foreign {
         Some(foreign) => foreign.name().to_owned(),
         None => format!(
@@ -150,7 +150,7 @@ fn other(path: &Path, start: &[u8], packed: bool) -> DataError {
         found
     };
     let expected = match foreign {
-        Some(Foreign::Npy) => {
+        Some(FileKind::Npy) => {
             "images and labels in one archive: numpy.savez(\"data.npz\", x=images, y=labels)".to_owned()
         }
         Some(foreign) => match foreign.remedy() {

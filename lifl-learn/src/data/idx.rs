@@ -11,7 +11,7 @@ use flate2::bufread::GzDecoder;
 use super::array::{self, Array, Element, Header};
 use super::error::DataError;
 use super::samples::Samples;
-use crate::foreign::{self, Unopened};
+use lifl_common::file_kind::{self, Unopened};
 
 /// More samples than this in one file are taken for a broken header.
 pub(super) const MOST_SAMPLES: usize = 1_000_000;
@@ -104,7 +104,7 @@ pub(super) fn open(path: &Path) -> Result<Box<dyn Read>, DataError> {
 
 /// Opens a file for reading, if it is one.
 pub(super) fn open_file(path: &Path) -> Result<(File, std::fs::Metadata), DataError> {
-    foreign::open_file(path).map_err(|unopened| match unopened {
+    file_kind::open_file(path).map_err(|unopened| match unopened {
         Unopened::NoFile(what) => DataError::format(path, what, "a file, or a folder with the usual files"),
         Unopened::Io(error) => DataError::io(path, "open it")(error),
     })

@@ -13,7 +13,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
-use lifl_cli::aggregate::{Accumulator, Input, Threads};
+use lifl_aggregate::{Accumulator, Input, Threads};
 use lifl_common::config::{Timing, UpdateKind};
 use lifl_common::update::{DType, Schema, TensorSpec};
 use memmap2::{Advice, MmapMut};
@@ -138,7 +138,7 @@ fn folds(criterion: &mut Criterion, bench: &mut Bench) {
         let kept = match dtype {
             DType::F64 => bytes,
             DType::F32 => bytes + bytes / 4,
-            _ => lifl_cli::aggregate::scratch_bytes(lazy.schema(), Timing::Eager),
+            _ => lifl_aggregate::scratch_bytes(lazy.schema(), Timing::Eager),
         };
         group.throughput(Throughput::Bytes(
             (UPDATES * bytes + 2 * (UPDATES - 2) * kept + bytes) as u64,

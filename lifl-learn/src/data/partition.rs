@@ -11,7 +11,7 @@ use rand_distr::{Distribution, Gamma};
 
 use super::error::DataError;
 use super::samples::CLASSES;
-use crate::random::{Stream, stream};
+use lifl_common::random::{Stream, stream};
 
 /// Each trainer's samples, by number: every sample belongs to one trainer, every trainer has at least one.
 ///
