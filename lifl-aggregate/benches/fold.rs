@@ -13,7 +13,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
-use lifl_aggregate::{Accumulator, Input, Threads};
+use lifl_aggregate::{Input, Rule, Threads, WeightedMean};
 use lifl_common::config::{Timing, UpdateKind};
 use lifl_common::update::{DType, Schema, TensorSpec};
 use memmap2::{Advice, MmapMut};
@@ -69,11 +69,11 @@ impl Bench {
     }
 
     /// An empty aggregate of that type.
-    fn accumulator(&self, dtype: DType, timing: Timing) -> Accumulator {
+    fn accumulator(&self, dtype: DType, timing: Timing) -> WeightedMean {
         let tensor = TensorSpec::new("weights", dtype, [self.bytes() / dtype.bytes()]);
         let schema = Arc::new(Schema::new(vec![tensor]).expect("one tensor"));
         let threads = Threads::new(self.threads).expect("threads");
-        Accumulator::new(schema, UpdateKind::Weights, timing, threads)
+        WeightedMean::new(schema, UpdateKind::Weights, timing, threads)
     }
 }
 

@@ -170,7 +170,7 @@ mod tests {
     use zerocopy::{FromBytes, IntoBytes};
 
     use super::*;
-    use crate::{Accumulator, Input};
+    use crate::{Input, Rule, WeightedMean};
 
     fn schema(dtype: DType, elements: usize) -> Schema {
         Schema::new(vec![TensorSpec::new("w", dtype, [elements])]).expect("a schema")
@@ -179,7 +179,7 @@ mod tests {
     /// The new model after one round with equal samples.
     fn round(schema: &Schema, model: &[u8], weights: &[&[u8]], timing: Timing) -> Vec<u64> {
         let threads = Threads::new(1).expect("threads");
-        let mut aggregate = Accumulator::new(
+        let mut aggregate = WeightedMean::new(
             Arc::new(schema.clone()),
             UpdateKind::Deltas,
             timing,

@@ -2,22 +2,12 @@
 //! "Communication-Efficient Learning of Deep Networks from Decentralized Data", AISTATS 2017, Algorithm 1:
 //! `w ← Σ n_k/n · w_k`), folded where it lies at the speed of the memory.
 //!
-//! An [`Accumulator`] is one aggregate in the making. It belongs to one aggregator, which calls
-//! [`fold`](Accumulator::fold) with what has arrived and its own slot, and [`finish`](Accumulator::finish) with what
+//! A [`Rule`] makes aggregates; [`WeightedMean`] is FedAvg's. It belongs to one aggregator, which calls
+//! [`fold`](Rule::fold) with the updates that have arrived and its own slot, and [`finish`](Rule::finish) with those that
 //! arrived last. [`subtract`] and [`add`] turn weights into deltas and back. Nothing here knows of slots, frames
 //! or sockets: bytes come in, laid out as the job's [`Schema`] says, and bytes go out.
 //!
-//! ```text
-//!            ┌──── fold ────┐
-//!            ▼              │   finish
-//! empty ── fold ─────────▶ folding ─────▶ finished: the slot may be sent; nothing more can be folded
-//!   │ ▲                     │
-//!   │ │                     └──── fold or finish: an input is not finite ────▶ spoilt: the slot holds rubbish;
-//!   │ └─ reset, from all                                                          nothing more can be folded
-//!   └── finish, with all inputs at once ─▶ finished, or spoilt
-//! ```
-//!
-//! Which module does what: `accumulator` the states and the weights, `region` which arithmetic a run of elements
+//! Which module does what: `rule` what any aggregation rule is, `weighted_mean` the states and the weights of a mean, `region` which arithmetic a run of elements
 //! needs, `place` where a mean is kept between folds,
 //! `element` the arithmetic of one element type, `halves` conversions of `f16`, `wide` that of 64-bit integers, `threads` cuts the work, `delta`
 //! subtracts and adds, `adaptive` the server optimizers that the top applies to the mean, `state` what they remember.
@@ -25,15 +15,16 @@
 //! Each element is computed from its own inputs in the order given, by multiplications and additions that are not
 //! fused: the same bits come out for any number of threads, and on any machine.
 
-mod accumulator;
 mod adaptive;
 mod delta;
 mod element;
 mod halves;
 mod place;
 mod region;
+mod rule;
 mod state;
 mod threads;
+mod weighted_mean;
 mod wide;
 
 #[cfg(test)]
@@ -44,11 +35,12 @@ use std::ops::Range;
 use lifl_common::update::Schema;
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 
-pub use accumulator::{Accumulator, scratch_bytes};
 pub use adaptive::ServerOptimizer;
 pub use delta::{add, subtract};
+pub use rule::{Action, Rule, rule};
 pub use state::{State, state_schema};
 pub use threads::Threads;
+pub use weighted_mean::{WeightedMean, scratch_bytes};
 
 /// One update or aggregate to be folded.
 #[derive(Clone, Copy, Debug)]
@@ -94,8 +86,8 @@ pub enum FoldError {
         /// What the schema needs.
         align: usize,
     },
-    /// NaN, infinity or what is as good as that among the inputs. The accumulator is spoilt: [`reset`](Accumulator::reset) it and fold again
-    /// all that it held, without the culprits.
+    /// NaN, infinity or what is as good as that among the inputs. The aggregate is spoilt: [`reset`](Rule::reset) the rule and
+    /// fold again all that it held, without the culprits.
     #[error("inputs {inputs:?} hold NaN or infinity")]
     NotFinite {
         /// Indices of the culprits among the inputs of the call. None means that somebody has changed an input
@@ -105,7 +97,7 @@ pub enum FoldError {
     /// The aggregate was finished, and not reset since.
     #[error("the aggregate is finished, and was not reset")]
     Finished,
-    /// The accumulator was spoilt by an earlier [`NotFinite`](Self::NotFinite) and not reset since.
+    /// The aggregate was spoilt by an earlier [`NotFinite`](Self::NotFinite) and not reset since.
     #[error("the aggregate was spoilt by an input that is not finite, and was not reset")]
     Spoilt,
     /// The model and the mean of the deltas are too large together for the model's type.

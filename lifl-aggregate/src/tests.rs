@@ -216,7 +216,7 @@ fn aggregate(
     threads: &Threads,
     mut batch: impl FnMut() -> usize,
 ) -> (Data, u64) {
-    let mut accumulator = Accumulator::new(schema.clone(), UpdateKind::Weights, timing, threads.clone());
+    let mut accumulator = WeightedMean::new(schema.clone(), UpdateKind::Weights, timing, threads.clone());
     let mut slot = Data::unwritten(schema.data_bytes());
     let inputs: Vec<_> = inputs
         .iter()
@@ -355,7 +355,7 @@ fn lazy_folds_in_several_calls_round_each_time_and_no_more() {
     let inputs: Vec<_> = (0..6)
         .map(|_| (update(&schema, &mut random, 1.0, 0.0), 1 + random.next() % 9))
         .collect();
-    let mut accumulator = Accumulator::new(schema.clone(), UpdateKind::Weights, Timing::Lazy, threads(1));
+    let mut accumulator = WeightedMean::new(schema.clone(), UpdateKind::Weights, Timing::Lazy, threads(1));
     let mut slot = Data::unwritten(schema.data_bytes());
     for (data, samples) in &inputs {
         accumulator
@@ -450,10 +450,10 @@ fn what_is_not_finite_is_named_and_spoils() {
             }
             for timing in [Timing::Eager, Timing::Lazy] {
                 let mut accumulator =
-                    Accumulator::new(schema.clone(), UpdateKind::Weights, timing, threads(2));
+                    WeightedMean::new(schema.clone(), UpdateKind::Weights, timing, threads(2));
                 let mut slot = Data::unwritten(schema.data_bytes());
                 let out = slot.get_mut();
-                let all = |data: &[Data], accumulator: &mut Accumulator, out: &mut [u8]| {
+                let all = |data: &[Data], accumulator: &mut WeightedMean, out: &mut [u8]| {
                     let inputs: Vec<_> = data
                         .iter()
                         .map(|data| Input {
@@ -497,7 +497,7 @@ fn what_cannot_be_folded_changes_nothing() {
         update(&schema, &mut random, 1.0, 0.0),
         update(&schema, &mut random, 1.0, 0.0),
     );
-    let mut accumulator = Accumulator::new(schema.clone(), UpdateKind::Weights, Timing::Eager, threads(1));
+    let mut accumulator = WeightedMean::new(schema.clone(), UpdateKind::Weights, Timing::Eager, threads(1));
     let mut slot = Data::unwritten(schema.data_bytes());
     let out = slot.get_mut();
     assert!(matches!(accumulator.finish(out, &[]), Err(FoldError::Empty)));

@@ -15,7 +15,7 @@ use serde_json::{Map, json};
 
 use super::report::{Measured, Reporter, Seconds};
 use super::{AggregateArgs, Arrival, Scene, machine};
-use lifl_aggregate::{Accumulator, Input, Threads, scratch_bytes};
+use lifl_aggregate::{Input, Rule, Threads, WeightedMean, scratch_bytes};
 
 /// Of the memory that can be had, what a case may take.
 const MOST_MEMORY: f64 = 0.7;
@@ -91,7 +91,7 @@ fn one(
         Arrival::Lazy => Timing::Lazy,
         Arrival::Eager | Arrival::EagerTogether => Timing::Eager,
     };
-    let mut aggregate = Accumulator::new(
+    let mut aggregate = WeightedMean::new(
         Arc::clone(&schema),
         UpdateKind::Weights,
         timing,

@@ -51,7 +51,7 @@ use super::link::Incoming;
 use super::{Place, join, ready, uplink};
 use crate::dir::Dir;
 use crate::task::Task;
-use lifl_aggregate::{Accumulator, Threads};
+use lifl_aggregate::{Rule, Threads};
 
 /// Answers of one worker that are kept which came before they can be taken; what it sends beyond that is refused.
 const MOST_EARLY: u32 = 4;
@@ -161,8 +161,8 @@ struct Aggregator<G> {
     round: Round,
     /// Whose frames of which kind the log has told of in this round, so that nobody can fill it.
     told: HashSet<(WorkerId, u16)>,
-    /// The round's mean in the making; one for all rounds, since its private memory is dear to touch first.
-    accumulator: Accumulator,
+    /// Makes the rounds' aggregates; one for all rounds, since its private memory is dear to touch first.
+    rule: Box<dyn Rule>,
     /// What makes the mean the model, at the top.
     server: Option<Server>,
 }
@@ -215,7 +215,7 @@ impl<G: Ground> Aggregator<G> {
             ..
         } = task;
         let schema = Arc::new(schema);
-        let accumulator = Accumulator::new(Arc::clone(&schema), job.updates, job.timing, threads.clone());
+        let rule = lifl_aggregate::rule(&job, &schema, &threads);
         let server = (worker.kind == Kind::Top).then(|| Server::new(&job, &schema));
         let shared = Shared {
             job,
@@ -237,7 +237,7 @@ impl<G: Ground> Aggregator<G> {
             current: None,
             round: Round::default(),
             told: HashSet::new(),
-            accumulator,
+            rule,
             server,
         }
     }
@@ -302,7 +302,7 @@ impl<G: Ground> Aggregator<G> {
         };
         let data = &slot.bytes()[offset..offset + schema.data_bytes()];
         anyhow::ensure!(
-            self.accumulator.is_finite(data),
+            self.rule.is_finite(data),
             "the job's first model holds NaN, infinity or a number too large to be averaged: begin with another baseModel"
         );
         image::write_header(slot.bytes_mut(), schema, &metadata);
@@ -486,7 +486,7 @@ impl<G: Ground> Aggregator<G> {
         if self.round.closing {
             collecting.children.close();
         }
-        let refused = collecting.fold(&self.shared, &mut self.accumulator)?;
+        let refused = collecting.fold(&self.shared, &mut *self.rule)?;
         let complete = collecting.complete();
         for (frame, refusal) in refused {
             self.refuse(&frame, refusal);
@@ -545,7 +545,7 @@ impl<G: Ground> Aggregator<G> {
             "round begun"
         );
         self.round.model = None;
-        self.accumulator.reset();
+        self.rule.reset();
         let children = Children::new(&self.round.places, Arc::clone(&self.round.bounds));
         let mut collecting = Collecting::new(number, children, self.shared.goal, slot, model);
         collecting.owed = owed;
@@ -682,7 +682,7 @@ impl<G: Ground> Aggregator<G> {
             let (arena, state) = (&*arena, state.map(|state| &*state));
             let own_object = |key| arena.object(key);
             let step = self.server.as_mut().map(|server| server.step(state));
-            match collecting.finish(&self.shared, &mut self.accumulator, step, own_object)? {
+            match collecting.finish(&self.shared, &mut *self.rule, step, own_object)? {
                 Made::Done { metadata, children } => break (metadata, children),
                 Made::Nothing => return self.nothing(number, parent),
                 Made::Diverged(culprits) if culprits.is_empty() => {
@@ -691,12 +691,12 @@ impl<G: Ground> Aggregator<G> {
                     return self.nothing(number, parent);
                 }
                 Made::Diverged(culprits) => {
-                    collecting.without(&culprits, &mut self.accumulator);
+                    collecting.without(&culprits, &mut *self.rule);
                     let mut refused: Vec<_> = culprits
                         .iter()
                         .map(|culprit| (*culprit, Refusal::NotFinite))
                         .collect();
-                    refused.extend(collecting.fold(&self.shared, &mut self.accumulator)?);
+                    refused.extend(collecting.fold(&self.shared, &mut *self.rule)?);
                     for (frame, refusal) in refused {
                         self.refuse(&frame, refusal);
                     }

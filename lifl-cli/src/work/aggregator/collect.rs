@@ -2,7 +2,6 @@
 
 use anyhow::Context;
 use lifl_common::arena::WritableSlot;
-use lifl_common::config::Timing;
 use lifl_common::frame::{Frame, Refusal};
 use lifl_common::id::{Key, WorkerId};
 use lifl_common::update::{Cover, Metadata, Schema, image};
@@ -14,7 +13,7 @@ use super::models::Lent;
 use super::server::Step;
 use crate::clock::monotonic_ns;
 use crate::work::ground::Ground;
-use lifl_aggregate::{Accumulator, FoldError, Input, Threads};
+use lifl_aggregate::{Action, FoldError, Input, Rule, Threads};
 
 /// An aggregate in the making.
 pub(super) struct Collecting {
@@ -27,17 +26,6 @@ pub(super) struct Collecting {
     /// Where it comes to lie.
     pub(super) slot: WritableSlot,
     pub(super) model: Lent,
-}
-
-/// What is to be done with what has come.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Now {
-    /// Nothing yet.
-    Wait,
-    /// It is folded; more will come.
-    Fold,
-    /// It is folded, and nothing more will come.
-    Finish,
 }
 
 /// What became of an aggregate.
@@ -127,12 +115,12 @@ impl Collecting {
         self.children.answered() || self.children.folded().count() >= self.goal
     }
 
-    /// Folds what is there, but no more than the goal, [when it is time](now). Gives the updates that turned out not
+    /// Folds what is there, but no more than the goal, [when it is time](Rule::action). Gives the updates that turned out not
     /// to be finite, which are out.
     pub(super) fn fold(
         &mut self,
         shared: &Shared,
-        accumulator: &mut Accumulator,
+        rule: &mut dyn Rule,
     ) -> anyhow::Result<Vec<(Frame, Refusal)>> {
         let mut refused = Vec::new();
         let mut from_copies = false;
@@ -142,8 +130,8 @@ impl Collecting {
             let wanted = self.goal.saturating_sub(folded);
             let there = self.children.unfolded().count();
             let enough = there >= wanted || self.children.answered();
-            let now = now(shared.job.timing, folded, there.min(wanted), enough);
-            if now == Now::Wait {
+            let action = rule.action(folded, there.min(wanted), enough);
+            if action == Action::Wait {
                 return Ok(refused);
             }
             let given = self.children.first_unfolded(wanted);
@@ -151,10 +139,10 @@ impl Collecting {
             let inputs = given.iter().map(|given| input(given, &shared.schema));
             let inputs = inputs.collect::<Result<Vec<_>, _>>()?;
             let out = &mut self.slot.bytes_mut()[offset..][..shared.schema.data_bytes()];
-            let done = match now {
-                _ if from_copies => fold_copies(accumulator, out, &inputs)?,
-                Now::Finish => accumulator.finish(out, &inputs).map(|_| ()),
-                _ => accumulator.fold(out, &inputs),
+            let done = match action {
+                _ if from_copies => fold_copies(rule, out, &inputs)?,
+                Action::Finish => rule.finish(out, &inputs).map(|_| ()),
+                _ => rule.fold(out, &inputs),
             };
             match done {
                 Ok(()) => {
@@ -170,7 +158,7 @@ impl Collecting {
                         self.children.refuse(culprit.from);
                         refused.push((culprit, Refusal::NotFinite));
                     }
-                    accumulator.reset();
+                    rule.reset();
                     // All others are still lent: the aggregate is made again without the culprits.
                     self.children.mark_unfolded();
                 }
@@ -180,7 +168,7 @@ impl Collecting {
                     let culprit = largest.context("no update has samples")?.frame;
                     self.children.refuse(culprit.from);
                     refused.push((culprit, Refusal::BadSamples));
-                    accumulator.reset();
+                    rule.reset();
                     self.children.mark_unfolded();
                 }
                 Err(error) => return Err(error.into()),
@@ -190,11 +178,11 @@ impl Collecting {
 
     /// Updates that turned out to be no good are out: the aggregate is made again from the others, which are all still
     /// lent.
-    pub(super) fn without(&mut self, culprits: &[Frame], accumulator: &mut Accumulator) {
+    pub(super) fn without(&mut self, culprits: &[Frame], rule: &mut dyn Rule) {
         for culprit in culprits {
             self.children.refuse(culprit.from);
         }
-        accumulator.reset();
+        rule.reset();
         self.children.mark_unfolded();
     }
 
@@ -202,11 +190,11 @@ impl Collecting {
     pub(super) fn finish<'a>(
         &mut self,
         shared: &Shared,
-        accumulator: &mut Accumulator,
+        rule: &mut dyn Rule,
         step: Option<Step<'_>>,
         own_object: impl FnOnce(Key) -> Option<&'a [u8]>,
     ) -> anyhow::Result<Made> {
-        if accumulator.samples() == 0 {
+        if rule.samples() == 0 {
             return Ok(Made::Nothing);
         }
         let Shared {
@@ -217,7 +205,7 @@ impl Collecting {
         } = shared;
         let offset = image::data_offset(schema);
         let data = offset..offset + schema.data_bytes();
-        let samples = accumulator.finish(&mut self.slot.bytes_mut()[data.clone()], &[])?;
+        let samples = rule.finish(&mut self.slot.bytes_mut()[data.clone()], &[])?;
         // Only the top has an optimizer, and the model in its own arena.
         if let Some(step) = step {
             let model = own_object(self.model.key).context("the top has not the round's model any more")?;
@@ -299,7 +287,7 @@ fn summed<'a>(children: impl Iterator<Item = &'a Metadata>, schema: &Schema) -> 
 /// Folds from copies, one input after the other: what their owners write meanwhile changes nothing. The outer error is that
 /// there is no memory for one.
 fn fold_copies(
-    accumulator: &mut Accumulator,
+    rule: &mut dyn Rule,
     out: &mut [u8],
     inputs: &[Input<'_>],
 ) -> anyhow::Result<Result<(), FoldError>> {
@@ -307,8 +295,8 @@ fn fold_copies(
         let copy = copied(input.data)?;
         let data = &copy.as_bytes()[..input.data.len()];
         let samples = input.samples;
-        let folded = if accumulator.is_finite(data) {
-            accumulator.fold(out, &[Input { data, samples }])
+        let folded = if rule.is_finite(data) {
+            rule.fold(out, &[Input { data, samples }])
         } else {
             Err(FoldError::NotFinite { inputs: Vec::new() })
         };
@@ -332,21 +320,6 @@ fn copied(data: &[u8]) -> anyhow::Result<Vec<u64>> {
     copy.resize(words, 0);
     copy.as_mut_bytes()[..data.len()].copy_from_slice(data);
     Ok(copy)
-}
-
-/// What is to be done with the updates that were given and are not folded; whether they are enough, so that nobody else is
-/// waited for.
-///
-/// Eager timing does not fold a single first one: the accumulator would be as long as the update, which stays where it is
-/// until the verdict anyway, and to fold the second with either is the same work.
-fn now(timing: Timing, folded: usize, given: usize, enough: bool) -> Now {
-    match timing {
-        _ if given == 0 => Now::Wait,
-        _ if enough => Now::Finish,
-        Timing::Lazy => Now::Wait,
-        Timing::Eager if folded + given == 1 => Now::Wait,
-        Timing::Eager => Now::Fold,
-    }
 }
 
 /// When the last object of each level was made, of those that went into an object that is just being made. Nothing was made
@@ -380,18 +353,6 @@ fn input<'a>(given: &'a Given, schema: &Schema) -> anyhow::Result<Input<'a>> {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn eager_folds_whatever_has_come_but_for_a_lone_first() {
-        let eager = |folded, given, enough| now(Timing::Eager, folded, given, enough);
-        assert_eq!(eager(0, 0, false), Now::Wait);
-        assert_eq!(eager(0, 1, false), Now::Wait);
-        assert_eq!(eager(0, 2, false), Now::Fold);
-        assert_eq!(eager(2, 1, false), Now::Fold);
-        assert_eq!(eager(0, 1, true), Now::Finish, "the others will not come");
-        assert_eq!(eager(2, 1, true), Now::Finish);
-        assert_eq!(eager(2, 0, true), Now::Wait, "it is folded");
-    }
 
     #[test]
     fn what_cannot_be_so_is_not_added_up() {
@@ -434,12 +395,5 @@ mod tests {
         let made = made([&future[..], &[3, 7]].into_iter());
         assert!((before..=monotonic_ns()).contains(&made[0]), "{made:?}");
         assert_eq!((made[1], made.len()), (7, 3));
-    }
-
-    #[test]
-    fn lazy_folds_once() {
-        let lazy = |given, enough| now(Timing::Lazy, 0, given, enough);
-        assert_eq!(lazy(7, false), Now::Wait);
-        assert_eq!(lazy(8, true), Now::Finish);
     }
 }
