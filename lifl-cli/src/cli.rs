@@ -16,7 +16,7 @@ use nix::unistd::User;
 
 use crate::bench::{Bench, EchoArgs};
 use crate::commands;
-use crate::coordinate::node::DaemonChoice;
+use crate::coordinate::daemon::DaemonChoice;
 use crate::exit::{Cause, Failure, Outcome};
 use crate::output;
 use crate::program;

@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 
 use lifl_common::arena::{Layout, memfd};
-use lifl_common::config::{Dataset, Group, JobSpec, Kind, ModelSpec, SampleShape, Transport, WorkerSpec};
+use lifl_common::config::{Dataset, Group, JobSpec, Kind, ModelSpec, SampleShape, WorkerSpec};
 use lifl_common::session::proxy_name;
 use lifl_common::update::{Schema, image};
 use serde::Serialize;
@@ -34,10 +34,10 @@ const LEARNER_MODELS: u64 = 4;
 /// over. Whoever hands models down from its own arena then has slots for two of these; when more are held, the next round
 /// begins when one is given back.
 ///
-/// `goals` is whether the job [has some](has_goals).
+/// `goals` is whether the job [has some](JobSpec::has_goals).
 pub fn slots(worker: &WorkerSpec, goals: bool) -> u32 {
     let old_models = if goals { OLD_MODELS } else { 0 };
-    match (worker.kind, is_remote(worker)) {
+    match (worker.kind, worker.is_remote()) {
         (Kind::Top, _) | (Kind::Aggregator, true) => 2 + old_models,
         (Kind::Aggregator | Kind::Trainer, false) => 1,
         (Kind::Trainer, true) => 0,
@@ -46,22 +46,6 @@ pub fn slots(worker: &WorkerSpec, goals: bool) -> u32 {
 
 /// Slots of the arena of a worker's proxy in the gateway.
 const PROXY_SLOTS: u32 = 1;
-
-/// Whether a worker reaches its parent through the gateway.
-pub fn is_remote(worker: &WorkerSpec) -> bool {
-    worker.transport != Transport::Shm
-}
-
-/// Whether a worker is registered with the daemon itself, and not only its proxy is.
-pub fn is_local(worker: &WorkerSpec) -> bool {
-    worker.kind != Kind::Trainer || !is_remote(worker)
-}
-
-/// Workers that the daemon registers for a job: proxies and the coordinator are among them.
-pub fn registrations(job: &JobSpec) -> u32 {
-    let of_one = |worker| u32::from(is_local(worker)) + u32::from(is_remote(worker));
-    job.workers.iter().map(of_one).sum::<u32>() + 1
-}
 
 /// Models of rounds that are over which late workers may hold.
 const OLD_MODELS: u32 = 2;
@@ -76,51 +60,14 @@ pub fn most_held(aggregator: &WorkerSpec, goals: bool, levels: u32) -> Option<u3
     goals.then_some(if above_trainers { 0 } else { OLD_MODELS - 1 })
 }
 
-/// Whether some aggregator may be done before all of its children are: as many as it may have are in its group.
-pub fn has_goals(job: &JobSpec) -> bool {
-    let children = members(job, |worker| worker.up.as_ref());
-    job.workers.iter().any(|worker| {
-        let most = worker.down.as_ref().and_then(|group| children.get(group));
-        worker.agg_goal.zip(most).is_some_and(|(goal, &most)| goal < most)
-    })
-}
-
-/// Workers in each group, at one end of it.
-fn members(job: &JobSpec, end: impl Fn(&WorkerSpec) -> Option<&Group>) -> HashMap<&Group, u32> {
-    let mut members = HashMap::new();
-    for group in job.workers.iter().filter_map(end) {
-        *members.entry(group).or_default() += 1;
-    }
-    members
-}
-
-/// Most children that an aggregator can have, while all workers are there.
-pub fn most_children(job: &JobSpec) -> u32 {
-    let parents = members(job, |worker| worker.down.as_ref());
-    let children = members(job, |worker| worker.up.as_ref());
-    let most = parents.into_iter().map(|(group, parents)| {
-        // They are dealt out in turn.
-        children
-            .get(group)
-            .map_or(0, |children| children.div_ceil(parents))
-    });
-    most.max().unwrap_or(0)
-}
-
 /// Aggregators' private memory by their group, while all workers are there. Up to two children are folded at once, under
 /// eager timing too: nothing is kept beside the slot then.
 fn kept_bytes<'a>(job: &'a JobSpec, schema: &Schema) -> HashMap<&'a Group, u64> {
-    let parents = members(job, |worker| worker.down.as_ref());
-    let children = members(job, |worker| worker.up.as_ref());
     let all = lifl_aggregate::scratch_bytes(schema, job.timing) as u64;
-    let each = parents.into_iter().map(|(group, parents)| {
-        // They are dealt out in turn.
-        let most = children
-            .get(group)
-            .map_or(0, |children| children.div_ceil(parents));
-        (group, if most > 2 { all } else { 0 })
-    });
-    each.collect()
+    let children = job.children_by_group().into_iter();
+    children
+        .map(|(group, most)| (group, if most > 2 { all } else { 0 }))
+        .collect()
 }
 
 /// Bytes of a model, an update or an aggregate in its slot.
@@ -216,7 +163,7 @@ impl Plan {
                 private_bytes,
             }
         };
-        let (kept, goals) = (kept_bytes(job, schema), has_goals(job));
+        let (kept, goals) = (kept_bytes(job, schema), job.has_goals());
         let own = job.workers.iter().map(|worker| {
             let dataset = worker
                 .dataset
@@ -228,7 +175,7 @@ impl Plan {
             let state = state_layout(job, worker, schema);
             share(worker.name.clone(), slots(worker, goals), state, private_bytes)
         });
-        let remote = job.workers.iter().filter(|worker| is_remote(worker));
+        let remote = job.workers.iter().filter(|worker| worker.is_remote());
         let proxies = remote.map(|worker| share(proxy_name(&worker.name), PROXY_SLOTS, None, 0));
         let workers: Vec<Share> = own.chain(proxies).collect();
         let sum = |of: fn(&Share) -> u64| workers.iter().map(of).fold(0, u64::saturating_add);
@@ -261,7 +208,7 @@ fn private_bytes(job: &JobSpec, schema: &Schema, worker: &WorkerSpec, sharing: u
     match worker.kind {
         Kind::Trainer => {
             // What others have in arenas: the model and the update.
-            let buffers = if is_remote(worker) { 2 } else { 0 };
+            let buffers = if worker.is_remote() { 2 } else { 0 };
             learner_bytes(job, schema, sharing.into(), u64::from(job.training.batch_size))
                 .saturating_add(WORKER_BYTES)
                 .saturating_add((schema.data_bytes() as u64).saturating_mul(buffers))

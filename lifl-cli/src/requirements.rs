@@ -74,7 +74,7 @@ impl Requirements {
         let arena = |share: &memory::Share| share.arena_bytes.saturating_add(share.state_bytes);
         let largest = plan.workers.iter().map(arena).max().unwrap_or(0);
         let all = plan.workers.iter().map(arena).fold(0, u64::saturating_add);
-        let children = u64::from(memory::most_children(job));
+        let children = u64::from(job.children_by_group().into_values().max().unwrap_or(0));
         let mapped = largest.saturating_mul(children.saturating_add(2)).min(all);
         let private = plan
             .workers
@@ -93,7 +93,7 @@ impl Requirements {
         Self {
             processes: workers,
             tasks: (coordinator + of_workers) as u64 + SPARE_TASKS,
-            descriptors: own_descriptors(memory::registrations(job)),
+            descriptors: own_descriptors(job.registrations()),
             mapped_bytes: data_bytes.saturating_add(mapped).saturating_add(PROGRAM_BYTES),
             data_bytes,
         }
@@ -177,7 +177,7 @@ fn refuse(needed: &str, limit: &Limit, number: &dyn Fn(u64) -> String) -> Outcom
 
 /// Threads of a worker for work that blocks: a trainer's training, and looking up names where the parent is elsewhere.
 pub fn blocking(worker: &WorkerSpec) -> usize {
-    usize::from(worker.kind == Kind::Trainer) + usize::from(memory::is_remote(worker))
+    usize::from(worker.kind == Kind::Trainer) + usize::from(worker.is_remote())
 }
 
 /// Threads of a worker that compute.

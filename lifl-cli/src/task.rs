@@ -52,7 +52,7 @@ impl<'j> Tasks<'j> {
                 workers: Vec::new(),
                 ..job.clone()
             },
-            goals: memory::has_goals(job),
+            goals: job.has_goals(),
             levels: job.levels(),
         }
     }

@@ -3,3 +3,5 @@
 //! Each takes inputs (a frame, a lost peer, an object that can be read now, a timer) and gives outputs (send this frame, open
 //! that arena, start that worker). Time is a value that is passed in. No socket, clock, file, process or environment is
 //! touched here: shells do that.
+
+pub mod coordinator;

@@ -31,7 +31,7 @@ use tokio::runtime::Builder;
 use super::report::{Measured, Reporter, Seconds};
 use super::round::{Job, tree};
 use super::{Actor, ScaleArgs, Scene, echo, machine};
-use crate::coordinate::node::{DaemonChoice, Node, NodeOptions};
+use crate::coordinate::daemon::{DaemonChoice, Node, NodeOptions};
 use crate::task::Tasks;
 
 /// How often a start is measured.

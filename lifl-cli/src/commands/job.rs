@@ -1,6 +1,6 @@
 //! The commands that only look at a job's files: `validate`, `plan`, `schema`.
 
-use std::collections::HashMap;
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use lifl_common::config::{self, ConfigError, JobSpec, Loaded, Timing, Transport, UpdateKind};
@@ -8,12 +8,12 @@ use lifl_common::control::Welcome;
 use lifl_common::limits::{self, Cgroups};
 use lifl_daemon::plane;
 use lifl_daemon::pool::HugePages;
+use lifl_worker::coordinator::pairing::{Pair, pair};
 use serde_json::json;
 
 use super::{SMALL, runtime};
 use crate::cli::{Choices, JobArgs, Report};
-use crate::coordinate::node::{DaemonChoice, Node, NodeOptions};
-use crate::coordinate::pairing::{Pair, pair};
+use crate::coordinate::daemon::{DaemonChoice, Node, NodeOptions};
 use crate::coordinate::report::human_bytes;
 use crate::exit::{Because, Cause, Failure, Outcome};
 use crate::exposure;
@@ -203,7 +203,7 @@ fn daemon_for() -> Outcome<Welcome> {
 
 fn print_tree(
     job: &JobSpec,
-    pairs: &HashMap<usize, Pair>,
+    pairs: &BTreeMap<usize, Pair>,
     index: usize,
     indent: &str,
     branch: &str,

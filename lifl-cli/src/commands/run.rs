@@ -8,12 +8,11 @@ use super::detach::Detachment;
 use super::job::load;
 use super::log;
 use crate::cli::RunArgs;
-use crate::coordinate::node::NodeOptions;
+use crate::coordinate::daemon::NodeOptions;
 use crate::coordinate::report::{Event, Reporter};
 use crate::coordinate::{self, Destination, Resumed, RunOptions};
 use crate::dir::Trust;
 use crate::exit::{Because, Cause, Outcome};
-use crate::memory;
 use crate::privileges::Privileges;
 use crate::requirements::{self, Requirements};
 
@@ -69,7 +68,7 @@ fn run_with(args: &RunArgs, reporter: &mut Reporter) -> Outcome {
             plane: args.plane,
             pool_bytes: args.pool_mib.map(|mib| mib.saturating_mul(1 << 20)),
             huge_pages: args.huge_pages,
-            workers: memory::registrations(&job),
+            workers: job.registrations(),
             insecure: args.insecure,
         },
         destination,

@@ -12,7 +12,7 @@ use serde_json::json;
 
 use super::{SMALL, log, runtime};
 use crate::cli::StatusArgs;
-use crate::coordinate::node::reachable;
+use crate::coordinate::daemon::reachable;
 use crate::coordinate::report::human_bytes;
 use crate::exit::{Because, Cause, Failure, Outcome};
 use crate::output::outln;

@@ -10,7 +10,7 @@
 //! What follows from a death follows at once; it is told when the process has been reaped, so that all it had to say is in its
 //! log. A process that has closed its connection and does not end is killed.
 //!
-//! Times are those in which this process [was running](super::watch::Awake), so that nobody is held to have been silent while
+//! Times are those in which this process [was running](super::awake::Awake), so that nobody is held to have been silent while
 //! the machine, or only the coordinator, was suspended.
 //!
 //! The coordinator alone decides. A dead aggregator's place is kept for its successor, which gets the references that its
@@ -24,13 +24,12 @@ use lifl_common::config::Kind;
 use lifl_common::control::Status;
 use lifl_common::id::WorkerId;
 use lifl_common::kernel::Counters;
+use lifl_worker::coordinator::liveness::Verdicts;
 
 use super::report::Event;
 use super::rounds::Rounds;
-use super::watch::Looked;
 use crate::clock::monotonic_ns;
 use crate::exit::{Because, Cause, Failure, Outcome};
-use crate::memory;
 
 /// How long to wait before a process is started again that could not be.
 const START_AGAIN: Duration = Duration::from_secs(1);
@@ -144,7 +143,7 @@ impl Rounds<'_, '_> {
         life.deaths += 1;
         life.started = None;
         let spec = &self.run.job.workers[index];
-        let remote = memory::is_remote(spec);
+        let remote = spec.is_remote();
         if remote {
             self.to_drop.push(index);
         }
@@ -274,7 +273,7 @@ impl Rounds<'_, '_> {
         let most = (self.pause() * 3 / 2).max(grace / 4);
         if self.awake.tick(most) {
             // Whoever was suspended with this process has had no time to answer.
-            self.watch.begin_anew();
+            self.watch.reset();
         }
         let now = self.awake.time();
         for index in 0..self.lives.len() {
@@ -283,7 +282,7 @@ impl Rounds<'_, '_> {
                 self.end_stuck(index, "it did not become ready");
             }
             if closed.is_some_and(|closed| now - closed > LEAVE) {
-                let remote = memory::is_remote(&self.run.job.workers[index]);
+                let remote = self.run.job.workers[index].is_remote();
                 let why = if remote {
                     "its session with the gateway was over"
                 } else {
@@ -335,7 +334,7 @@ impl Rounds<'_, '_> {
     /// The trainers that were told of the round, are still there and, for all that is known, have not answered.
     fn unanswered(&self) -> Vec<usize> {
         let has_answered = |&trainer: &usize| {
-            let id = self.roster.takes_part_as(trainer);
+            let id = self.roster.participant(trainer);
             id.is_none_or(|id| self.watch.has_answered(id, self.round))
         };
         let trainers = self.roster.trainers();
@@ -347,20 +346,15 @@ impl Rounds<'_, '_> {
         let there = self
             .roster
             .trainers()
-            .filter(|&trainer| self.roster.takes_part_as(trainer).is_some());
+            .filter(|&trainer| self.roster.participant(trainer).is_some());
         let answered = there.count() - self.unanswered().len();
         if (answered as u32) < self.run.job.quorum {
             return;
         }
         self.clock.closed = true;
-        let job = self.run.job;
-        let above_trainers = self.roster.aggregators().filter(|(_, pair)| {
-            pair.children
-                .iter()
-                .any(|&child| job.workers[child].kind == Kind::Trainer)
-        });
+        let above_trainers = self.roster.parents_of_trainers();
         let frames: Vec<_> = above_trainers
-            .filter_map(|(index, _)| self.roster.close(index))
+            .filter_map(|index| self.roster.close(index))
             .collect();
         self.outgoing.extend(frames);
     }
@@ -368,20 +362,16 @@ impl Rounds<'_, '_> {
     /// Asks all who can be asked whether they stir; ends those who have not since they were asked before. Proxies are asked
     /// too, for what they have answered; they live as long as their sessions.
     fn end_who_hangs(&mut self, status: &Status) {
-        let proxies: Vec<WorkerId> = self.roster.proxies().collect();
-        let workers: Vec<WorkerId> = self
-            .roster
-            .present_here()
-            .chain(proxies.iter().copied())
-            .collect();
+        let (workers, proxies): (Vec<WorkerId>, Vec<bool>) = self.roster.connected().unzip();
         let grace = Duration::from_secs_f64(self.run.job.grace_time_s);
         let sent = status.workers.iter();
         let sent: HashMap<WorkerId, Counters> = sent.map(|worker| (worker.worker, worker.counters)).collect();
         let sent = |id| sent.get(&id).copied();
-        let Looked { ask, hang } = self.watch.look(&workers, sent, self.awake.time(), grace);
+        let Verdicts { ask, hang } = self.watch.look(&workers, sent, self.awake.time(), grace);
         self.outgoing
             .extend(ask.into_iter().map(|id| self.roster.ping(id)));
-        for id in hang.into_iter().filter(|id| !proxies.contains(id)) {
+        let is_proxy = |id: &WorkerId| workers.binary_search(id).is_ok_and(|at| proxies[at]);
+        for id in hang.into_iter().filter(|id| !is_proxy(id)) {
             if let Some(index) = self.roster.index(id) {
                 self.end_stuck(index, "it does not stir");
             }

@@ -60,7 +60,7 @@ impl Gateway {
         let remote: Vec<RemoteWorker> = job
             .workers
             .iter()
-            .filter(|worker| memory::is_remote(worker))
+            .filter(|worker| worker.is_remote())
             .map(|WorkerSpec { name, role, .. }| RemoteWorker {
                 name: name.clone(),
                 role: role.clone(),

@@ -8,17 +8,15 @@
 //! A round: each worker that takes part is told its children and its parent; the top lends the new model, which is
 //! written out and evaluated while the next round runs.
 
+mod awake;
+pub mod daemon;
 mod deaths;
 mod folder;
 mod gateway;
-pub mod node;
-pub mod pairing;
-mod peak;
+mod memory_peak;
 pub mod report;
 mod resume;
-pub(crate) mod roster;
 mod rounds;
-mod watch;
 mod workers;
 
 use std::num::NonZeroU32;
@@ -34,10 +32,10 @@ use lifl_common::limits;
 use lifl_common::update::Schema;
 use tokio_util::sync::CancellationToken;
 
+use self::daemon::{Node, NodeOptions};
 use self::folder::RunFolder;
 pub(crate) use self::folder::{JOB, LOCK};
 use self::gateway::Gateway;
-use self::node::{Node, NodeOptions};
 use self::report::{Level, Reporter, human_bytes};
 pub use self::resume::Resumed;
 use self::rounds::Rounds;
@@ -49,6 +47,7 @@ use crate::inputs;
 use crate::memory;
 use crate::privileges::Privileges;
 use crate::requirements;
+use lifl_learn::LearnError;
 use lifl_learn::data::{self, Progress};
 
 /// How to run a job.
@@ -341,13 +340,29 @@ async fn drive(
 ) -> (Outcome, Workers) {
     let limit = Duration::from_secs(run.job.max_run_time_s);
     let started = run.started;
-    let mut rounds = Rounds::new(run, workers, reporter);
+    let known = in_time(run.job, started, shutdown, known(run.job)).await;
+    let known = match known {
+        Ok(known) => known,
+        Err(failure) => return (Err(failure), workers),
+    };
+    let mut rounds = Rounds::new(run, workers, reporter, known.evaluator, known.samples);
     let outcome = tokio::select! {
         outcome = rounds.all(node) => outcome,
         () = shutdown.cancelled() => Err(interrupted()),
         () = after(started, limit) => Err(out_of_time(limit)),
     };
     (outcome, rounds.into_workers())
+}
+
+/// What the coordinator knows of the job's data: how many samples each trainer has, and what models are evaluated on.
+async fn known(job: &JobSpec) -> Outcome<lifl_learn::Known> {
+    let job = job.clone();
+    let known = tokio::task::spawn_blocking(move || lifl_learn::known(&job)).await;
+    let known = known.context("the data could not be read").because(Cause::Job)?;
+    known.map_err(|error| match error.downcast_ref() {
+        Some(LearnError::Threads { .. }) => Failure::new(Cause::Machine, error),
+        _ => Failure::new(Cause::Config, error),
+    })
 }
 
 fn interrupted() -> Failure {
@@ -375,7 +390,7 @@ fn check_room(job: &JobSpec, schema: &Schema, node: &Node) -> Outcome {
             human_bytes(daemon.pool_bytes),
         ));
     }
-    let (needed, taken) = (memory::registrations(job), daemon.workers);
+    let (needed, taken) = (job.registrations(), daemon.workers);
     if needed > daemon.max_workers.saturating_sub(taken) {
         return machine(anyhow!(
             "the job has {needed} workers with its coordinator and proxies, the daemon takes {} and has {taken}: start it with a \

@@ -5,7 +5,7 @@
 //! update has been given back, so that a successor can make the round anew.
 //!
 //! Any process of the job's user can register and send frames. Whose frame decides anything is looked up in the
-//! [roster](Roster), and what the top says of its model is held against what is known of the trainers.
+//! [membership](Membership), and what the top says of its model is held against what is known of the trainers.
 //!
 //! ```text
 //!   model lent ──▶ evaluated ──▶ its event told ──▶ written out, if it is time ──▶ given back
@@ -24,19 +24,20 @@ use lifl_common::control::{DeadLetter, Event as DaemonEvent, GatewayStatus, JobT
 use lifl_common::frame::{Frame, FrameKind, Refusal};
 use lifl_common::id::{ArenaId, WorkerId};
 use lifl_common::update::{Cover, Metadata, Tensors, image};
+use lifl_worker::coordinator::liveness::Liveness;
+use lifl_worker::coordinator::membership::Membership;
+use lifl_worker::coordinator::pairing::{pair, select};
 use tokio::task::JoinHandle;
 
+use super::awake::Awake;
+use super::daemon::Node;
 use super::deaths::{Clock, Life};
-use super::node::Node;
-use super::peak::Peak;
+use super::memory_peak::Peak;
 use super::report::{Event, LevelTime, Reporter, human_bytes};
-use super::roster::Roster;
-use super::watch::{Awake, Watch};
 use super::workers::Workers;
 use super::{Run, levels};
 use crate::exit::{Because, Cause, Failure, Outcome};
-use crate::memory;
-use lifl_learn::{Evaluation, Evaluator, LearnError};
+use lifl_learn::{Evaluation, Evaluator};
 
 /// A round's new model, as the top lent it.
 struct NewModel {
@@ -81,7 +82,7 @@ pub(super) struct Rounds<'r, 'j> {
     pub(super) run: &'r mut Run<'j>,
     pub(super) workers: Workers,
     pub(super) reporter: &'r mut Reporter,
-    pub(super) roster: Roster<'j>,
+    pub(super) roster: Membership,
     /// By worker.
     pub(super) lives: Vec<Life>,
     /// Which round runs, or is next; 0 before the first.
@@ -89,7 +90,7 @@ pub(super) struct Rounds<'r, 'j> {
     /// Time as far as this process has been running.
     pub(super) awake: Awake,
     pub(super) clock: Clock,
-    pub(super) watch: Watch,
+    pub(super) watch: Liveness,
     /// Frames that are to be sent.
     pub(super) outgoing: Vec<Frame>,
     /// Frames that have been read and not been dealt with.
@@ -125,8 +126,14 @@ enum News {
 }
 
 impl<'r, 'j> Rounds<'r, 'j> {
-    pub(super) fn new(run: &'r mut Run<'j>, workers: Workers, reporter: &'r mut Reporter) -> Self {
-        let roster = Roster::new(run.id, &run.job.workers);
+    pub(super) fn new(
+        run: &'r mut Run<'j>,
+        workers: Workers,
+        reporter: &'r mut Reporter,
+        evaluator: Option<Evaluator>,
+        samples: Vec<u64>,
+    ) -> Self {
+        let roster = Membership::new(run.id, Arc::new(run.job.clone()), samples);
         let lives = run.job.workers.iter().map(|_| Life::started()).collect();
         Self {
             run,
@@ -137,13 +144,13 @@ impl<'r, 'j> Rounds<'r, 'j> {
             round: 0,
             awake: Awake::default(),
             clock: Clock::start(Duration::ZERO),
-            watch: Watch::default(),
+            watch: Liveness::default(),
             outgoing: Vec::new(),
             unread: VecDeque::new(),
             early: Vec::new(),
             tops: Vec::new(),
             told: HashSet::new(),
-            evaluator: None,
+            evaluator,
             examining: None,
             arenas: HashMap::new(),
             decided: None,
@@ -162,19 +169,6 @@ impl<'r, 'j> Rounds<'r, 'j> {
     /// Everything from the workers' start to the last model.
     pub(super) async fn all(&mut self, node: &Node) -> Outcome {
         let job = self.run.job;
-        let known = tokio::task::spawn_blocking({
-            let job = job.clone();
-            move || lifl_learn::known(&job)
-        })
-        .await
-        .context("the data could not be read")
-        .because(Cause::Job)?
-        .map_err(|error| match error.downcast_ref() {
-            Some(LearnError::Threads { .. }) => Failure::new(Cause::Machine, error),
-            _ => Failure::new(Cause::Config, error),
-        })?;
-        self.evaluator = known.evaluator;
-        self.roster.know_samples(known.samples);
         self.wait_for_workers().await?;
         self.announce_job(node).await?;
         for round in self.run.first_round..=job.rounds {
@@ -185,7 +179,7 @@ impl<'r, 'j> Rounds<'r, 'j> {
     }
 
     async fn wait_for_workers(&mut self) -> Outcome {
-        let all = memory::registrations(self.run.job) as usize - 1;
+        let all = self.run.job.registrations() as usize - 1;
         self.reporter.begin("starting", all as u64);
         loop {
             let ready = self.roster.ready_count();
@@ -366,7 +360,9 @@ impl<'r, 'j> Rounds<'r, 'j> {
             let aggregators = self.roster.awaited(|spec| spec.kind != Kind::Trainer);
             let coming = self.roster.awaited(|spec| spec.kind == Kind::Trainer);
             if aggregators == 0 {
-                let trainers = self.roster.plan(round, job.seed);
+                let mut pairs = pair(&job.workers, |index| self.roster.is_present(index));
+                select(&job.workers, &mut pairs, job.seed, round);
+                let trainers = self.roster.plan(round, pairs);
                 if trainers >= job.quorum {
                     return Ok(());
                 }
@@ -606,10 +602,10 @@ impl<'r, 'j> Rounds<'r, 'j> {
             }
             DaemonEvent::Living { first, last, workers } => {
                 tracing::info!("the daemon is back");
-                self.watch.begin_anew();
-                let gone = |id: &WorkerId| (first..=last).contains(id) && workers.binary_search(id).is_err();
+                self.watch.reset();
+                let gone = |id: &WorkerId| workers.binary_search(id).is_err();
                 self.read_all();
-                for id in self.roster.ids().into_iter().filter(gone) {
+                for id in self.roster.ids(first, last).into_iter().filter(gone) {
                     if let Some(index) = self.roster.left(id) {
                         self.connection_closed(index)?;
                     }

@@ -32,6 +32,7 @@ mod settings;
 mod sorts;
 mod spec;
 mod support;
+mod topology;
 mod tree;
 mod variants;
 mod walk;

@@ -23,13 +23,14 @@ use lifl_common::config::{
 use lifl_common::control::DeadLetter;
 use lifl_common::id::ArenaId;
 use lifl_common::update::{DType, Tensors};
+use lifl_worker::coordinator::membership::Membership;
+use lifl_worker::coordinator::pairing::{pair, select};
 use proptest::prelude::*;
 use rand::seq::IndexedRandom;
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
 use super::*;
-use crate::coordinate::roster::Roster;
 use crate::memory;
 use crate::task::Tasks;
 use crate::work::trainer::{self, Lesson, Trainer, learn_one};
@@ -185,7 +186,7 @@ impl World {
     }
 
     /// A worker's process and registration, ready at once.
-    async fn start(&mut self, index: usize, roster: &mut Roster<'_>) -> Vec<Frame> {
+    async fn start(&mut self, index: usize, roster: &mut Membership) -> Vec<Frame> {
         self.last_id += 1;
         let id = WorkerId(self.last_id);
         let spec = self.job.workers[index].clone();
@@ -454,8 +455,8 @@ async fn live(mut job: JobSpec, seed: u64, deaths: u32, rounds: u32) {
     let last = rounds + 1;
     job.rounds = last;
     let workers = job.workers.clone();
-    let mut roster = Roster::new(COORDINATOR, &workers);
-    roster.know_samples(lifl_learn::known(&job).expect("synthetic").samples);
+    let samples = lifl_learn::known(&job).expect("synthetic").samples;
+    let mut roster = Membership::new(COORDINATOR, Arc::new(job.clone()), samples);
     let mut world = World::new(job, seed).await;
     let mut tops: Vec<(WorkerId, Arc<PeerArena>)> = Vec::new();
     let mut running = false;
@@ -481,7 +482,9 @@ async fn live(mut job: JobSpec, seed: u64, deaths: u32, rounds: u32) {
         let aggregators = roster.awaited(|spec| spec.kind != Kind::Trainer);
         let trainers = roster.awaited(|spec| spec.kind == Kind::Trainer);
         if !running && world.obituaries.is_empty() && aggregators == 0 {
-            let there = roster.plan(world.round + 1, world.job.seed);
+            let mut pairs = pair(&workers, |index| roster.is_present(index));
+            select(&workers, &mut pairs, world.job.seed, world.round + 1);
+            let there = roster.plan(world.round + 1, pairs);
             if there > 0 && (trainers == 0 || world.random.random_bool(0.3)) {
                 running = true;
                 let present: HashSet<usize> = roster.trainers().collect();
@@ -502,7 +505,9 @@ async fn live(mut job: JobSpec, seed: u64, deaths: u32, rounds: u32) {
         }
         if running && world.random.random_bool(0.01) {
             // The round is announced again to all, as it stands.
-            let frames = roster.announce_again();
+            let frames = (0..workers.len())
+                .flat_map(|index| roster.succeeds(index))
+                .collect();
             world.send(frames);
         }
         let possible = world.steps(!running);

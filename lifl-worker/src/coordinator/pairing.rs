@@ -1,14 +1,13 @@
 //! Who is whose child in a round: round robin within each group, as Flame's coordinator pairs, and of these as many as
 //! the parent selects.
 
-use std::collections::HashMap;
+use std::collections::BTreeMap;
 
 use lifl_common::config::{Group, Kind, WorkerSpec};
-
 use lifl_common::random::{Stream, stream};
 
 /// One worker's part in a round, by index into the job's workers.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Pair {
     /// Its parent; `None` for the top.
     pub parent: Option<usize>,
@@ -21,8 +20,8 @@ pub struct Pair {
 ///
 /// What comes out depends on who is present only, so that equal runs fold in equal order. A worker that takes no part
 /// is not in the map; without any way from a trainer to the top it is empty.
-pub fn pair(workers: &[WorkerSpec], present: impl Fn(usize) -> bool) -> HashMap<usize, Pair> {
-    let mut pairs: HashMap<usize, Pair> = HashMap::new();
+pub fn pair(workers: &[WorkerSpec], present: impl Fn(usize) -> bool) -> BTreeMap<usize, Pair> {
+    let mut pairs: BTreeMap<usize, Pair> = BTreeMap::new();
     let deepest = workers.iter().map(|worker| worker.level).max().unwrap_or(0);
     let mut below: Vec<usize> = Vec::new();
     for level in (0..=deepest).rev() {
@@ -30,7 +29,7 @@ pub fn pair(workers: &[WorkerSpec], present: impl Fn(usize) -> bool) -> HashMap<
             .iter()
             .enumerate()
             .filter(|(index, worker)| worker.level == level && present(*index));
-        let mut parents: HashMap<&Group, Vec<usize>> = HashMap::new();
+        let mut parents: BTreeMap<&Group, Vec<usize>> = BTreeMap::new();
         let mut next: Vec<usize> = Vec::new();
         for (index, worker) in here {
             match &worker.down {
@@ -38,7 +37,7 @@ pub fn pair(workers: &[WorkerSpec], present: impl Fn(usize) -> bool) -> HashMap<
                 None => next.push(index),
             }
         }
-        let mut turn: HashMap<&Group, usize> = HashMap::new();
+        let mut turn: BTreeMap<&Group, usize> = BTreeMap::new();
         let mut cut_off: Vec<usize> = Vec::new();
         for child in below {
             let candidates = workers[child]
@@ -52,17 +51,8 @@ pub fn pair(workers: &[WorkerSpec], present: impl Fn(usize) -> bool) -> HashMap<
             let turn = turn.entry(group).or_default();
             let parent = candidates[*turn % candidates.len()];
             *turn += 1;
-            pairs
-                .entry(child)
-                .or_insert(Pair {
-                    parent: None,
-                    children: Vec::new(),
-                })
-                .parent = Some(parent);
-            let entry = pairs.entry(parent).or_insert(Pair {
-                parent: None,
-                children: Vec::new(),
-            });
+            pairs.entry(child).or_default().parent = Some(parent);
+            let entry = pairs.entry(parent).or_default();
             if entry.children.is_empty() {
                 next.push(parent);
             }
@@ -83,7 +73,7 @@ pub fn pair(workers: &[WorkerSpec], present: impl Fn(usize) -> bool) -> HashMap<
 
 /// Leaves of each aggregator's children as many as it [selects](WorkerSpec::select), drawn anew for each round, and takes
 /// out the others with all below them. Equal seeds select equally among equal children.
-pub fn select(workers: &[WorkerSpec], pairs: &mut HashMap<usize, Pair>, seed: u64, round: u32) {
+pub fn select(workers: &[WorkerSpec], pairs: &mut BTreeMap<usize, Pair>, seed: u64, round: u32) {
     // From the top down, which is their order, so that nothing is drawn for who is out.
     for (index, worker) in workers.iter().enumerate() {
         let Some(k) = worker.select.map(|k| k as usize) else {
@@ -107,7 +97,7 @@ pub fn select(workers: &[WorkerSpec], pairs: &mut HashMap<usize, Pair>, seed: u6
 }
 
 /// Takes out a worker without a parent, and everything below it.
-fn drop_subtree(pairs: &mut HashMap<usize, Pair>, index: usize) {
+fn drop_subtree(pairs: &mut BTreeMap<usize, Pair>, index: usize) {
     if let Some(pair) = pairs.remove(&index) {
         for child in pair.children {
             drop_subtree(pairs, child);
