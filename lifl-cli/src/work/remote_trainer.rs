@@ -1,24 +1,29 @@
-//! The trainer beyond the node's shared memory: as [`trainer`](super::trainer), but its model comes over the wire into
-//! its own memory, and its update goes from there.
+//! The trainer beyond the node's shared memory: the same [protocol](lifl_worker::trainer) as on the node, over sessions with the
+//! gateway. Its model comes over the wire into its own memory, and its update goes from there.
 //!
-//! ```text
-//!          model offered, its buffer free        the update's buffer free
-//!   idle ─────────────────────────────▶ coming ──────────────────────────▶ training ──▶ update offered ──▶ idle
-//!                                                    (free again with the verdict on what was in it)
-//! ```
+//! What a session says is what frames say on the node: that a model is offered announces its round, and a verdict names its
+//! round's update. The gateway's proxy stands for the parent.
 
 use std::sync::Arc;
 
 use anyhow::{Context, bail};
-use lifl_common::session::{Buffer, Object, Room, Source, UpdateHeader};
-use lifl_common::update::{Cover, Schema};
+use lifl_common::frame::{Frame, FrameKind};
+use lifl_common::id::{ArenaId, Generation, Key, WorkerId};
+use lifl_common::session::{Buffer, Room, Source};
+use lifl_common::update::Schema;
+use lifl_worker::trainer::{Input, Output, Trainer};
+use lifl_worker::update_info::{self, UpdateInfo};
 use tokio::task::JoinHandle;
 
-use super::trainer::{Shared, finished, learn_round};
+use super::trainer::{Shared, finished, learn_round, prepare, tell_refused};
 use super::uplink::{FromAbove, Uplink};
 use crate::task::Task;
-use lifl_aggregate::Threads;
-use lifl_learn::{Learner, Trained};
+use lifl_learn::Learner;
+
+/// Who speaks at the other end of a session: for the coordinator when it announces a round, for the parent when it does not.
+const COORDINATOR: WorkerId = WorkerId(1);
+const PARENT: WorkerId = WorkerId(2);
+const SELF: WorkerId = WorkerId(3);
 
 /// What comes back from the training thread.
 struct Learned {
@@ -27,63 +32,61 @@ struct Learned {
     update: Buffer,
     round: u32,
     /// What was trained, or why nothing was.
-    trained: anyhow::Result<Trained>,
+    trained: anyhow::Result<UpdateInfo>,
 }
 
 struct RemoteTrainer {
-    up: Uplink,
+    uplink: Uplink,
     shared: Arc<Shared>,
+    protocol: Trainer,
     /// `None` while it is with the training thread.
     learner: Option<Box<dyn Learner>>,
     training: Option<JoinHandle<anyhow::Result<Learned>>>,
     /// Where a model can come, where an update can be made.
     free_model: Option<Buffer>,
     free_update: Option<Buffer>,
-    model: Option<(Object, Buffer)>,
+    /// A model that has come and is not trained on yet.
+    model: Option<Buffer>,
     /// The update that there is no verdict on yet.
-    sent: Option<(u32, Arc<Buffer>)>,
+    update: Option<(UpdateInfo, Arc<Buffer>)>,
+}
+
+/// The name of a round's model or update: there is one of each in a round.
+fn key(round: u32) -> Key {
+    Key {
+        arena: ArenaId(0),
+        slot: 0,
+        generation: Generation(round.into()),
+    }
 }
 
 /// Plays the role until the job ends.
-pub(super) async fn play(up: Uplink, task: Task, schema: Schema) -> anyhow::Result<()> {
-    let share = task
-        .worker
-        .share
-        .context("a trainer without a share of the data")?;
-    let (name, updates) = (task.worker.name.clone(), task.job.updates);
-    let learner =
-        tokio::task::spawn_blocking(move || lifl_learn::for_trainer(&task.job, &task.worker, task.part));
-    let learner = learner.await.context("the learner could not be made")??;
+pub(super) async fn play(uplink: Uplink, task: Task, schema: Schema) -> anyhow::Result<()> {
     let bytes = schema.data_bytes();
-    let shared = Shared {
-        name,
-        cover: Cover::of(share),
-        updates,
-        schema,
-        threads: Threads::new(1)?,
-    };
+    let (shared, learner) = prepare(&task, schema).await?;
     let mut trainer = RemoteTrainer {
-        up,
+        uplink,
         shared: Arc::new(shared),
+        protocol: Trainer::new(SELF, COORDINATOR),
         learner: Some(learner),
         training: None,
         free_model: Some(Buffer::new(bytes)),
         free_update: Some(Buffer::new(bytes)),
         model: None,
-        sent: None,
+        update: None,
     };
-    trainer.up.ready();
+    trainer.protocol.handle(Input::Ready);
     loop {
+        trainer.advance()?;
         tokio::select! {
             learned = finished(&mut trainer.training) => {
                 trainer.training = None;
                 trainer.deliver(learned?);
             }
-            above = trainer.up.next() => if trainer.above(above?)? {
+            above = trainer.uplink.next() => if trainer.above(above?)? {
                 return Ok(());
             },
         }
-        trainer.advance();
     }
 }
 
@@ -92,29 +95,22 @@ impl RemoteTrainer {
     fn above(&mut self, above: FromAbove) -> anyhow::Result<bool> {
         match above {
             FromAbove::Offered => {
-                let offered = self.up.offered().map(|object| (object.length, object.schema));
-                let schema = &self.shared.schema;
-                if offered != Some((schema.data_bytes() as u64, schema.digest())) {
-                    bail!("the model that is offered is not the job's");
-                }
-                // A model of an earlier round that nobody trains on any more makes room.
-                if let Some((_, buffer)) = self.model.take() {
-                    self.free_model = Some(buffer);
-                }
-            }
-            FromAbove::Model(object, Room::Private(buffer)) => self.model = Some((object, buffer)),
-            FromAbove::Model(..) => bail!("a model came into a slot that was not given"),
-            FromAbove::Verdict(round, refusal) => {
-                let Some((_, update)) = self.sent.take_if(|(sent, _)| *sent == round) else {
+                let Some(offered) = self.uplink.offered() else {
                     return Ok(false);
                 };
-                if let Some(refusal) = refusal {
-                    tracing::warn!(round, "our update was refused: {refusal}");
+                if offered != update_info::object(offered.round, &self.shared.schema) {
+                    bail!("the model that is offered is not the job's");
                 }
-                self.free_update = Arc::into_inner(update);
-                if self.free_update.is_none() {
-                    bail!("an update that was judged is still being sent");
-                }
+                self.hear(COORDINATOR, FrameKind::Begin, offered.round, 0);
+            }
+            FromAbove::Model(object, Room::Private(buffer)) => {
+                self.model = Some(buffer);
+                self.hear(PARENT, FrameKind::Model, object.round, 0);
+            }
+            FromAbove::Model(..) => bail!("a model came into a slot that was not given"),
+            FromAbove::Verdict(round, None) => self.hear(PARENT, FrameKind::Release, round, 0),
+            FromAbove::Verdict(round, Some(refusal)) => {
+                self.hear(PARENT, FrameKind::Refuse, round, refusal as u16);
             }
             FromAbove::Ended(reason) => {
                 tracing::info!("the job has ended: {reason}");
@@ -124,36 +120,86 @@ impl RemoteTrainer {
         Ok(false)
     }
 
-    /// Whatever can go on goes on.
-    fn advance(&mut self) {
-        if self.up.offered().is_some()
+    /// What came, as the frame that says it on the node.
+    fn hear(&mut self, from: WorkerId, kind: FrameKind, round: u32, refusal: u16) {
+        self.protocol.handle(Input::Frame(Frame {
+            from,
+            kind: kind as u16,
+            refusal,
+            round,
+            key: key(round),
+            value: PARENT.0.into(),
+            ..Frame::default()
+        }));
+    }
+
+    /// Does what the protocol wants done.
+    fn advance(&mut self) -> anyhow::Result<()> {
+        while let Some(output) = self.protocol.poll_output() {
+            match output {
+                Output::Send(frame) => self.send(&frame),
+                Output::Overtaken(_) => {}
+                Output::Settled { round, refusal, .. } => {
+                    tell_refused(round, refusal);
+                    let update = self.update.take().map(|(_, update)| update);
+                    self.free_update = update.and_then(Arc::into_inner);
+                    if self.free_update.is_none() {
+                        bail!("an update that was judged is still being sent");
+                    }
+                }
+                Output::Train(model) => self.train(model.round)?,
+            }
+        }
+        if self.uplink.offered().is_some()
             && let Some(buffer) = self.free_model.take()
         {
-            self.up.accept(Room::Private(buffer));
+            self.uplink.accept(Room::Private(buffer));
         }
-        let ready = self.model.is_some() && self.learner.is_some() && self.free_update.is_some();
-        if !ready {
-            return;
-        }
-        if let (Some((object, model)), Some(mut learner), Some(mut update)) =
-            (self.model.take(), self.learner.take(), self.free_update.take())
-        {
-            let shared = Arc::clone(&self.shared);
-            self.training = Some(tokio::task::spawn_blocking(move || {
-                let round = object.round;
-                let trained = learn_round(&shared, &mut *learner, round, model.bytes(), update.bytes_mut());
-                Ok(Learned {
-                    learner,
-                    model,
-                    update,
-                    round,
-                    trained,
-                })
-            }));
+        Ok(())
+    }
+
+    /// Says in a session what a frame says on the node.
+    fn send(&mut self, frame: &Frame) {
+        match FrameKind::from_number(frame.kind) {
+            Some(FrameKind::Ready) => self.uplink.ready(),
+            // The proxy tells the coordinator.
+            Some(FrameKind::Nothing) if frame.to == PARENT => self.uplink.nothing(frame.round),
+            Some(FrameKind::Update) => {
+                if let Some((info, update)) = &self.update {
+                    let header = info.header(frame.round, &self.shared.schema);
+                    self.uplink.update(header, Source::Private(Arc::clone(update)));
+                }
+            }
+            // A model that nobody trains on makes room for the next one.
+            Some(FrameKind::Release) => {
+                if let Some(model) = self.model.take() {
+                    self.free_model = Some(model);
+                }
+            }
+            _ => {}
         }
     }
 
-    /// The update goes up.
+    fn train(&mut self, round: u32) -> anyhow::Result<()> {
+        let (model, update) = (self.model.take(), self.free_update.take());
+        let model = model.context("no model has come")?;
+        let mut update = update.context("the last update's buffer is not free")?;
+        let mut learner = self.learner.take().context("two trainings at a time")?;
+        let shared = Arc::clone(&self.shared);
+        self.training = Some(tokio::task::spawn_blocking(move || {
+            let trained = learn_round(&shared, &mut *learner, round, model.bytes(), update.bytes_mut());
+            Ok(Learned {
+                learner,
+                model,
+                update,
+                round,
+                trained,
+            })
+        }));
+        Ok(())
+    }
+
+    /// What came of training goes up.
     fn deliver(&mut self, learned: Learned) {
         let Learned {
             learner,
@@ -164,31 +210,18 @@ impl RemoteTrainer {
         } = learned;
         self.learner = Some(learner);
         self.free_model = Some(model);
-        let trained = match trained {
-            Ok(trained) => trained,
+        match trained {
+            Ok(info) => {
+                tracing::info!(round, samples = info.samples, loss = info.loss, "trained");
+                let frame = info.frame(round, key(round), &self.shared.schema);
+                self.update = Some((info, Arc::new(update)));
+                self.protocol.handle(Input::Trained(frame));
+            }
             Err(error) => {
                 tracing::error!(round, "no update: {error:#}");
                 self.free_update = Some(update);
-                self.up.nothing(round);
-                return;
+                self.protocol.handle(Input::Nothing(round));
             }
-        };
-        tracing::info!(round, samples = trained.samples, loss = trained.loss, "trained");
-        let schema = &self.shared.schema;
-        let header = UpdateHeader {
-            object: Object {
-                round,
-                length: schema.data_bytes() as u64,
-                schema: schema.digest(),
-            },
-            samples: trained.samples,
-            cover: self.shared.cover.clone(),
-            loss: trained.loss.unwrap_or(f64::NAN),
-            folded: 0,
-            bytes_copied: trained.bytes_copied,
-        };
-        let update = Arc::new(update);
-        self.up.update(header, Source::Private(Arc::clone(&update)));
-        self.sent = Some((round, update));
+        }
     }
 }

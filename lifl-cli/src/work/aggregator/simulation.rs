@@ -33,7 +33,7 @@ use rand_chacha::ChaCha8Rng;
 use super::*;
 use crate::memory;
 use crate::task::Tasks;
-use crate::work::trainer::{self, Lesson, Trainer, learn_one};
+use crate::work::trainer::{self, Lesson, TrainerProcess, learn_one};
 
 const COORDINATOR: WorkerId = WorkerId(1);
 const PARAMETERS: usize = 5;
@@ -120,7 +120,7 @@ impl Ground for Ashore {
 enum Node {
     Aggregator(Box<Aggregator<Ashore>>),
     /// With the lesson that it is learning.
-    Trainer(Box<Trainer<Ashore>>, Option<Lesson>),
+    Trainer(Box<TrainerProcess<Ashore>>, Option<Lesson>),
 }
 
 /// What can happen next.
@@ -204,7 +204,7 @@ impl World {
                     schema,
                     threads,
                 };
-                Node::Trainer(Box::new(Trainer::new(ground, shared, learner)), None)
+                Node::Trainer(Box::new(TrainerProcess::new(ground, shared, learner)), None)
             }
             None => {
                 let top = spec.kind == Kind::Top;
@@ -324,8 +324,8 @@ impl World {
                 if let Incoming::Lost(lost) = &incoming {
                     trainer.ground.lost(*lost);
                 }
-                trainer.take(incoming).expect("dealt with");
-                if let Some(next) = trainer.start().await.expect("gone on") {
+                trainer.take(incoming);
+                if let Some(next) = trainer.advance().await.expect("gone on") {
                     assert!(lesson.replace(next).is_none(), "two lessons at once");
                 }
                 trainer.ground.sent()
@@ -340,8 +340,8 @@ impl World {
             unreachable!("only trainers learn")
         };
         let learned = learn_one(&trainer.shared, lesson.take().expect("a lesson"));
-        trainer.deliver(learned).expect("lent");
-        if let Some(next) = trainer.start().await.expect("gone on") {
+        trainer.deliver(learned);
+        if let Some(next) = trainer.advance().await.expect("gone on") {
             *lesson = Some(next);
         }
         let frames = trainer.ground.sent();
@@ -563,7 +563,10 @@ async fn quiet(world: &mut World) {
     for (index, node) in world.nodes.values_mut() {
         let name = &world.job.workers[*index].name;
         match node {
-            Node::Trainer(trainer, _) => assert!(trainer.update.is_none(), "{name} still lends its update"),
+            Node::Trainer(trainer, _) => assert!(
+                trainer.protocol.update().is_none(),
+                "{name} still lends its update"
+            ),
             Node::Aggregator(aggregator) => {
                 assert!(aggregator.models.is_empty(), "{name} waits for a model");
                 assert!(
