@@ -11,7 +11,7 @@ use lifl_common::arena::memfd;
 use lifl_common::client::{Client, ClientError};
 use lifl_common::control::{Welcome, paths};
 use lifl_common::limits::{self, Cgroups, Limit};
-use lifl_common::plane::NO_KERNEL_PLANE;
+use lifl_common::plane::{NO_KERNEL_PLANE, UNBOUNDED};
 use lifl_daemon::plane::{Options, PlaneError, Sockmap, support};
 use lifl_daemon::privileges;
 use nix::errno::Errno;
@@ -144,6 +144,7 @@ fn capabilities() -> Check {
 
 fn sockmap() -> Check {
     const NAME: &str = "sockmap plane";
+    const LOADS: &str = "the SK_MSG program loads and attaches";
     // The plane's tasks need a runtime, and this may be called within one.
     let tried = on_thread(|| {
         let runtime = tokio::runtime::Builder::new_current_thread()
@@ -155,11 +156,13 @@ fn sockmap() -> Check {
                 max_workers: 1,
                 pin: None,
             })?;
-            sockmap.shutdown()
+            let unbounded = sockmap.unbounded().map(str::to_owned);
+            sockmap.shutdown().map(|()| unbounded)
         }))
     });
     match tried {
-        Some(Some(Ok(()))) => Check::ok(NAME, "the SK_MSG program loads and attaches"),
+        Some(Some(Ok(None))) => Check::ok(NAME, LOADS),
+        Some(Some(Ok(Some(why)))) => unbounded(NAME, LOADS, &why),
         Some(Some(Err(PlaneError::Unavailable { reason, remedy }))) => Check::missing(NAME, reason, remedy),
         Some(Some(Err(error))) => Check::missing(NAME, error.to_string(), "report this kernel and message"),
         Some(None) | None => Check::warn(
@@ -168,6 +171,14 @@ fn sockmap() -> Check {
             "raise the limits of processes and open files that are named below",
         ),
     }
+}
+
+/// The kernel's plane works, but holds for a worker that does not read whatever comes. `why` is the plane's reason.
+fn unbounded(name: &'static str, found: &str, why: &str) -> Check {
+    let (why, remedy) = why
+        .split_once("; ")
+        .unwrap_or((why, "use the relay plane (--plane relay)"));
+    Check::warn(name, format!("{found}; {UNBOUNDED}{why}"), remedy)
 }
 
 fn unprivileged_bpf() -> Check {
@@ -384,6 +395,9 @@ fn listening(socket: &Path, welcome: &Welcome, serves_flame: bool) -> Check {
         let (why, remedy) = why.split_once("; ").unwrap_or((why, "journalctl -u lifl-daemon"));
         return Check::warn(DAEMON, format!("{found}; {NO_KERNEL_PLANE}{why}"), remedy);
     }
+    if let Some((_, why)) = welcome.plane_reason.split_once(UNBOUNDED) {
+        return unbounded(DAEMON, &found, why);
+    }
     if excess.is_empty() && welcome.uid == 0 {
         // Its files are root's to it, capabilities or not.
         return Check::warn(
@@ -558,6 +572,18 @@ mod tests {
         };
         let relay = listening(Path::new("/x"), &relay, false);
         assert_eq!(relay.state, State::Warn);
+        let unbounded = Welcome {
+            plane_reason: format!("handed over; {UNBOUNDED}no AF_NETLINK; allow it"),
+            ..welcome(&[])
+        };
+        let unbounded = listening(Path::new("/x"), &unbounded, false);
+        assert_eq!(unbounded.state, State::Warn);
+        assert!(
+            unbounded.found.ends_with("not bounded: no AF_NETLINK"),
+            "{}",
+            unbounded.found
+        );
+        assert_eq!(unbounded.remedy.as_deref(), Some("allow it"));
         assert!(relay.found.contains("older than 5.15"), "{}", relay.found);
         assert_eq!(relay.remedy.as_deref(), Some("run a newer kernel"));
         let more = check(&["CAP_SYS_PTRACE", "CAP_SYS_ADMIN"], true);

@@ -75,6 +75,9 @@ pub const LOG_LENGTH: u32 = 18;
 pub const LOG_CLOSED: u32 = 19;
 /// The kernel had no memory to look at the reference or to pad it: as for [`LOG_TAKEN`].
 pub const LOG_NO_MEMORY: u32 = 20;
+/// The receiver, or all workers of its user, have as many references unread as may wait, or, where the receiver is not registered yet,
+/// as many of the sender's user wait for the daemon to take them: as for [`LOG_TAKEN`].
+pub const LOG_FULL: u32 = 21;
 
 /// A worker in the program's map.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
@@ -93,6 +96,10 @@ pub struct Worker {
     pub live: u64,
     /// Which of the daemon's changes made it so: they are numbered.
     pub changed: u64,
+    /// While it is registered, the slot that counts what it is handed ([`MAP_INBOXES`](crate::kernel::MAP_INBOXES)).
+    pub inbox: u32,
+    /// The slot that counts what all workers of its user are handed.
+    pub account: u32,
 }
 
 /// The worker behind a sending socket.
@@ -103,6 +110,10 @@ pub struct Sender {
     pub address: Address,
     /// The number of the change that registered it.
     pub since: u64,
+    /// The slot that counts what its user's workers have the daemon hold ([`MAP_INBOXES`](crate::kernel::MAP_INBOXES)).
+    pub held: u32,
+    /// 0.
+    pub reserved: u32,
 }
 
 /// Whether a receiver was there and is gone, as seen from a sender: one that came later waits for its successor.
@@ -112,5 +123,5 @@ pub fn is_gone(receiver: &Worker, sender_since: u64) -> bool {
 }
 
 const _: () = assert!(size_of::<Address>() == 8);
-const _: () = assert!(size_of::<Worker>() == 48);
-const _: () = assert!(size_of::<Sender>() == 16);
+const _: () = assert!(size_of::<Worker>() == 56);
+const _: () = assert!(size_of::<Sender>() == 24);

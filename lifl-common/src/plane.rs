@@ -8,6 +8,15 @@ use serde::{Deserialize, Serialize};
 /// a semicolon what to do.
 pub const NO_KERNEL_PLANE: &str = "no kernel plane: ";
 
+/// What stands in a daemon's reason for the kernel's plane where what waits there for workers that do not read is not bounded. Then
+/// come why, and after a semicolon what to do.
+pub const UNBOUNDED: &str = "unread frames are not bounded: ";
+
+/// Whether a daemon's reason for its plane is one that its administrator should read.
+pub fn is_warning(reason: &str) -> bool {
+    reason.starts_with(NO_KERNEL_PLANE) || reason.contains(UNBOUNDED)
+}
+
 /// The two ways for a frame from one worker to another.
 ///
 /// | | worker's socket | the daemon gets |

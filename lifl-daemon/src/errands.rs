@@ -231,6 +231,13 @@ impl Foreign {
         Self { fd: Some(fd), uid }
     }
 
+    /// Closes it on this thread, which is one of its user's, or may wait.
+    pub(crate) fn close_here(mut self) {
+        if let Some(fd) = self.fd.take() {
+            dispose(fd);
+        }
+    }
+
     /// The descriptor, for whoever sees to its end.
     pub(crate) fn into_inner(mut self) -> Option<OwnedFd> {
         self.fd.take()

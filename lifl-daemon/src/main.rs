@@ -17,7 +17,7 @@ use clap::Parser;
 use lifl_common::control::paths;
 use lifl_common::kernel::DEFAULT_MAX_WORKERS;
 use lifl_common::limits;
-use lifl_common::plane::NO_KERNEL_PLANE;
+use lifl_common::plane::{NO_KERNEL_PLANE, UNBOUNDED};
 use lifl_common::runtime::{self, RuntimeError, Threads};
 use lifl_common::session::reach::Reach;
 use lifl_daemon::logging::{self, Sink};
@@ -223,6 +223,9 @@ fn run(settings: &Settings, file: &Path, log: &Sink) -> anyhow::Result<()> {
             socket = %daemon.socket().display(), plane = %daemon.plane(), reason = daemon.plane_reason(), pool_mib,
             ?huge_pages, ?capabilities, "listening"
         );
+        if daemon.plane_reason().contains(UNBOUNDED) {
+            tracing::warn!("{}: one user can make the kernel hold memory without end", daemon.plane_reason());
+        }
         if daemon.plane_reason().starts_with(NO_KERNEL_PLANE) {
             tracing::warn!(
                 "{}: frames go through this daemon, which takes more of the processors, and no job outlives it",

@@ -733,15 +733,20 @@ async fn next_packet(socket: &PacketSocket, peer: Peer, account: &Account) -> io
     }
 }
 
-/// Has the first descriptor looked at, a worker's socket, on a thread of its user's.
-async fn examined(plane: PlaneKind, peer: Peer, mut fds: Vec<Foreign>) -> Beside {
+/// Has the first descriptor looked at, a worker's socket, on a thread of its user's. Of one that comes back only the identity is
+/// needed.
+async fn examined(plane: PlaneKind, peer: Peer, request: &Request, mut fds: Vec<Foreign>) -> Beside {
     if fds.is_empty() {
         return Beside::default();
     }
     let socket = fds.remove(0);
     let (tell, told) = oneshot::channel();
+    let look = match request {
+        Request::Reattach { .. } => plane::identify,
+        _ => plane::examine,
+    };
     errands::run(peer.uid, move || {
-        let _ = tell.send(plane::examine(plane, socket));
+        let _ = tell.send(look(plane, socket));
     });
     Beside {
         socket: told.await.ok(),
@@ -783,7 +788,10 @@ async fn converse(
                     silent = false;
                     unanswered = true;
                     let command = match takes_descriptors(&request) || fds.is_empty() {
-                        true => Command::Request(id, request, examined(plane, peer, fds).await, under_way),
+                        true => {
+                            let beside = examined(plane, peer, &request, fds).await;
+                            Command::Request(id, request, beside, under_way)
+                        }
                         false => {
                             let code = ErrorCode::BadRequest;
                             let message = "this request takes no descriptor beside it".to_owned();

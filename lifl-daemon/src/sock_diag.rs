@@ -172,12 +172,33 @@ fn charged(mut attributes: &[u8]) -> Option<u32> {
     None
 }
 
+/// Connections for tests.
 #[cfg(test)]
-mod tests {
-    use std::io::Write;
-    use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
+pub(crate) mod testing {
+    use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4, TcpListener, TcpStream};
 
-    use super::*;
+    /// A connection of this process with itself, on the loopback.
+    pub(crate) struct Pair {
+        pub(crate) near: TcpStream,
+        pub(crate) far: TcpStream,
+        /// The near end's address, and the far end's.
+        pub(crate) local: SocketAddrV4,
+        pub(crate) remote: SocketAddrV4,
+    }
+
+    pub(crate) fn pair() -> Pair {
+        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).expect("a listener");
+        let near = TcpStream::connect(listener.local_addr().expect("bound")).expect("connected");
+        let (far, _) = listener.accept().expect("accepted");
+        let local = v4(near.local_addr().expect("bound"));
+        let remote = v4(near.peer_addr().expect("connected"));
+        Pair {
+            near,
+            far,
+            local,
+            remote,
+        }
+    }
 
     fn v4(address: SocketAddr) -> SocketAddrV4 {
         match address {
@@ -185,22 +206,29 @@ mod tests {
             SocketAddr::V6(_) => panic!("{address}"),
         }
     }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+
+    use super::testing::{Pair, pair};
+    use super::*;
 
     #[test]
     fn a_socket_is_found_with_what_waits_in_it() {
-        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).expect("a listener");
-        let near = TcpStream::connect(listener.local_addr().expect("bound")).expect("connected");
-        let (local, remote) = (
-            v4(near.local_addr().expect("bound")),
-            v4(near.peer_addr().expect("connected")),
-        );
+        let Pair {
+            near: _near,
+            mut far,
+            local,
+            remote,
+        } = pair();
         let table = SocketTable::open().expect("a socket");
         let empty = table.at(local, remote).expect("asked").expect("found");
         assert_eq!(
             (empty.uid, empty.receive_queue_bytes, empty.receive_charged_bytes),
             (nix::unistd::geteuid().as_raw(), 0, Some(0))
         );
-        let (mut far, _) = listener.accept().expect("accepted");
         far.write_all(&[0; 1000]).expect("written");
         let full = table.at(local, remote).expect("asked").expect("found");
         assert_eq!(full.receive_queue_bytes, 1000);

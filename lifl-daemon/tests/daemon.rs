@@ -358,6 +358,45 @@ on_both_planes! {
         assert!(again.worker > gone);
     }
 
+    /// Whenever its receiver leaves: what was sent comes back, or the receiver is told of as lost.
+    async fn no_frame_to_who_has_just_come_and_leaves_is_lost_without_a_word(node: Node) {
+        let (mut maker, job, mut up) = node.job().await;
+        for round in 0..60 {
+            let (child, down) = node.worker(job, "brief").await;
+            let gone = down.worker;
+            let frame = Frame { to: gone, from: up.worker, kind: FrameKind::Release as u16, round, ..Frame::default() };
+            let (mut came_back, mut lost) = (false, false);
+            let leaving = match round % 3 {
+                // Its socket for frames first: whoever has it in the kernel or in the daemon must not swallow the frame.
+                0 => {
+                    drop(down.frames);
+                    Some(child)
+                }
+                // Both while the frame is on its way, in either order.
+                1 => {
+                    std::thread::spawn(move || drop((down.frames, child)));
+                    None
+                }
+                _ => {
+                    std::thread::spawn(move || drop((child, down.frames)));
+                    None
+                }
+            };
+            within(up.frames.send(&[frame])).await.expect("sent");
+            if leaving.is_some() {
+                while !came_back {
+                    let event = event(&mut maker).await;
+                    assert!(!matches!(&event, Event::PeerLost(_)), "it is connected still");
+                    came_back = matches!(&event, Event::DeadLetter(letter) if letter.round == round);
+                }
+            }
+            drop(leaving);
+            while !lost {
+                lost = matches!(event(&mut maker).await, Event::PeerLost(peer) if peer.worker == gone);
+            }
+        }
+    }
+
     async fn a_forged_source_and_another_job_are_told_to_the_true_sender(node: Node) {
         let (mut mine, _, mut own) = node.job().await;
         let (mut theirs, _, mut other) = node.job().await;

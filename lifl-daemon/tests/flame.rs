@@ -5,7 +5,7 @@
 use std::collections::HashSet;
 use std::io::{BufRead, BufReader, ErrorKind, Read, Write};
 use std::net::{Ipv4Addr, Shutdown, SocketAddrV4, TcpListener, TcpStream};
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::process::CommandExt;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
@@ -18,6 +18,7 @@ use lifl_daemon::flame::{self, FlameError};
 use lifl_daemon::plane::{PlaneError, Request, support};
 use lifl_daemon::pool::HugePages;
 use lifl_daemon::{Daemon, GatewayOptions, Options, StartError};
+use nix::libc;
 use tokio_util::sync::CancellationToken;
 
 /// How long a test waits for what should come at once.
@@ -652,6 +653,179 @@ on_both_planes! {
     }
 }
 
+/// Keeps a socket's lock, as any process can keep that of its own: it sends bytes from memory that is not there, and the kernel
+/// waits for them within the send. Dropping it gives them.
+struct Locked {
+    page: *mut libc::c_void,
+    memory: Option<OwnedFd>,
+    sending: Option<std::thread::JoinHandle<()>>,
+}
+
+impl Locked {
+    const PAGE: usize = 4096;
+
+    /// `None` where this process may not have such memory.
+    fn socket(socket: &TcpStream) -> Option<Self> {
+        // `include/uapi/linux/userfaultfd.h`: version and features, then an address, a length and the mode "missing".
+        const UFFDIO_API: libc::Ioctl = 0xc018_aa3f;
+        const UFFDIO_REGISTER: libc::Ioctl = 0xc020_aa00;
+        let mut api = [0xaa_u64, 0, 0];
+        // SAFETY: makes a descriptor or fails.
+        let memory = unsafe { libc::syscall(libc::SYS_userfaultfd, libc::O_CLOEXEC) };
+        if memory < 0 {
+            eprintln!("NOT RUN: userfaultfd: {}", std::io::Error::last_os_error());
+            assert!(std::env::var_os("LIFL_REQUIRE_KERNEL").is_none());
+            return None;
+        }
+        // SAFETY: the kernel has just made it for this call; nobody else knows it.
+        let memory = unsafe { OwnedFd::from_raw_fd(memory as i32) };
+        // SAFETY: new memory, at a place that the kernel chooses.
+        let page = unsafe {
+            libc::mmap(
+                std::ptr::null_mut(),
+                Self::PAGE,
+                libc::PROT_READ | libc::PROT_WRITE,
+                libc::MAP_PRIVATE | libc::MAP_ANONYMOUS,
+                -1,
+                0,
+            )
+        };
+        assert_ne!(page, libc::MAP_FAILED);
+        let mut range = [page as u64, Self::PAGE as u64, 1, 0];
+        // SAFETY: each takes and fills a structure of that many bytes.
+        let registered = unsafe {
+            libc::ioctl(memory.as_raw_fd(), UFFDIO_API, &raw mut api) == 0
+                && libc::ioctl(memory.as_raw_fd(), UFFDIO_REGISTER, &raw mut range) == 0
+        };
+        assert!(registered, "{}", std::io::Error::last_os_error());
+        let (fd, from) = (socket.try_clone().expect("a copy"), page as usize);
+        let (told, tid) = std::sync::mpsc::channel();
+        let sending = std::thread::spawn(move || {
+            told.send(nix::unistd::gettid()).expect("told");
+            // SAFETY: one byte of the page, which stays mapped until this thread has ended.
+            let sent = unsafe { libc::send(fd.as_raw_fd(), from as *const libc::c_void, 1, 0) };
+            assert_eq!(sent, 1);
+        });
+        asleep(tid.recv().expect("started").as_raw());
+        Some(Self {
+            page,
+            memory: Some(memory),
+            sending: Some(sending),
+        })
+    }
+}
+
+impl Drop for Locked {
+    fn drop(&mut self) {
+        // Without the one who was to give the bytes they are zeros.
+        self.memory = None;
+        let _ = self.sending.take().map(std::thread::JoinHandle::join);
+        // SAFETY: nobody reads there any more.
+        unsafe { libc::munmap(self.page, Self::PAGE) };
+    }
+}
+
+/// Putting a socket into the kernel's map waits for the socket's lock, and its worker may have that for as long as it likes.
+#[test]
+fn who_keeps_its_sockets_lock_makes_nobody_wait_and_is_registered_when_it_lets_go() {
+    let Some(mut node) = node_with(PlaneKind::Sockmap, flame_options()) else {
+        return;
+    };
+    let pid = std::process::id();
+    let (first, second) = (node.connect(), node.connect());
+    let Some(locks) = [&first, &second]
+        .map(Locked::socket)
+        .into_iter()
+        .collect::<Option<Vec<_>>>()
+    else {
+        return;
+    };
+    // Should somebody wait, it is not for ever.
+    let (release, released) = std::sync::mpsc::channel::<()>();
+    let locks = Releasing(Some(locks));
+    let watch = std::thread::spawn(move || {
+        let _ = released.recv_timeout(PATIENCE);
+        drop(locks);
+    });
+    node.register(pid, first.as_raw_fd(), 7);
+    node.register(pid, second.as_raw_fd(), 8);
+    let begun = Instant::now();
+    // One's own other workers, too; and the id waits for who was first.
+    let mut a = node.worker(1);
+    let mut b = node.worker(2);
+    a.write_all(&reference(2, TASK, 1)).expect("sent");
+    assert_eq!(receive(&mut b), (2, TASK.to_owned(), 1));
+    a.write_all(&reference(7, TASK, 2)).expect("held");
+    let page = node.until("held", |page| page.held == 1);
+    assert!(!has(&page, 7) && !has(&page, 8), "{page:#?}");
+    assert!(begun.elapsed() < PATIENCE / 2, "waited for who keeps a lock");
+    // One leaves before its socket is in the map: its id is free for the next.
+    drop(second);
+    let third = node.connect();
+    node.register(pid, third.as_raw_fd(), 8);
+    // Registrations are judged in their order.
+    let _after = node.worker(9);
+    drop(release);
+    watch.join().expect("released");
+    node.until("registered", |page| {
+        has(page, 7) && has(page, 8) && page.held == 0
+    });
+    let (mut first, mut third) = (first, third);
+    assert_eq!(receive(&mut first), (7, TASK.to_owned(), 2));
+    a.write_all(&reference(8, TASK, 3)).expect("sent");
+    assert_eq!(receive(&mut third), (8, TASK.to_owned(), 3));
+}
+
+/// Memory that a thread lets go of which did not make it.
+struct Releasing(Option<Vec<Locked>>);
+
+// SAFETY: the pages belong to nobody else, and are only unmapped.
+unsafe impl Send for Releasing {}
+
+impl Drop for Releasing {
+    fn drop(&mut self) {
+        self.0 = None;
+    }
+}
+
+/// Any local user can send, and need not read.
+#[test]
+fn references_for_who_does_not_read_are_refused_after_so_many_and_taken_again_once_it_reads() {
+    let Some(mut node) = node_with(PlaneKind::Sockmap, flame_options()) else {
+        return;
+    };
+    const MOST: u32 = 4096 + 64;
+    let mut sender = node.worker(1);
+    let mut deaf = node.worker(2);
+    let mut other = node.worker(3);
+    let mut sent = 0;
+    let error = loop {
+        assert!(sent <= MOST, "{sent} are in the kernel for who does not read");
+        match sender.write_all(&reference(2, TASK, sent)) {
+            Ok(()) => sent += 1,
+            Err(error) => break error,
+        }
+    };
+    assert_eq!(error.kind(), ErrorKind::BrokenPipe);
+    sender
+        .write_all(&reference(3, TASK, 1))
+        .expect("the next send works");
+    assert_eq!(receive(&mut other), (3, TASK.to_owned(), 1));
+    node.until("counted", |page| {
+        let sender = page.workers.iter().find(|worker| worker.id == 1);
+        sender.is_some_and(|sender| sender.refused == 1 && sender.sent == u64::from(sent) + 1)
+    });
+    for n in 0..sent {
+        assert_eq!(receive(&mut deaf), (2, TASK.to_owned(), n));
+    }
+    let begun = Instant::now();
+    while sender.write_all(&reference(2, TASK, 77)).is_err() {
+        assert!(begun.elapsed() < PATIENCE, "still refused");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    assert_eq!(receive(&mut deaf), (2, TASK.to_owned(), 77));
+}
+
 /// Waits until a thread of this process sleeps.
 fn asleep(tid: i32) {
     let begun = Instant::now();
@@ -661,7 +835,8 @@ fn asleep(tid: i32) {
             .trim_start()
             .chars()
             .next();
-        if state == Some('S') {
+        // `D` within a send.
+        if matches!(state, Some('S' | 'D')) {
             return;
         }
         assert!(begun.elapsed() < PATIENCE, "the thread does not go to sleep");

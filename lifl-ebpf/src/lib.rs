@@ -11,7 +11,8 @@ use aya_ebpf::macros::map;
 use aya_ebpf::maps::{Array, RingBuf};
 use lifl_common::kernel::{Connection, Credit, DEFAULT_MAX_WORKERS, Inbox, LogRecord, TELL_EVERY};
 
-/// Slots of receivers, of users, and of the daemon's own socket.
+/// Slots of receivers, of users, and of the daemon's own socket. The daemon sets how many there are, and has more of them in Flame's
+/// program: what each user's workers have it hold.
 const SLOTS: u32 = 2 * DEFAULT_MAX_WORKERS + 1;
 
 /// What each was handed ([`lifl_common::kernel::MAP_INBOXES`]).

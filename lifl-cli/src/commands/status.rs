@@ -6,7 +6,7 @@ use anyhow::anyhow;
 use comfy_table::presets::NOTHING;
 use comfy_table::{CellAlignment, Table};
 use lifl_common::control::{FlamePage, Status, UserStatus};
-use lifl_common::plane::NO_KERNEL_PLANE;
+use lifl_common::plane::is_warning;
 use nix::time::{ClockId, clock_gettime};
 use serde_json::json;
 
@@ -56,7 +56,7 @@ fn print(socket: &Path, status: &Status) -> Outcome {
         daemon.pid,
         socket.display()
     )?;
-    let warning = match daemon.plane_reason.starts_with(NO_KERNEL_PLANE) {
+    let warning = match is_warning(&daemon.plane_reason) {
         true => "WARNING, ",
         false => "",
     };

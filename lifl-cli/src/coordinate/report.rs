@@ -6,7 +6,7 @@ use std::sync::{Mutex, PoisonError};
 
 use anyhow::Context;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
-use lifl_common::plane::{NO_KERNEL_PLANE, PlaneKind};
+use lifl_common::plane::{PlaneKind, is_warning};
 use serde::{Deserialize, Serialize};
 
 use super::folder::RunFolder;
@@ -469,7 +469,7 @@ pub(crate) fn describe(event: &Event) -> Option<String> {
                 .collect();
             let whose = if *own_daemon { "own daemon" } else { "daemon" };
             // An own daemon has its user's rights, as a rule none; one that serves everybody was to have more.
-            let warning = if !own_daemon && plane_reason.starts_with(NO_KERNEL_PLANE) {
+            let warning = if !own_daemon && is_warning(plane_reason) {
                 "WARNING, "
             } else {
                 ""

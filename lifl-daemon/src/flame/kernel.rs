@@ -1,20 +1,28 @@
 //! The kernel's part: the SK_MSG program `flame_verdict` of `lifl-ebpf`, attached to a map of the workers' sockets.
 //!
 //! What the program could not hand over because the receiver is not registered yet comes out of here, with its sender.
+//!
+//! ```text
+//!  begin ──▶ may send ── Joining::insert: the socket, then the daemon's descriptor of it is closed ── finish ──▶ worker
+//!              what is sent to it is held                                                           handed over
+//! ```
+//!
+//! What waits in the kernel for workers that do not read is bounded ([`credit`](crate::plane::credit)).
 
 use std::fmt;
 use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::sync::Arc;
 
-use aya::maps::{HashMap, MapData, MapError, SockHash};
+use aya::maps::{HashMap, Map, MapData, MapError, SockHash};
 use aya::programs::ProgramError;
 use lifl_common::client::loopback_pair;
 use lifl_common::flame::{
-    Address, HEADER_BYTES, HOLD, LOG_CLOSED, LOG_GONE, LOG_LENGTH, LOG_NO_MEMORY, LOG_TAKEN,
+    Address, HEADER_BYTES, HOLD, LOG_CLOSED, LOG_FULL, LOG_GONE, LOG_LENGTH, LOG_NO_MEMORY, LOG_TAKEN,
     LONGEST_REFERENCE_BYTES, MAP_SENDERS, MAP_SOCKETS, MAP_WORKERS, MESSAGE_BYTES, PROGRAM, REFUSE, Sender,
     Worker,
 };
-use lifl_common::kernel::{Connection, LogRecord};
+use lifl_common::kernel::{Connection, LogRecord, MAP_CREDITS, MAP_INBOXES};
 use nix::sys::socket::Shutdown;
 use tokio::io::AsyncReadExt;
 use tokio::sync::mpsc;
@@ -22,8 +30,12 @@ use tokio_util::sync::{CancellationToken, DropGuard};
 use zerocopy::transmute;
 
 use super::rules::show_id;
+use super::switch::{HELD_FOR_USER, QUEUED_OF_USER, QUEUED_OF_WORKER};
 use super::wire::Message;
 use crate::ebpf::{LoadError, Program, is_missing};
+use crate::errands::Foreign;
+use crate::plane::credit::{self, Bounds, Credits, Slots};
+use crate::plane::own_connection;
 
 /// What `cargo xtask build-ebpf` made of `lifl-ebpf`.
 static OBJECT: &[u8] = aya::include_bytes_aligned!("../../../lifl-ebpf/flame.bpf.o");
@@ -52,6 +64,11 @@ pub(super) struct Kernel {
     sockets: SockHash<MapData, AddressBytes>,
     senders: HashMap<MapData, ConnectionBytes, SenderBytes>,
     workers: HashMap<MapData, AddressBytes, WorkerBytes>,
+    credits: Arc<Credits>,
+    /// Where the messages to each of those who are in the maps are counted.
+    slots: std::collections::HashMap<Address, Slots>,
+    /// The map of sockets, for threads that put some there.
+    sockets_fd: Arc<OwnedFd>,
     /// The far end of the pair whose near end is in the map for held references, and both of that for refused ones.
     _pairs: [OwnedFd; 3],
     _stop: DropGuard,
@@ -62,17 +79,30 @@ impl Kernel {
     ///
     /// Must be called within a tokio runtime that drives I/O.
     pub(super) fn load(capacity: u32) -> Result<(Self, mpsc::Receiver<(Address, Message)>), LoadError> {
+        // As many as may wait where the daemon hands over. With the page for its padding a message takes the kernel about 6 KiB.
+        let bounds = Bounds {
+            receivers: capacity,
+            message_bytes: MESSAGE_BYTES as u32,
+            of_receiver: QUEUED_OF_WORKER as u64,
+            of_user: QUEUED_OF_USER as u64,
+            held_of_user: HELD_FOR_USER as u64,
+        };
         let entries = [
             (MAP_SOCKETS, capacity.saturating_add(2)),
             (MAP_SENDERS, capacity),
             (MAP_WORKERS, capacity.saturating_mul(2)),
+            (MAP_INBOXES, bounds.entries()),
+            (MAP_CREDITS, bounds.entries()),
         ];
         let mut program = Program::load(OBJECT, PROGRAM, &entries, &[])?;
         let mut sockets: SockHash<_, AddressBytes> = program.map(MAP_SOCKETS)?;
         let senders = program.map(MAP_SENDERS)?;
         let workers = program.map(MAP_WORKERS)?;
+        let sockets_fd = Arc::new(sockets.fd().as_fd().try_clone_to_owned()?);
+        let credits = Arc::new(Credits::of(&mut program, bounds, credit::sockets())?);
         program.attach(sockets.fd())?;
         let (near, far) = loopback_pair()?;
+        credits.add_own(&own_connection(&near).map_err(io::Error::other)?)?;
         let hold: AddressBytes = transmute!(HOLD);
         sockets.insert(hold, near.as_raw_fd(), 0)?;
         let (refusing, refusing_far) = loopback_pair()?;
@@ -84,48 +114,95 @@ impl Kernel {
         let stop = CancellationToken::new();
         program.read_log(&stop, write_log)?;
         let (held, receiver) = mpsc::channel(QUEUE);
-        tokio::spawn(stop.clone().run_until_cancelled_owned(read_held(near, held)));
+        tokio::spawn(
+            stop.clone()
+                .run_until_cancelled_owned(read_held(near, held, Arc::clone(&credits))),
+        );
         let kernel = Self {
             program,
             sockets,
             senders,
             workers,
+            credits,
+            slots: std::collections::HashMap::new(),
+            sockets_fd,
             _pairs: [far, refusing, refusing_far],
             _stop: stop.drop_guard(),
         };
         Ok((kernel, receiver))
     }
 
-    /// Lets the socket send and be sent to. From here on the program sees what is written to it.
-    pub(super) fn insert(
+    /// Why what waits for workers that do not read is not bounded; `None` if it is.
+    pub(super) fn unbounded(&self) -> Option<&str> {
+        self.credits.unbounded()
+    }
+
+    /// Adds all of a worker but its socket, and but that it may be sent to. Its user's amounts count for `uid` of the address.
+    pub(super) fn begin(
         &mut self,
-        sender: Sender,
+        address: Address,
+        since: u64,
         connection: Connection,
-        socket: BorrowedFd<'_>,
-    ) -> Result<(), EntryError> {
-        let address = sender.address;
-        let key: AddressBytes = transmute!(address);
+    ) -> Result<Joining, EntryError> {
+        let slots = self.credits.add(address.uid, &connection);
+        let slots = slots.map_err(failed(MAP_CREDITS, "added"))?;
+        self.slots.insert(address, slots);
         let by: ConnectionBytes = transmute!(connection);
-        let since = sender.since;
-        let sender: SenderBytes = transmute!(sender);
-        // What it sends must never be nobody's: who it is comes before its socket. What is sent to it is held until
-        // the last entry stands.
-        let steps = self
-            .senders
-            .insert(by, sender, 0)
-            .map_err(failed(MAP_SENDERS, "added"))
-            .and_then(|()| {
-                self.sockets
-                    .insert(key, socket.as_raw_fd(), 0)
-                    .map_err(failed(MAP_SOCKETS, "added"))
-            })
-            .and_then(|()| self.set(address, 1, since));
-        if steps.is_err() {
-            // As if it had not been tried: nobody is gone.
-            let _ = self.remove(address, connection, since);
-            let _ = self.forget(address);
+        let sender: SenderBytes = transmute!(Sender {
+            address,
+            since,
+            held: self.credits.held(slots),
+            reserved: 0,
+        });
+        // What it sends must never be nobody's: who it is comes before its socket.
+        if let Err(source) = self.senders.insert(by, sender, 0) {
+            let _ = self.take_back(address, connection);
+            return Err(failed(MAP_SENDERS, "added")(source));
         }
-        steps
+        Ok(Joining {
+            key: transmute!(address),
+            sockets: Arc::clone(&self.sockets_fd),
+        })
+    }
+
+    /// Lets a worker be sent to whose socket is in the map.
+    pub(super) fn finish(&mut self, address: Address, since: u64) -> Result<(), EntryError> {
+        let Some(&Slots { inbox, account }) = self.slots.get(&address) else {
+            return Ok(());
+        };
+        self.set(
+            address,
+            Worker {
+                live: 1,
+                changed: since,
+                inbox,
+                account,
+                ..Worker::default()
+            },
+        )
+    }
+
+    /// Takes back what was [begun](Self::begin), as if it had not been tried: nobody is gone.
+    pub(super) fn take_back(&mut self, address: Address, connection: Connection) -> Result<(), EntryError> {
+        let sender: ConnectionBytes = transmute!(connection);
+        let steps = [
+            self.forget_socket(address),
+            unless_missing(self.senders.remove(&sender)).map_err(failed(MAP_SENDERS, "removed")),
+        ];
+        self.give_back_slots(address);
+        steps.into_iter().fold(Ok(()), Result::and)
+    }
+
+    /// Takes a socket out of its map that was put there when its worker had been taken back.
+    pub(super) fn forget_socket(&mut self, address: Address) -> Result<(), EntryError> {
+        let key: AddressBytes = transmute!(address);
+        unless_missing(self.sockets.remove(&key)).map_err(failed(MAP_SOCKETS, "removed"))
+    }
+
+    fn give_back_slots(&mut self, address: Address) {
+        if let Some(slots) = self.slots.remove(&address) {
+            self.credits.remove(slots);
+        }
     }
 
     /// Takes a worker off the maps. Those who were there before the change of that number are refused what they send to
@@ -136,14 +213,12 @@ impl Kernel {
         connection: Connection,
         change: u64,
     ) -> Result<(), EntryError> {
-        let key: AddressBytes = transmute!(address);
-        let sender: ConnectionBytes = transmute!(connection);
+        let gone = Worker {
+            changed: change,
+            ..Worker::default()
+        };
         // Each is tried, whatever becomes of the others. A closed socket has left its map by itself.
-        let steps = [
-            self.set(address, 0, change),
-            unless_missing(self.sockets.remove(&key)).map_err(failed(MAP_SOCKETS, "removed")),
-            unless_missing(self.senders.remove(&sender)).map_err(failed(MAP_SENDERS, "removed")),
-        ];
+        let steps = [self.set(address, gone), self.take_back(address, connection)];
         steps.into_iter().fold(Ok(()), Result::and)
     }
 
@@ -153,12 +228,8 @@ impl Kernel {
         unless_missing(self.workers.remove(&key)).map_err(failed(MAP_WORKERS, "removed"))
     }
 
-    fn set(&mut self, address: Address, live: u64, changed: u64) -> Result<(), EntryError> {
-        let worker: WorkerBytes = transmute!(Worker {
-            live,
-            changed,
-            ..Worker::default()
-        });
+    fn set(&mut self, address: Address, worker: Worker) -> Result<(), EntryError> {
+        let worker: WorkerBytes = transmute!(worker);
         let key: AddressBytes = transmute!(address);
         self.workers
             .insert(key, worker, 0)
@@ -176,6 +247,29 @@ impl Kernel {
     /// Takes the program off all sockets.
     pub(super) fn detach(self) -> Result<(), ProgramError> {
         self.program.detach()
+    }
+}
+
+/// A worker whose socket is still to be put into the kernel's map.
+#[derive(Debug)]
+pub(super) struct Joining {
+    key: AddressBytes,
+    sockets: Arc<OwnedFd>,
+}
+
+impl Joining {
+    /// Puts it there, and closes it: a duplicate kept by the daemon would keep a dead worker's connection open. From here on the
+    /// program sees what is written to it. It waits for the socket's lock, which its worker may hold: not for the switch's task.
+    pub(super) fn insert(self, socket: Foreign) -> Result<(), EntryError> {
+        let fd = self.sockets.as_fd().try_clone_to_owned();
+        let inserted = fd
+            .map_err(MapError::IoError)
+            .and_then(MapData::from_fd)
+            .map(Map::SockHash)
+            .and_then(SockHash::<_, AddressBytes>::try_from)
+            .and_then(|mut sockets| sockets.insert(self.key, socket.as_fd().as_raw_fd(), 0));
+        socket.close_here();
+        inserted.map_err(failed(MAP_SOCKETS, "added"))
     }
 }
 
@@ -219,6 +313,7 @@ fn describe(record: &LogRecord) -> (tracing::Level, String) {
         LOG_GONE => refused("that worker is gone"),
         LOG_CLOSED => refused("that worker's socket is closed"),
         LOG_NO_MEMORY => refused("the kernel has no memory for the message"),
+        LOG_FULL => refused("too many wait for that worker, or all of that user's, and are unread"),
         LOG_LENGTH => {
             let bytes = to;
             let line = format!(
@@ -234,22 +329,173 @@ fn describe(record: &LogRecord) -> (tracing::Level, String) {
 }
 
 /// Passes on what the program could not hand over.
-async fn read_held(mut socket: tokio::net::TcpStream, held: mpsc::Sender<(Address, Message)>) {
+async fn read_held(
+    mut socket: tokio::net::TcpStream,
+    held: mpsc::Sender<(Address, Message)>,
+    credits: Arc<Credits>,
+) {
     let mut bytes = [0; MESSAGE_BYTES];
     loop {
         let read: io::Result<usize> = socket.read_exact(&mut bytes).await;
         if let Err(error) = read {
             break tracing::error!(%error, "the socket for held references failed");
         }
-        if held.send(Message::unstamp(&bytes)).await.is_err() {
+        let (sender, message) = Message::unstamp(&bytes);
+        if held.send((sender, message)).await.is_err() {
             break;
         }
+        credits.taken(sender.uid);
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use std::io::{Read, Write};
+    use std::net::TcpStream;
+    use std::time::{Duration, Instant};
+
     use super::*;
+    use crate::plane::connection;
+    use crate::sock_diag::testing::{Pair, pair};
+
+    const PATIENCE: Duration = Duration::from_secs(20);
+
+    /// A user whom no test's processes have.
+    const ONE: u32 = 1_234_567;
+    const OTHER: u32 = ONE + 1;
+
+    /// The program for so many workers; `None` where this machine cannot have it.
+    fn load(capacity: u32) -> Option<(Kernel, mpsc::Receiver<(Address, Message)>)> {
+        Kernel::load(capacity)
+            .inspect_err(|error| {
+                eprintln!("NOT RUN: {error}");
+                assert!(std::env::var_os("LIFL_REQUIRE_KERNEL").is_none(), "{error}");
+            })
+            .ok()
+    }
+
+    /// A registered worker's end of its connection, and the daemon's.
+    fn worker(kernel: &mut Kernel, uid: u32, id: u32) -> (TcpStream, TcpStream) {
+        let Pair {
+            near,
+            far,
+            local,
+            remote,
+        } = pair();
+        let address = Address { uid, id };
+        let joining = kernel
+            .begin(address, 1, connection(local, remote))
+            .expect("begun");
+        let copy = near.try_clone().expect("a copy");
+        joining.insert(Foreign::new(uid, copy.into())).expect("inserted");
+        kernel.finish(address, 1).expect("registered");
+        near.set_read_timeout(Some(PATIENCE)).expect("set");
+        (near, far)
+    }
+
+    fn reference(to: u32) -> Vec<u8> {
+        [&to.to_le_bytes()[..], &[0x0a, 1, b'x', 0x18, 1, 0x20, 1]].concat()
+    }
+
+    /// Sends references to a worker until one is refused: how many were not.
+    fn fill(sender: &mut TcpStream, to: u32) -> usize {
+        for sent in 0..10 * QUEUED_OF_USER {
+            if let Err(error) = sender.write_all(&reference(to)) {
+                assert_eq!(error.kind(), io::ErrorKind::BrokenPipe);
+                return sent;
+            }
+        }
+        panic!("nothing is refused");
+    }
+
+    /// Sends until it is taken again.
+    fn send_again(sender: &mut TcpStream, to: u32) {
+        let begun = Instant::now();
+        while sender.write_all(&reference(to)).is_err() {
+            assert!(begun.elapsed() < PATIENCE, "still refused");
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    }
+
+    fn receive(worker: &mut TcpStream) {
+        let mut bytes = [0; MESSAGE_BYTES];
+        assert_eq!(worker.read(&mut bytes).expect("a message in time"), MESSAGE_BYTES);
+    }
+
+    #[tokio::test]
+    async fn references_for_who_does_not_read_are_bounded_for_a_worker_and_a_user_and_others_go_on() {
+        const DEAF: u32 = 6;
+        let Some((mut kernel, _held)) = load(16) else {
+            return;
+        };
+        let (mut sender, _far) = worker(&mut kernel, ONE, 1);
+        let mut deaf: Vec<_> = (0..DEAF).map(|n| worker(&mut kernel, ONE, 10 + n)).collect();
+        let (mut theirs, _their_far) = worker(&mut kernel, OTHER, 1);
+        let (mut reader, _reader_far) = worker(&mut kernel, OTHER, 10);
+        let first = fill(&mut sender, 10);
+        // So many CPUs may each let one through.
+        assert!(
+            (QUEUED_OF_WORKER / 2..=QUEUED_OF_WORKER + 64).contains(&first),
+            "{first} for one"
+        );
+        let all: usize = first + (1..DEAF).map(|n| fill(&mut sender, 10 + n)).sum::<usize>();
+        assert!(
+            (QUEUED_OF_USER / 2..=QUEUED_OF_USER + 64).contains(&all),
+            "{all} for one user's"
+        );
+        for _ in 0..100 {
+            theirs.write_all(&reference(10)).expect("another user's");
+            receive(&mut reader);
+        }
+        // All that was taken is there, and when it has been read there is room again.
+        for _ in 0..first {
+            receive(&mut deaf[0].0);
+        }
+        send_again(&mut sender, 10);
+        receive(&mut deaf[0].0);
+        // What was for those who leave is nobody's any more.
+        for (n, worker) in (0..DEAF).zip(deaf) {
+            let local = |stream: &TcpStream| match stream.local_addr() {
+                Ok(std::net::SocketAddr::V4(address)) => address,
+                other => panic!("{other:?}"),
+            };
+            let connection = connection(local(&worker.0), local(&worker.1));
+            let address = Address { uid: ONE, id: 10 + n };
+            kernel.remove(address, connection, 2).expect("removed");
+            kernel.forget(address).expect("forgotten");
+        }
+        let (mut late, _late_far) = worker(&mut kernel, ONE, 20);
+        send_again(&mut sender, 20);
+        receive(&mut late);
+    }
+
+    /// The daemon is busy, or kept so: what is to be held waits in the kernel.
+    #[tokio::test(flavor = "multi_thread")]
+    async fn references_that_wait_to_be_held_are_bounded_for_their_senders_user() {
+        let Some((mut kernel, mut held)) = load(4) else {
+            return;
+        };
+        let (mut sender, _far) = worker(&mut kernel, ONE, 1);
+        let (mut theirs, _their_far) = worker(&mut kernel, OTHER, 1);
+        let sent = fill(&mut sender, 99);
+        assert!(
+            (HELD_FOR_USER / 2..=HELD_FOR_USER + QUEUE + 64).contains(&sent),
+            "{sent} wait"
+        );
+        theirs.write_all(&reference(99)).expect("another user's");
+        for n in 0..=sent {
+            let taken = tokio::time::timeout(PATIENCE, held.recv())
+                .await
+                .expect("in time");
+            let from = taken.expect("open").0.uid;
+            assert_eq!(from, if n < sent { ONE } else { OTHER });
+        }
+        send_again(&mut sender, 99);
+        let taken = tokio::time::timeout(PATIENCE, held.recv())
+            .await
+            .expect("in time");
+        assert_eq!(taken.expect("open").0, Address { uid: ONE, id: 1 });
+    }
 
     /// The ids as the ends of the taskids that stand in the workers' configs, and one reason.
     #[test]
@@ -263,7 +509,7 @@ mod tests {
             describe(&record(LOG_GONE)).1,
             "refused 69 bytes of worker …a745 of user 1000 to …01fe: that worker is gone"
         );
-        let reasons = [LOG_GONE, LOG_CLOSED, LOG_NO_MEMORY].map(|event| describe(&record(event)).1);
+        let reasons = [LOG_GONE, LOG_CLOSED, LOG_NO_MEMORY, LOG_FULL].map(|event| describe(&record(event)).1);
         for line in &reasons {
             assert!(line.contains("…a745") && line.contains("…01fe"), "{line}");
             assert_eq!(line.matches(": ").count(), 1, "{line}");

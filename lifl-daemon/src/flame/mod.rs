@@ -33,6 +33,7 @@ use tokio_util::sync::CancellationToken;
 use self::kernel::Kernel;
 use self::server::{Event, Port, Ports};
 use self::switch::Switch;
+use crate::sock_diag::SocketTable;
 
 /// Events that wait for the switch before connections are not read from.
 const EVENTS: usize = 1024;
@@ -77,6 +78,12 @@ pub enum FlameError {
         #[source]
         source: io::Error,
     },
+    /// Nobody could be told apart.
+    #[error(
+        "Flame's workers cannot be told apart: the kernel's table of sockets cannot be opened; allow AF_NETLINK to the daemon, or \
+         pass --no-flame"
+    )]
+    Sockets(#[source] io::Error),
     /// The program cannot be loaded.
     #[error("the kernel's part for Flame's workers is not available: {reason}; {remedy}")]
     Kernel {
@@ -139,6 +146,9 @@ impl Flame {
                     let (reason, remedy) = error.explain("or pass --no-flame");
                     FlameError::Kernel { reason, remedy }
                 })?;
+                if let Some(why) = kernel.unbounded() {
+                    tracing::warn!("references that Flame's workers do not read are not bounded: {why}");
+                }
                 (Some(kernel), undelivered, None)
             }
             PlaneKind::Relay => {
@@ -146,8 +156,9 @@ impl Flame {
                 (None, undelivered, Some(idle))
             }
         };
-        let switch = Switch::new(kernel, skmsg, options.hold, options.max_workers as usize);
         let (events, inbox) = mpsc::channel(EVENTS);
+        let remembered = options.max_workers as usize;
+        let switch = Switch::new(kernel, skmsg, options.hold, remembered, events.clone());
         let desk = Desk(events.clone());
         let served = server::serve(
             ports,
@@ -199,12 +210,13 @@ fn listen(address: SocketAddrV4) -> Result<Port, FlameError> {
         return Err(FlameError::NotLoopback(address));
     }
     let failed = |source| FlameError::Listen { address, source };
+    let sockets = SocketTable::open().map_err(FlameError::Sockets)?;
     let listen = || {
         let socket = tokio::net::TcpSocket::new_v4()?;
         socket.set_reuseaddr(true)?;
         socket.bind(SocketAddr::V4(address))?;
         // All workers of a job may start at the same moment.
-        Port::new(socket.listen(4096)?)
+        Ok(Port::new(socket.listen(4096)?, sockets))
     };
     listen().map_err(failed)
 }

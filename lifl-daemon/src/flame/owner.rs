@@ -150,25 +150,17 @@ fn owned(result: libc::c_long) -> io::Result<OwnedFd> {
 
 #[cfg(test)]
 mod tests {
-    use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
-
     use super::*;
-
-    fn v4(address: SocketAddr) -> SocketAddrV4 {
-        match address {
-            SocketAddr::V4(address) => address,
-            SocketAddr::V6(_) => panic!("{address}"),
-        }
-    }
+    use crate::sock_diag::testing::{Pair, pair};
 
     #[test]
     fn the_other_end_is_found_by_its_addresses_and_has_the_inode_of_its_descriptor() {
-        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).expect("a listener");
-        let near = TcpStream::connect(listener.local_addr().expect("bound")).expect("connected");
-        let (local, remote) = (
-            v4(near.local_addr().expect("bound")),
-            v4(near.peer_addr().expect("connected")),
-        );
+        let Pair {
+            near,
+            far: _far,
+            local,
+            remote,
+        } = pair();
         let table = SocketTable::open().expect("a socket");
         let owner = owner(&table, local, remote).expect("asked").expect("found");
         let uid = nix::unistd::geteuid().as_raw();

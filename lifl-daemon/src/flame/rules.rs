@@ -77,6 +77,8 @@ pub(super) enum Refusal {
     RegisteredAs { id: u32 },
     /// The id is a living worker's.
     Taken(Process),
+    /// An earlier registration of the socket, or of the id, does not come to its end.
+    UnderWay,
     /// The kernel does not let us.
     Kernel(String),
 }
@@ -115,6 +117,9 @@ impl fmt::Display for Refusal {
                 "the id is that of process {} ({}), which runs: two taskids of user {} end with the same two bytes, \
                  change one",
                 holder.pid, holder.name, holder.uid
+            ),
+            Self::UnderWay => f.write_str(
+                "an earlier registration of this socket or id is still under way: its process keeps the socket locked",
             ),
             Self::Kernel(why) => f.write_str(why),
         }

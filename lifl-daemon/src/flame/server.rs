@@ -4,7 +4,7 @@
 //!  10105 ──accept──▶ one task a worker ──references──▶ ┌────────┐ ◀── what the kernel's part holds
 //!                          ▲                           │ switch │
 //!                          └──────── messages ──────── │        │
-//!  10106 ──accept──▶ one task a registration ──claim──▶└────────┘
+//!  10106 ──accept──▶ one task a registration ──claim──▶└────────┘ ──▶ errands: a socket into the kernel's map ──▶ the switch
 //! ```
 
 use std::collections::HashMap;
@@ -25,8 +25,9 @@ use tokio_util::task::TaskTracker;
 
 use super::owner::{self, Owner};
 use super::rules::{Claim, Refusal};
-use super::switch::{Conn, ConnId, Queued, Switch};
+use super::switch::{Conn, ConnId, Inserted, QUEUED_OF_WORKER, Queued, Switch};
 use super::wire::{Message, Registration, Splitter};
+use crate::accounts;
 use crate::refusals::may_log;
 use crate::sock_diag::SocketTable;
 
@@ -38,9 +39,6 @@ const LONG_FORM: Duration = Duration::from_millis(100);
 
 /// Registrations of one user that may be under way at a time. (All those of unknown callers count as one user's.)
 const REGISTRATIONS_OF_USER: u32 = 512;
-
-/// Messages that wait for one worker to read them.
-const OUTBOX: usize = 4096;
 
 /// Messages that may lie unread on a worker's connection. So few are under way at once under any congestion window, and
 /// they fit into any receive window.
@@ -64,6 +62,7 @@ pub(super) enum Event {
     Reference(ConnId, Message),
     Closed(ConnId),
     Claim(Claim),
+    Inserted(Inserted),
     Status {
         uid: u32,
         after: Option<(u32, u32)>,
@@ -121,6 +120,7 @@ pub(super) async fn serve(
                 Some(Event::Reference(from, message)) => switch.reference(from, message),
                 Some(Event::Closed(id)) => switch.closed(id),
                 Some(Event::Claim(claim)) => switch.claim(claim),
+                Some(Event::Inserted(inserted)) => switch.inserted(inserted),
                 // Whoever asked may have left.
                 Some(Event::Status { uid, after, reply }) => _ = reply.send(switch.status(uid, after)),
                 None => break,
@@ -136,7 +136,7 @@ pub(super) async fn serve(
     switch
 }
 
-/// How many of a thing each user has, and that nobody has too many.
+/// How many of a thing each user has, and that nobody has too many. Subordinate users' count for their owner.
 #[derive(Clone, Debug)]
 struct Quota {
     each: u32,
@@ -144,7 +144,8 @@ struct Quota {
 }
 
 /// One of them; dropping it gives it back.
-struct Share {
+#[derive(Debug)]
+pub(super) struct Share {
     quota: Quota,
     user: Option<u32>,
 }
@@ -158,6 +159,7 @@ impl Quota {
     }
 
     fn take(&self, user: Option<u32>) -> Option<Share> {
+        let user = user.map(accounts::owner_of);
         let mut all = self.taken.lock().unwrap_or_else(PoisonError::into_inner);
         let taken = all.entry(user).or_default();
         if *taken >= self.each {
@@ -184,11 +186,11 @@ impl Drop for Share {
 }
 
 impl Port {
-    pub(super) fn new(listener: TcpListener) -> std::io::Result<Self> {
-        Ok(Self {
+    pub(super) fn new(listener: TcpListener, sockets: SocketTable) -> Self {
+        Self {
             listener,
-            sockets: Arc::new(Mutex::new(SocketTable::open()?)),
-        })
+            sockets: Arc::new(Mutex::new(sockets)),
+        }
     }
 
     pub(super) fn local(&self) -> std::io::Result<SocketAddr> {
@@ -235,16 +237,16 @@ async fn accept_workers(
             tracing::debug!(%peer, "closed before it was accepted");
             continue;
         };
-        let Some(share) = quota.take(Some(uid)) else {
+        let Some(share) = quota.take(Some(uid)).map(Arc::new) else {
             if let Some(dropped) = may_log(uid) {
                 tracing::warn!(uid, %peer, each, dropped, "a Flame worker too many of this user: refused (--flame-workers raises the number)");
             }
             continue;
         };
         let id = ConnId(number);
-        let (outbox, queued) = mpsc::channel(OUTBOX);
+        let (outbox, queued) = mpsc::channel(QUEUED_OF_WORKER);
         let kick = shutdown.child_token();
-        let conn = Conn::new((uid, inode), peer, outbox, kick.clone());
+        let conn = Conn::new((uid, inode), peer, outbox, kick.clone(), Arc::clone(&share));
         if events.send(Event::Connected(id, conn)).await.is_err() {
             return;
         }

@@ -1,9 +1,10 @@
 //! Who is connected, who is registered, and what waits for whom. One task owns it ([`server`](super::server)).
 //!
 //! ```text
-//!  connected ── registered ──▶ worker ── its connection closes, or another replaces it ──▶ gone
-//!      │                                                                                     │
-//!      └── not registered in time: closed                            registered anew: worker ┘
+//!  connected ── registration granted ──▶ joining ── its socket is in the kernel's map ──▶ worker
+//!      │                                    │ it is not, or the connection closes            │ its connection closes, or
+//!      └── not registered in time: closed   └──▶ as if it had not been tried                 ▼ another replaces it
+//!                                                                   registered anew ◀────── gone
 //!
 //!  a reference to   a worker                      is handed over, padded
 //!                   one that is not there yet     is held until it registers, or its time is up
@@ -14,25 +15,31 @@
 //! (held ones, and what a worker wrote before its registration took effect) go out on the receiver's connection, which
 //! its `recv` reads too. Without the kernel's part all go that way. Between references that go different ways there is no
 //! order.
+//!
+//! Nothing here waits for a client. Taking a socket out of its process and putting it into the kernel's map does, for the
+//! socket's lock: that is done on threads of its user's ([`errands`]), one at a time for a socket and for an id.
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::net::SocketAddrV4;
+use std::ops::Bound;
 use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use lifl_common::control::{FlamePage, FlameWorkerStatus};
-use lifl_common::flame::{Address, Sender, Worker, is_gone};
+use lifl_common::flame::{Address, Worker, is_gone};
 use lifl_common::plane::PlaneKind;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 use tokio_util::sync::CancellationToken;
 
-use super::kernel::Kernel;
+use super::kernel::{EntryError, Joining, Kernel};
 use super::owner::{self, Descriptor, Process};
 use super::rules::{Claim, Holder, Refusal, Ruling, judge, show_id};
+use super::server::{Event, Share};
 use super::wire::{Message, Registration};
+use crate::accounts;
 use crate::chain::error_chain;
-use crate::errands::Foreign;
+use crate::errands::{self, Foreign};
 use crate::plane::connection;
 use crate::refusals::may_log;
 
@@ -49,14 +56,20 @@ const OVERTAKEN: Duration = Duration::from_secs(5);
 const EARLY_OF_USER: usize = 1024;
 const EARLY: usize = 64 * EARLY_OF_USER;
 
+/// Registrations that may wait for one under way, of the same socket or id.
+const BEHIND: usize = 16;
+
 /// References that are held for one receiver.
 const HELD_FOR_RECEIVER: usize = 256;
 
 /// References that are held for all receivers of one user.
-const HELD_FOR_USER: usize = 4096;
+pub(super) const HELD_FOR_USER: usize = 4096;
 
-/// Messages that wait in the daemon for all workers of one user to read them: 16 MiB.
-const QUEUED_OF_USER: usize = 16_384;
+/// Messages that wait for one worker to read them.
+pub(super) const QUEUED_OF_WORKER: usize = 4096;
+
+/// Messages that wait for all workers of one user to read them: in the daemon, where they take 16 MiB, and in the kernel.
+pub(super) const QUEUED_OF_USER: usize = 16_384;
 
 /// Workers on one page of a status: a page must fit into a packet.
 const STATUS_PAGE: usize = 128;
@@ -84,6 +97,8 @@ pub(super) struct Conn {
     pub(super) outbox: mpsc::Sender<Queued>,
     /// Closes it.
     pub(super) kick: CancellationToken,
+    /// Its share of what its user may have: an errand for it has that, too.
+    share: Arc<Share>,
     since: Instant,
     worker: Option<Registered>,
     /// What went through the daemon.
@@ -96,8 +111,10 @@ impl Conn {
         peer: SocketAddrV4,
         outbox: mpsc::Sender<Queued>,
         kick: CancellationToken,
+        share: Arc<Share>,
     ) -> Self {
         Self {
+            share,
             uid,
             inode,
             peer,
@@ -113,8 +130,22 @@ impl Conn {
 /// What a connection is registered as.
 #[derive(Clone, Debug)]
 struct Registered {
-    sender: Sender,
+    address: Address,
+    /// The number of the change that registered it.
+    since: u64,
     process: Process,
+    /// Whether it may be sent to: its socket is in the kernel's map, where there is one.
+    joined: bool,
+}
+
+/// What became of putting a worker's socket into the kernel's map.
+#[derive(Debug)]
+pub(super) struct Inserted {
+    conn: ConnId,
+    address: Address,
+    since: u64,
+    claim: Claim,
+    result: Result<(), Refusal>,
 }
 
 /// A reference that waits for its receiver.
@@ -125,7 +156,7 @@ struct Held {
     message: Message,
 }
 
-/// A claim that waits for its socket's connection.
+/// A claim that waits for its socket's connection, or for a registration under way.
 #[derive(Debug)]
 struct Early {
     since: Instant,
@@ -151,6 +182,12 @@ pub(super) struct Switch {
     gone: HashMap<Address, Worker>,
     gone_in_order: VecDeque<(Address, u64)>,
     held: HashMap<Address, VecDeque<Held>>,
+    /// How many of those each user has.
+    held_of: HashMap<u32, usize>,
+    /// Addresses for which a socket is being put into the kernel's map, and the claims that wait for the end of that.
+    joining: HashMap<Address, Vec<Early>>,
+    /// Where it is told that it has been.
+    events: mpsc::Sender<Event>,
     /// Claims to sockets whose connection has not been accepted yet, by their inode.
     early: HashMap<u32, Early>,
     changes: u64,
@@ -162,6 +199,7 @@ impl Switch {
         local: SocketAddrV4,
         hold: Duration,
         remembered: usize,
+        events: mpsc::Sender<Event>,
     ) -> Self {
         Self {
             kernel,
@@ -175,6 +213,9 @@ impl Switch {
             gone: HashMap::new(),
             gone_in_order: VecDeque::new(),
             held: HashMap::new(),
+            held_of: HashMap::new(),
+            joining: HashMap::new(),
+            events,
             early: HashMap::new(),
             changes: 0,
         }
@@ -190,7 +231,10 @@ impl Switch {
         let inode = conn.inode;
         self.inodes.insert(inode, id);
         let new = || (0, Arc::new(Semaphore::new(QUEUED_OF_USER)));
-        self.queues.entry(conn.uid).or_insert_with(new).0 += 1;
+        self.queues
+            .entry(accounts::owner_of(conn.uid))
+            .or_insert_with(new)
+            .0 += 1;
         self.conns.insert(id, conn);
         if let Some(early) = self.early.remove(&inode) {
             self.claim(early.claim);
@@ -204,10 +248,11 @@ impl Switch {
             return;
         };
         self.inodes.remove(&conn.inode);
-        if let Some((connections, _)) = self.queues.get_mut(&conn.uid) {
+        let account = accounts::owner_of(conn.uid);
+        if let Some((connections, _)) = self.queues.get_mut(&account) {
             *connections -= 1;
             if *connections == 0 {
-                self.queues.remove(&conn.uid);
+                self.queues.remove(&account);
             }
         }
     }
@@ -216,7 +261,10 @@ impl Switch {
     pub(super) fn claim(&mut self, claim: Claim) {
         let granted = match claim.descriptor {
             Descriptor::Socket { inode } => match self.inodes.get(&inode) {
-                Some(&id) => self.grant(id, &claim),
+                Some(&id) => match self.under_way(id, &claim) {
+                    None => self.grant(id, &claim),
+                    Some(address) => self.wait_behind(address, claim),
+                },
                 // Its registration may overtake its connection, which is then on its way.
                 None => self.wait_for(inode, claim),
             },
@@ -228,25 +276,41 @@ impl Switch {
         }
     }
 
-    /// Keeps a claim until its socket's connection is accepted. A process's own user counts: whoever calls, the claim can be
-    /// granted to no other.
+    /// Keeps a claim until its socket's connection is accepted.
     fn wait_for(&mut self, inode: u32, claim: Claim) -> Result<(), Refusal> {
-        let process = owner::process(claim.registration.pid).ok_or(Refusal::NoProcess)?;
-        if let Some(caller) = claim.caller
-            && caller != process.uid
-        {
-            return Err(Refusal::OtherCaller {
-                caller,
-                socket: process.uid,
-            });
-        }
-        let uid = process.uid;
+        let early = Early::of(claim)?;
+        let uid = early.uid;
         let of_user = self.early.values().filter(|early| early.uid == uid).count();
         if !self.early.contains_key(&inode) && (of_user >= EARLY_OF_USER || self.early.len() >= EARLY) {
             return Err(Refusal::TooEarly { of_user });
         }
-        let since = Instant::now();
-        self.early.insert(inode, Early { since, uid, claim });
+        self.early.insert(inode, early);
+        Ok(())
+    }
+
+    /// The address whose registration is under way, if a claim must wait for that: it is to the same socket, or wants the same id.
+    fn under_way(&self, id: ConnId, claim: &Claim) -> Option<Address> {
+        let conn = self.conns.get(&id)?;
+        let wanted = Address {
+            uid: conn.uid,
+            id: claim.registration.id,
+        };
+        let own = conn.worker.as_ref().map(|worker| worker.address);
+        [Some(wanted), own]
+            .into_iter()
+            .flatten()
+            .find(|address| self.joining.contains_key(address))
+    }
+
+    /// Keeps a claim until the registration under way is over. A later one to the same socket takes its place.
+    fn wait_behind(&mut self, address: Address, claim: Claim) -> Result<(), Refusal> {
+        let early = Early::of(claim)?;
+        let waiting = self.joining.entry(address).or_default();
+        waiting.retain(|other| other.claim.descriptor != early.claim.descriptor);
+        if waiting.len() >= BEHIND {
+            return Err(Refusal::UnderWay);
+        }
+        waiting.push(early);
         Ok(())
     }
 
@@ -267,27 +331,26 @@ impl Switch {
             runs: owner::process(worker.process.pid).is_some_and(|now| now.started == worker.process.started),
             process: worker.process.clone(),
         });
-        let registered = conn.worker.as_ref().map(|worker| worker.sender.address.id);
+        let registered = conn.worker.as_ref().map(|worker| worker.address.id);
         let is_new = conn.since.elapsed() < NEW;
         let ruling = judge(claim, &process, conn.uid, is_new, registered, holding.as_ref())?;
         if ruling == Ruling::Nothing {
             return Ok(());
         }
-        let (uid, inode) = (conn.uid, conn.inode);
-        let socket = self
-            .kernel
-            .is_some()
-            .then(|| take_socket(claim.registration, uid, inode))
-            .transpose()?;
         if let Some(holder) = holder {
             self.unregister(holder);
             if let Some(conn) = self.conns.get(&holder) {
                 conn.kick.cancel();
             }
+            // What is sent to it waits for its successor.
+            self.forget(address);
         }
         self.unregister(id);
-        if let Some(holding) = holding {
+        if let Some(holding) = holding
+            && let Some(dropped) = may_log(address.uid)
+        {
             tracing::warn!(
+                dropped,
                 id = show_id(address.id),
                 uid = address.uid,
                 pid = process.pid,
@@ -298,7 +361,7 @@ impl Switch {
                 "Flame worker replaced"
             );
         }
-        self.register(id, address, process, socket)
+        self.register(id, address, process, claim)
     }
 
     fn register(
@@ -306,30 +369,104 @@ impl Switch {
         id: ConnId,
         address: Address,
         process: Process,
-        socket: Option<Foreign>,
+        claim: &Claim,
     ) -> Result<(), Refusal> {
         self.changes += 1;
-        let sender = Sender {
-            address,
-            since: self.changes,
-        };
+        let since = self.changes;
         let conn = self.conns.get_mut(&id).ok_or(Refusal::NotConnectedHere)?;
-        if let (Some(kernel), Some(socket)) = (&mut self.kernel, socket) {
-            let inserted = kernel.insert(sender, connection(conn.peer, self.local), socket.as_fd());
-            inserted.map_err(|error| Refusal::Kernel(error_chain(&error)))?;
-            // `socket` closes here: a duplicate kept by the daemon would keep a dead worker's connection open.
+        let joining = match &mut self.kernel {
+            None => None,
+            Some(kernel) => Some(kernel.begin(address, since, connection(conn.peer, self.local))),
+        };
+        let joining = joining.transpose().map_err(refused_by_kernel)?;
+        conn.worker = Some(Registered {
+            address,
+            since,
+            process,
+            joined: false,
+        });
+        self.workers.insert(address, id);
+        match joining {
+            None => self.joined(id),
+            Some(joining) => self.insert(id, address, since, *claim, joining),
         }
+        Ok(())
+    }
+
+    /// Has a worker's socket put into the kernel's map.
+    fn insert(&mut self, id: ConnId, address: Address, since: u64, claim: Claim, joining: Joining) {
+        let Some(conn) = self.conns.get(&id) else { return };
+        self.joining.insert(address, Vec::new());
+        let (uid, inode, share) = (conn.uid, conn.inode, Arc::clone(&conn.share));
+        let events = self.events.clone();
+        errands::run(uid, move || {
+            let socket = take_socket(claim.registration, uid, inode);
+            let result = socket.and_then(|socket| joining.insert(socket).map_err(refused_by_kernel));
+            let inserted = Inserted {
+                conn: id,
+                address,
+                since,
+                claim,
+                result,
+            };
+            // Fails when nobody is served any more.
+            let _ = events.blocking_send(Event::Inserted(inserted));
+            drop(share);
+        });
+    }
+
+    /// A worker's socket has been put into the kernel's map, or could not be.
+    pub(super) fn inserted(&mut self, inserted: Inserted) {
+        let Inserted {
+            conn: id,
+            address,
+            since,
+            claim,
+            result,
+        } = inserted;
+        let waiting = self.joining.remove(&address).unwrap_or_default();
+        let worker = self.conns.get(&id).and_then(|conn| conn.worker.as_ref());
+        if worker.is_some_and(|worker| worker.since == since) {
+            match result {
+                Ok(()) => self.joined(id),
+                Err(refusal) => {
+                    self.unregister(id);
+                    log_refused(&claim, &refusal);
+                }
+            }
+        } else if let Some(kernel) = &mut self.kernel
+            && let Err(error) = kernel.forget_socket(address)
+        {
+            // It left meanwhile.
+            log_entry(address, &error);
+        }
+        for early in waiting {
+            self.claim(early.claim);
+        }
+    }
+
+    /// A connection is a worker's from here on.
+    fn joined(&mut self, id: ConnId) {
+        let Some(worker) = self.conns.get_mut(&id).and_then(|conn| conn.worker.as_mut()) else {
+            return;
+        };
+        let address = worker.address;
+        if let Some(kernel) = &mut self.kernel
+            && let Err(error) = kernel.finish(address, worker.since)
+        {
+            log_entry(address, &error);
+            return self.unregister(id);
+        }
+        worker.joined = true;
         tracing::info!(
             id = show_id(address.id),
             uid = address.uid,
-            pid = process.pid,
-            name = process.name,
+            pid = worker.process.pid,
+            name = worker.process.name,
             "Flame worker registered"
         );
-        conn.worker = Some(Registered { sender, process });
-        self.workers.insert(address, id);
         self.gone.remove(&address);
-        for held in self.held.remove(&address).into_iter().flatten() {
+        for held in self.take_held(address) {
             self.hand_over(id, held.message);
         }
         if self.kernel.is_some() {
@@ -337,7 +474,6 @@ impl Switch {
             // comes on the connection wakes it.
             self.hand_over(id, Message::empty(address.id));
         }
-        Ok(())
     }
 
     /// That connection is no worker's any more.
@@ -345,20 +481,30 @@ impl Switch {
         let Some(conn) = self.conns.get_mut(&id) else {
             return;
         };
-        let Some(Registered { sender, process }) = conn.worker.take() else {
+        let Some(Registered {
+            address,
+            process,
+            joined,
+            ..
+        }) = conn.worker.take()
+        else {
             return;
         };
-        let address = sender.address;
+        self.workers.remove(&address);
         self.changes += 1;
-        if let Some(kernel) = &mut self.kernel
-            && let Err(error) = kernel.remove(address, connection(conn.peer, self.local), self.changes)
-        {
-            tracing::error!(
-                id = show_id(address.id),
-                uid = address.uid,
-                "{}",
-                error_chain(&error)
-            );
+        if let Some(kernel) = &mut self.kernel {
+            let connection = connection(conn.peer, self.local);
+            let removed = if joined {
+                kernel.remove(address, connection, self.changes)
+            } else {
+                kernel.take_back(address, connection)
+            };
+            if let Err(error) = removed {
+                log_entry(address, &error);
+            }
+        }
+        if !joined {
+            return;
         }
         tracing::info!(
             id = show_id(address.id),
@@ -367,14 +513,13 @@ impl Switch {
             name = process.name,
             "Flame worker gone"
         );
-        self.workers.remove(&address);
         let gone = Worker {
             changed: self.changes,
             ..Worker::default()
         };
         self.gone.insert(address, gone);
         self.gone_in_order.push_back((address, self.changes));
-        self.forget();
+        self.forget_oldest();
     }
 
     /// Tells whoever reads the log which workers this daemon leaves: Flame's SDK takes the end of its connection for an
@@ -397,31 +542,38 @@ impl Switch {
     }
 
     /// Forgets the workers that are gone for longest, when there are too many.
-    fn forget(&mut self) {
+    fn forget_oldest(&mut self) {
         while self.gone_in_order.len() > self.remembered {
             let Some((address, change)) = self.gone_in_order.pop_front() else {
                 return;
             };
             // Unless it came back, or went once more.
             if self.gone.get(&address).is_some_and(|gone| gone.changed == change) {
-                self.gone.remove(&address);
-                if let Some(kernel) = &mut self.kernel
-                    && let Err(error) = kernel.forget(address)
-                {
-                    tracing::error!(
-                        id = show_id(address.id),
-                        uid = address.uid,
-                        "{}",
-                        error_chain(&error)
-                    );
-                }
+                self.forget(address);
             }
         }
     }
 
+    /// Forgets that there was such a worker: what is sent to it is held.
+    fn forget(&mut self, address: Address) {
+        self.gone.remove(&address);
+        if let Some(kernel) = &mut self.kernel
+            && let Err(error) = kernel.forget(address)
+        {
+            log_entry(address, &error);
+        }
+    }
+
+    /// The connection of a worker that may be sent to.
+    fn worker(&self, address: Address) -> Option<ConnId> {
+        let id = *self.workers.get(&address)?;
+        let worker = self.conns.get(&id)?.worker.as_ref()?;
+        worker.joined.then_some(id)
+    }
+
     /// A worker wrote a reference to its connection: it is not in the kernel's map, or was not when it wrote.
     pub(super) fn reference(&mut self, from: ConnId, message: Message) {
-        let Some(conn) = self.conns.get_mut(&from) else {
+        let Some(conn) = self.conns.get(&from) else {
             return;
         };
         let receiver = Address {
@@ -430,7 +582,7 @@ impl Switch {
         };
         // One that is not registered yet was there before nobody.
         let (sender, since) = match &conn.worker {
-            Some(worker) => (worker.sender.address, worker.sender.since),
+            Some(worker) => (worker.address, worker.since),
             None => (
                 Address {
                     uid: conn.uid,
@@ -439,18 +591,18 @@ impl Switch {
                 u64::MAX,
             ),
         };
-        conn.relayed.last_ns = monotonic_ns();
+        let to = self.worker(receiver);
         let gone = self.gone.get(&receiver).is_some_and(|gone| is_gone(gone, since));
-        if let Some(&to) = self.workers.get(&receiver) {
+        let Some(conn) = self.conns.get_mut(&from) else {
+            return;
+        };
+        conn.relayed.last_ns = monotonic_ns();
+        if let Some(to) = to {
             conn.relayed.sent += 1;
             self.hand_over(to, message);
         } else if gone {
             conn.relayed.refused += 1;
-            tracing::warn!(
-                from = show_id(sender.id),
-                to = show_id(receiver.id),
-                "dropped a reference: its receiver is gone"
-            );
+            log_dropped(sender, receiver, "its receiver is gone");
         } else {
             conn.relayed.held += 1;
             self.hold(sender, receiver, message);
@@ -463,31 +615,24 @@ impl Switch {
             uid: sender.uid,
             id: message.receiver(),
         };
-        match self.workers.get(&receiver) {
+        match self.worker(receiver) {
             // It has registered since.
-            Some(&to) => self.hand_over(to, message),
+            Some(to) => self.hand_over(to, message),
             None => self.hold(sender, receiver, message),
         }
     }
 
     fn hold(&mut self, sender: Address, receiver: Address, message: Message) {
-        let of_user = self
-            .held
-            .iter()
-            .filter(|(address, _)| address.uid == receiver.uid);
-        let of_user: usize = of_user.map(|(_, held)| held.len()).sum();
+        let of_user = self.held_of.entry(accounts::owner_of(receiver.uid)).or_default();
         let held = self.held.entry(receiver).or_default();
-        if held.len() >= HELD_FOR_RECEIVER || of_user >= HELD_FOR_USER {
-            tracing::warn!(
-                from = show_id(sender.id),
-                to = show_id(receiver.id),
-                uid = receiver.uid,
-                held = held.len(),
-                of_user,
-                "dropped a reference: too many wait for workers that are not registered"
+        if held.len() >= HELD_FOR_RECEIVER || *of_user >= HELD_FOR_USER {
+            return log_dropped(
+                sender,
+                receiver,
+                "too many wait for workers that are not registered",
             );
-            return;
         }
+        *of_user += 1;
         tracing::debug!(
             from = show_id(sender.id),
             to = show_id(receiver.id),
@@ -500,11 +645,24 @@ impl Switch {
         });
     }
 
+    /// Takes what is held for a worker.
+    fn take_held(&mut self, address: Address) -> VecDeque<Held> {
+        let held = self.held.remove(&address).unwrap_or_default();
+        let account = accounts::owner_of(address.uid);
+        if let Some(of_user) = self.held_of.get_mut(&account) {
+            *of_user = of_user.saturating_sub(held.len());
+            if *of_user == 0 {
+                self.held_of.remove(&account);
+            }
+        }
+        held
+    }
+
     fn hand_over(&mut self, to: ConnId, message: Message) {
         let Some(conn) = self.conns.get(&to) else {
             return;
         };
-        let queue = self.queues.get(&conn.uid);
+        let queue = self.queues.get(&accounts::owner_of(conn.uid));
         let share = queue.and_then(|(_, queue)| Arc::clone(queue).try_acquire_owned().ok());
         let why = match share.map(|share| {
             let queued = Queued {
@@ -517,11 +675,15 @@ impl Switch {
             Some(Err(_)) => "its receiver does not read, or is just closing",
             None => "too many wait for this user's workers, which do not read",
         };
-        let id = conn
-            .worker
-            .as_ref()
-            .map_or(u32::MAX, |worker| worker.sender.address.id);
-        tracing::warn!(to = show_id(id), uid = conn.uid, "dropped a reference: {why}");
+        let id = conn.worker.as_ref().map_or(u32::MAX, |worker| worker.address.id);
+        if let Some(dropped) = may_log(conn.uid) {
+            tracing::warn!(
+                to = show_id(id),
+                uid = conn.uid,
+                dropped,
+                "dropped a reference: {why}"
+            );
+        }
     }
 
     /// Ends what has waited too long.
@@ -532,24 +694,31 @@ impl Switch {
         }
         for conn in self.conns.values().filter(|conn| conn.worker.is_none()) {
             if older(conn.since, UNREGISTERED) && !conn.kick.is_cancelled() {
-                tracing::warn!(uid = conn.uid, peer = %conn.peer, "a connection that nobody registered: closed");
+                if let Some(dropped) = may_log(conn.uid) {
+                    tracing::warn!(uid = conn.uid, peer = %conn.peer, dropped, "a connection that nobody registered: closed");
+                }
                 conn.kick.cancel();
             }
         }
+        for early in self.joining.values_mut() {
+            for early in early.extract_if(.., |early| older(early.since, OVERTAKEN)) {
+                log_refused(&early.claim, &Refusal::UnderWay);
+            }
+        }
         let hold = self.hold;
-        self.held.retain(|receiver, held| {
+        let (held, held_of) = (&mut self.held, &mut self.held_of);
+        held.retain(|receiver, held| {
             while held.front().is_some_and(|first| older(first.since, hold)) {
-                let sender = held.pop_front().map_or(u32::MAX, |held| held.sender.id);
-                tracing::warn!(
-                    from = show_id(sender),
-                    to = show_id(receiver.id),
-                    uid = receiver.uid,
-                    "dropped a reference: its receiver did not register within {} s",
-                    hold.as_secs()
-                );
+                let Some(first) = held.pop_front() else { break };
+                if let Some(of_user) = held_of.get_mut(&accounts::owner_of(receiver.uid)) {
+                    *of_user = of_user.saturating_sub(1);
+                }
+                let why = format!("its receiver did not register within {} s", hold.as_secs());
+                log_dropped(first.sender, *receiver, &why);
             }
             !held.is_empty()
         });
+        held_of.retain(|_, of_user| *of_user > 0);
     }
 
     /// A page of the workers that a user may see, after that one.
@@ -558,8 +727,10 @@ impl Switch {
         let start = after.map(|(uid, id)| Address { uid, id });
         let mut shown: Vec<FlameWorkerStatus> = Vec::new();
         let mut more = false;
-        for (address, conn) in self.workers.iter().filter(|(address, _)| may_see(address)) {
-            if start.is_some_and(|start| *address <= start) {
+        let after = start.map_or(Bound::Unbounded, Bound::Excluded);
+        let later = self.workers.range((after, Bound::Unbounded));
+        for (address, conn) in later.filter(|(address, _)| may_see(address)) {
+            if self.worker(*address).is_none() {
                 continue;
             }
             if shown.len() == STATUS_PAGE {
@@ -617,6 +788,45 @@ fn take_socket(Registration { pid, fd, .. }: Registration, uid: u32, inode: u32)
     match owner::what_is(socket.as_fd()) {
         Descriptor::Socket { inode: found } if found == inode => Ok(socket),
         _ => Err(Refusal::NotConnectedHere),
+    }
+}
+
+impl Early {
+    /// A claim that waits, for the user of the process that it names. That process's own user counts: whoever calls, the claim can be
+    /// granted to no other.
+    fn of(claim: Claim) -> Result<Self, Refusal> {
+        let process = owner::process(claim.registration.pid).ok_or(Refusal::NoProcess)?;
+        if let Some(caller) = claim.caller
+            && caller != process.uid
+        {
+            return Err(Refusal::OtherCaller {
+                caller,
+                socket: process.uid,
+            });
+        }
+        Ok(Self {
+            since: Instant::now(),
+            uid: process.uid,
+            claim,
+        })
+    }
+}
+
+fn refused_by_kernel(error: EntryError) -> Refusal {
+    Refusal::Kernel(error_chain(&error))
+}
+
+/// An entry of the kernel's maps that is not as it should be.
+fn log_entry(address: Address, error: &EntryError) {
+    let (id, uid) = (show_id(address.id), address.uid);
+    tracing::error!(id, uid, "{}", error_chain(error));
+}
+
+/// A reference that nobody gets.
+fn log_dropped(from: Address, to: Address, why: &str) {
+    if let Some(dropped) = may_log(to.uid) {
+        let (from, uid, to) = (show_id(from.id), to.uid, show_id(to.id));
+        tracing::warn!(from, to, uid, dropped, "dropped a reference: {why}");
     }
 }
 
@@ -684,7 +894,7 @@ mod tests {
             .spawn()
             .expect("a process");
         let local = SocketAddrV4::new(std::net::Ipv4Addr::LOCALHOST, 1);
-        let mut switch = Switch::new(None, local, Duration::from_secs(1), 4);
+        let mut switch = Switch::new(None, local, Duration::from_secs(1), 4, mpsc::channel(1).0);
         let theirs = |inode, caller| claim(other.id(), inode, caller);
         for inode in 0..EARLY_OF_USER as u32 {
             let caller = (inode % 2 == 0).then_some(other_uid);

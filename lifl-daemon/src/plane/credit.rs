@@ -12,7 +12,10 @@
 //!
 //! What a receiver has read, the kernel tells: redirected bytes are charged to the receiving socket until they are read
 //! (`sk_rmem_alloc`; measured on Linux 6.1, 6.12 and 6.18). Neither sender nor receiver is asked. A message has a frame at least,
-//! so unread bytes say how many messages are unread at most.
+//! so unread bytes say how many messages are unread at most. Whether this kernel tells it is tried at the start ([`sockets`]).
+//!
+//! Flame's program also hands messages to the daemon, which holds them for receivers that are not registered yet. They are
+//! counted for their sender's user; how many of them have been read, the daemon itself knows ([`Credits::taken`]).
 //!
 //! The thread sleeps until the program writes to it. A queue that stays long is looked at again, ever more rarely. While there is
 //! no daemon nobody adds credit, so the program then allows [`WITHOUT_DAEMON`] times as much.
@@ -21,28 +24,80 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fmt;
 use std::io::{self, Read};
 use std::net::SocketAddrV4;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::net::UnixStream;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, LazyLock, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use aya::maps::{Array, MapData, MapError, RingBuf};
+use lifl_common::client::loopback_pair;
+use lifl_common::frame::Frame;
 use lifl_common::kernel::{Connection, Credit, DEAD_LETTERS, Inbox, MAP_CREDITS, MAP_INBOXES, MAP_LOW};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::socket::{MsgFlags, send};
 use zerocopy::{FromBytes, transmute};
 
-use super::socket::addresses;
+use super::Bare;
+use super::socket::{addresses, check_tcp};
+use crate::accounts;
 use crate::chain::error_chain;
 use crate::ebpf::{LoadError, Program};
 use crate::privileges;
 use crate::sock_diag::SocketTable;
 
-/// Messages that may wait for one receiver. Each takes the kernel about 1 KiB beside what is in it.
-pub(crate) const OF_RECEIVER: u64 = 16_384;
+/// What may wait, in messages.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Bounds {
+    /// Receivers at a time.
+    pub(crate) receivers: u32,
+    /// Bytes of the smallest message.
+    pub(crate) message_bytes: u32,
+    /// For one receiver.
+    pub(crate) of_receiver: u64,
+    /// For all workers of one user together.
+    pub(crate) of_user: u64,
+    /// For the daemon to hold, from all workers of one user; 0 where it holds none.
+    pub(crate) held_of_user: u64,
+}
 
-/// Messages that may wait for all workers of one user together.
-pub(crate) const OF_USER: u64 = 65_536;
+impl Bounds {
+    /// For frames. Each message takes the kernel about 1 KiB beside what is in it.
+    pub(crate) const fn of_frames(receivers: u32) -> Self {
+        Self {
+            receivers,
+            message_bytes: Frame::BYTES as u32,
+            of_receiver: 16_384,
+            of_user: 65_536,
+            held_of_user: 0,
+        }
+    }
+
+    /// The map entries that this takes: the daemon's own socket, the receivers, as many users at most, and what each of those has
+    /// the daemon hold.
+    ///
+    /// ```text
+    ///  0 │ 1 … n receivers │ n + 1 … 2 n users │ 2 n + 1 … 3 n held
+    /// ```
+    pub(crate) const fn entries(&self) -> u32 {
+        let each = if self.held_of_user == 0 { 2 } else { 3 };
+        self.receivers.saturating_mul(each).saturating_add(1)
+    }
+
+    /// The slot that counts what that user's slot has the daemon hold.
+    const fn held(&self, account: u32) -> u32 {
+        account + self.receivers
+    }
+
+    /// The user's slot that a held one belongs to.
+    const fn account_of_held(&self, slot: u32) -> Option<u32> {
+        if slot > self.receivers.saturating_mul(2) {
+            Some(slot - self.receivers)
+        } else {
+            None
+        }
+    }
+}
 
 /// How many times as much there may be while no daemon looks.
 const WITHOUT_DAEMON: u64 = 16;
@@ -56,6 +111,8 @@ type CreditBytes = [u8; size_of::<Credit>()];
 /// The credit of a program's receivers and of their users. Dropping it ends its thread.
 pub(crate) struct Credits {
     table: Arc<Mutex<Table>>,
+    bounds: Bounds,
+    unbounded: Option<String>,
     /// Closed, it ends the thread.
     stop: Option<UnixStream>,
     thread: Option<JoinHandle<()>>,
@@ -71,27 +128,24 @@ pub(crate) struct Slots {
 }
 
 impl Credits {
-    /// The map entries that so many receivers take: as many users, at most, and the daemon's own socket.
-    pub(crate) fn entries(receivers: u32) -> u32 {
-        receivers.saturating_mul(2).saturating_add(1)
-    }
-
-    /// Takes the program's maps, and starts the thread. `message_bytes` is what the smallest message has.
-    pub(crate) fn of(program: &mut Program, receivers: u32, message_bytes: u32) -> Result<Self, LoadError> {
+    /// Takes the program's maps, and starts the thread. `sockets` is where it is looked what is unread, or why that cannot be done
+    /// ([`sockets`]).
+    pub(crate) fn of(
+        program: &mut Program,
+        bounds: Bounds,
+        sockets: Result<SocketTable, String>,
+    ) -> Result<Self, LoadError> {
         let low: RingBuf<MapData> = program.map(MAP_LOW)?;
-        let sockets = SocketTable::open()
-            .inspect_err(|error| {
-                tracing::warn!(
-                    "what receivers do not read is not bounded: the kernel's table of sockets cannot be read: {error} \
-                     (allow AF_NETLINK)"
-                );
-            })
-            .ok();
+        let (sockets, unbounded) = match sockets {
+            Ok(sockets) => (Some(sockets), None),
+            Err(why) => (None, Some(why)),
+        };
+        let receivers = bounds.receivers;
         let table = Arc::new(Mutex::new(Table {
             inboxes: program.map(MAP_INBOXES)?,
             credits: program.map(MAP_CREDITS)?,
             sockets,
-            message_bytes,
+            bounds,
             receivers: BTreeMap::new(),
             accounts: BTreeMap::new(),
             account_of: HashMap::new(),
@@ -105,9 +159,16 @@ impl Credits {
             .spawn(move || add_credit(&shared, low, &stopped))?;
         Ok(Self {
             table,
+            bounds,
+            unbounded,
             stop: Some(stop),
             thread: Some(thread),
         })
+    }
+
+    /// Why what is unread is not bounded; `None` if it is.
+    pub(crate) fn unbounded(&self) -> Option<&str> {
+        self.unbounded.as_deref()
     }
 
     /// Begins to count what the daemon's own socket is handed.
@@ -117,6 +178,7 @@ impl Credits {
 
     /// Slots for one more receiver, of that user.
     pub(crate) fn add(&self, uid: u32, connection: &Connection) -> Result<Slots, MapError> {
+        let uid = accounts::owner_of(uid);
         let mut table = self.table();
         let account = match table.account_of.get(&uid) {
             Some(&account) => account,
@@ -135,6 +197,7 @@ impl Credits {
 
     /// Goes on with a receiver that has slots from the daemon before.
     pub(crate) fn adopt(&self, uid: u32, connection: &Connection, slots: Slots) -> Result<(), MapError> {
+        let uid = accounts::owner_of(uid);
         let mut table = self.table();
         table.free_inboxes.remove(&slots.inbox);
         if table.free_accounts.remove(&slots.account) {
@@ -155,16 +218,28 @@ impl Credits {
             return;
         }
         table.free_inboxes.insert(slots.inbox);
-        let Some(account) = table.accounts.get_mut(&slots.account) else {
+        if let Some(account) = table.accounts.get_mut(&slots.account) {
+            account.receivers.remove(&slots.inbox);
+        }
+        table.close_if_deserted(slots.account);
+    }
+
+    /// The slot that counts what that receiver's user has the daemon hold.
+    pub(crate) fn held(&self, slots: Slots) -> u32 {
+        self.bounds.held(slots.account)
+    }
+
+    /// The daemon has taken a message that a user's worker has it hold.
+    pub(crate) fn taken(&self, uid: u32) {
+        let uid = accounts::owner_of(uid);
+        let mut table = self.table();
+        let Some(&slot) = table.account_of.get(&uid) else {
             return;
         };
-        account.receivers.remove(&slots.inbox);
-        if account.receivers.is_empty() {
-            let uid = account.uid;
-            table.accounts.remove(&slots.account);
-            table.account_of.remove(&uid);
-            table.free_accounts.insert(slots.account);
+        if let Some(account) = table.accounts.get_mut(&slot) {
+            account.taken += 1;
         }
+        table.close_if_deserted(slot);
     }
 
     fn table(&self) -> MutexGuard<'_, Table> {
@@ -203,7 +278,7 @@ struct Table {
     credits: Array<MapData, CreditBytes>,
     /// `None` where the kernel does not let us look: then everything counts as read.
     sockets: Option<SocketTable>,
-    message_bytes: u32,
+    bounds: Bounds,
     receivers: BTreeMap<u32, Receiver>,
     accounts: BTreeMap<u32, Account>,
     account_of: HashMap<u32, u32>,
@@ -219,12 +294,14 @@ struct Receiver {
     read: u64,
 }
 
-/// A user.
+/// A user. It is there while it has workers, or messages of its wait to be held.
 struct Account {
     uid: u32,
     receivers: BTreeSet<u32>,
     /// Messages that its workers have read at least, or that went with their sockets.
     read: u64,
+    /// Messages of its that the daemon has taken to hold.
+    taken: u64,
 }
 
 impl Account {
@@ -233,6 +310,7 @@ impl Account {
             uid,
             receivers: BTreeSet::new(),
             read: 0,
+            taken: 0,
         }
     }
 }
@@ -262,11 +340,16 @@ impl Table {
             });
         };
         let read = self.messages(slot)?;
-        self.allow(slot, read, OF_USER)?;
-        let account = Account {
+        self.allow(slot, read, self.bounds.of_user)?;
+        let mut account = Account {
             read,
             ..Account::new(uid)
         };
+        if self.bounds.held_of_user > 0 {
+            let held = self.bounds.held(slot);
+            account.taken = self.messages(held)?;
+            self.allow(held, account.taken, self.bounds.held_of_user)?;
+        }
         self.accounts.insert(slot, account);
         self.account_of.insert(uid, slot);
         Ok(slot)
@@ -277,7 +360,7 @@ impl Table {
         let (local, remote) = addresses(connection);
         // Whoever had the slot before is gone, with its queue.
         let read = self.messages(slot)?;
-        self.allow(slot, read, OF_RECEIVER)?;
+        self.allow(slot, read, self.bounds.of_receiver)?;
         let receiver = Receiver { local, remote, read };
         self.receivers.insert(slot, receiver);
         if let Some(account) = account.and_then(|account| self.accounts.get_mut(&account)) {
@@ -294,15 +377,52 @@ impl Table {
             return Ok(0);
         };
         if receiver.read < messages {
-            let found = self
-                .sockets
-                .as_ref()
-                .and_then(|sockets| sockets.at(receiver.local, receiver.remote).ok().flatten());
-            let bytes = found.and_then(|found| found.receive_charged_bytes).unwrap_or(0);
-            let unread = u64::from(bytes.div_ceil(self.message_bytes));
+            let bytes = charged(self.sockets.as_ref(), receiver).unwrap_or(0);
+            let unread = u64::from(bytes.div_ceil(self.bounds.message_bytes));
             receiver.read = receiver.read.max(messages.saturating_sub(unread));
         }
         Ok(messages - receiver.read)
+    }
+
+    /// Messages of a user that the daemon has yet to take, at most. Where nothing waits for it, those that are missing did not come
+    /// so far: the kernel had no memory for them.
+    fn held(&mut self, account: u32) -> Result<u64, MapError> {
+        if self.bounds.held_of_user == 0 {
+            return Ok(0);
+        }
+        let messages = self.messages(self.bounds.held(account))?;
+        let own = self.receivers.get(&DEAD_LETTERS);
+        let nothing_waits = own.is_some_and(|own| charged(self.sockets.as_ref(), own) == Some(0));
+        let Some(account) = self.accounts.get_mut(&account) else {
+            return Ok(0);
+        };
+        if nothing_waits || account.taken > messages {
+            account.taken = messages;
+        }
+        Ok(messages - account.taken)
+    }
+
+    /// As [`refill_receiver`](Self::refill_receiver), for what a user has the daemon hold.
+    fn refill_held(&mut self, slot: u32, account: u32) -> Result<Used, MapError> {
+        let waiting = self.held(account)?;
+        let Some(taken) = self.accounts.get(&account).map(|account| account.taken) else {
+            return Ok(Used::LITTLE);
+        };
+        let limit = self.bounds.held_of_user;
+        self.allow(slot, taken, limit)?;
+        Ok(Used::of(waiting, limit, taken))
+    }
+
+    /// Forgets a user that has no workers, once what it has had held has been taken: another's count begins where its own ends.
+    fn close_if_deserted(&mut self, slot: u32) {
+        let deserted = |account: &Account| account.receivers.is_empty();
+        if !self.accounts.get(&slot).is_some_and(deserted) || self.held(slot).is_ok_and(|held| held > 0) {
+            return;
+        }
+        if let Some(account) = self.accounts.remove(&slot) {
+            self.account_of.remove(&account.uid);
+            self.free_accounts.insert(slot);
+        }
     }
 
     /// Gives a receiver the credit that it has by what it has read; how much of it is used up.
@@ -312,9 +432,67 @@ impl Table {
             return Ok(Used::LITTLE);
         };
         let read = receiver.read;
-        self.allow(slot, read, OF_RECEIVER)?;
-        Ok(Used::of(unread, OF_RECEIVER, read))
+        let limit = self.bounds.of_receiver;
+        self.allow(slot, read, limit)?;
+        Ok(Used::of(unread, limit, read))
     }
+}
+
+/// Bytes that wait in a receiver's socket; `None` where the kernel does not tell, or it is gone.
+fn charged(sockets: Option<&SocketTable>, receiver: &Receiver) -> Option<u32> {
+    let found = sockets?.at(receiver.local, receiver.remote).ok().flatten();
+    found?.receive_charged_bytes
+}
+
+/// The kernel's table of sockets, if it tells there what a receiver has not read.
+///
+/// # Errors
+/// Why it does not, and what to do, in words that fit after "unread frames are not bounded: ".
+pub(crate) fn sockets() -> Result<SocketTable, String> {
+    let sockets = SocketTable::open().map_err(|error| {
+        format!("the kernel's table of sockets cannot be opened ({error}); allow AF_NETLINK to the daemon")
+    })?;
+    // The same for as long as the kernel runs.
+    static TELLS: LazyLock<Result<(), String>> = LazyLock::new(tells_what_is_unread);
+    TELLS.clone().map(|()| sockets)
+}
+
+/// Tries it: with two sockets and a program that hands a message from one to the other.
+fn tells_what_is_unread() -> Result<(), String> {
+    // To the second socket.
+    let mut message = [0; 1024];
+    message[..4].copy_from_slice(&1_u32.to_ne_bytes());
+    let failed =
+        |error: &(dyn std::error::Error + 'static)| format!("it could not be tried ({})", error_chain(error));
+    let (from, _from_far) = loopback_pair().map_err(|error| failed(&error))?;
+    let (to, _to_far) = loopback_pair().map_err(|error| failed(&error))?;
+    let receiver = check_tcp(&to).map_err(|error| failed(&error))?.addresses();
+    let sockets = SocketTable::open().map_err(|error| failed(&error))?;
+    let _program = Bare::load([&from, &to]).map_err(|error| failed(&error))?;
+    send(from.as_raw_fd(), &message, MsgFlags::MSG_NOSIGNAL).map_err(|error| failed(&error))?;
+    let found = sockets.at(receiver.0, receiver.1).map_err(|error| {
+        format!("the kernel does not describe sockets ({error}); load tcp_diag (sudo modprobe tcp_diag)")
+    })?;
+    match found.and_then(|found| found.receive_charged_bytes) {
+        Some(bytes) if bytes as usize >= message.len() => Ok(()),
+        _ => Err(
+            "this kernel does not tell what was handed to a socket and is unread; install its latest updates"
+                .to_owned(),
+        ),
+    }
+}
+
+/// Gives a slot the credit that it has by what has been read; how much of it is used up.
+fn refill(table: &Mutex<Table>, slot: u32) -> Result<Used, MapError> {
+    let mut locked = lock(table);
+    if let Some(account) = locked.bounds.account_of_held(slot) {
+        return locked.refill_held(slot, account);
+    }
+    if locked.accounts.contains_key(&slot) {
+        drop(locked);
+        return refill_account(table, slot);
+    }
+    locked.refill_receiver(slot)
 }
 
 /// How it stands with a slot's credit.
@@ -356,8 +534,9 @@ fn refill_account(table: &Mutex<Table>, slot: u32) -> Result<Used, MapError> {
     };
     account.read = account.read.max(messages.saturating_sub(unread));
     let read = account.read;
-    table.allow(slot, read, OF_USER)?;
-    Ok(Used::of(messages - read.min(messages), OF_USER, read))
+    let limit = table.bounds.of_user;
+    table.allow(slot, read, limit)?;
+    Ok(Used::of(messages - read.min(messages), limit, read))
 }
 
 /// A slot that is looked at again.
@@ -397,12 +576,7 @@ fn add_credit(table: &Mutex<Table>, mut low: RingBuf<MapData>, stop: &UnixStream
             .map(|(&slot, _)| slot)
             .collect();
         for slot in due {
-            let is_account = lock(table).accounts.contains_key(&slot);
-            let used = if is_account {
-                refill_account(table, slot)
-            } else {
-                lock(table).refill_receiver(slot)
-            };
+            let used = refill(table, slot);
             let used = used.unwrap_or_else(|error| {
                 tracing::error!(slot, "credit cannot be added: {}", error_chain(&error));
                 Used::LITTLE

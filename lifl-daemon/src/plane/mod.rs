@@ -14,7 +14,7 @@
 //! The registry task owns the plane; nobody else calls it.
 
 mod bare;
-mod credit;
+pub(crate) mod credit;
 mod pins;
 mod recover;
 mod relay;
@@ -42,7 +42,7 @@ pub use pins::{PinError, give as give_pins, reset};
 pub use recover::Recovered;
 pub use relay::Relay;
 pub use socket::SocketError;
-pub(crate) use socket::connection;
+pub(crate) use socket::{connection, own_connection};
 pub use sockmap::Sockmap;
 
 /// Dead letters that wait for the daemon before the plane stops reading more.
@@ -168,16 +168,19 @@ impl Plane {
         let socket = Foreign::new(member.uid, socket);
         match self.begin_register(worker, member, examine(self.kind(), socket))? {
             None => Ok(()),
-            Some(joining) => joining.insert().inspect_err(|_| {
-                if let Err(error) = self.unregister(worker) {
-                    tracing::error!(%worker, "cannot take back a registration that failed: {error}");
-                }
-            }),
+            Some(joining) => joining
+                .insert()
+                .and_then(|()| self.finish_register(worker))
+                .inspect_err(|_| {
+                    if let Err(error) = self.unregister(worker) {
+                        tracing::error!(%worker, "cannot take back a registration that failed: {error}");
+                    }
+                }),
         }
     }
 
     /// As [`register`](Self::register), but for what may have to wait for the worker's socket: that is [`Joining::insert`], after
-    /// which the worker is registered, or is to be [unregistered](Self::unregister).
+    /// which the registration is to be [finished](Self::finish_register), or the worker [unregistered](Self::unregister).
     pub(crate) fn begin_register(
         &mut self,
         worker: WorkerId,
@@ -187,6 +190,17 @@ impl Plane {
         match self {
             Self::Sockmap(plane) => plane.begin_register(worker, member, socket).map(Some),
             Self::Relay(plane) => plane.register(worker, member, socket).map(|()| None),
+        }
+    }
+
+    /// Lets a worker be sent to whose socket is on the plane.
+    ///
+    /// # Errors
+    /// If the kernel's map cannot be written.
+    pub(crate) fn finish_register(&mut self, worker: WorkerId) -> Result<(), PlaneError> {
+        match self {
+            Self::Sockmap(plane) => plane.finish_register(worker),
+            Self::Relay(_) => Ok(()),
         }
     }
 
@@ -329,7 +343,8 @@ impl Plane {
 /// A socket that a worker passed, and what it was found to be.
 #[derive(Debug)]
 pub(crate) struct Examined {
-    pub(crate) socket: Foreign,
+    /// `None` where only its identity is wanted: then it is closed.
+    pub(crate) socket: Option<Foreign>,
     pub(crate) found: Result<Identity, SocketError>,
 }
 
@@ -347,7 +362,20 @@ pub(crate) fn examine(kind: PlaneKind, socket: Foreign) -> Examined {
         PlaneKind::Sockmap => socket::check_tcp(socket.as_fd()).map(Identity::Tcp),
         PlaneKind::Relay => socket::check_unix(socket.as_fd()).map(|cookie| Identity::Unix { cookie }),
     };
+    let socket = Some(socket);
     Examined { socket, found }
+}
+
+/// As [`examine`], and closes the descriptor: where it stayed open, its worker's entry would outlive the worker.
+pub(crate) fn identify(kind: PlaneKind, socket: Foreign) -> Examined {
+    let examined = examine(kind, socket);
+    if let Some(socket) = examined.socket {
+        socket.close_here();
+    }
+    Examined {
+        socket: None,
+        ..examined
+    }
 }
 
 /// A worker whose socket is still to be put into the kernel's map.
@@ -360,9 +388,9 @@ pub(crate) struct Joining {
 }
 
 impl Joining {
-    /// Puts it there. As [`examine`]: not for the registry's task.
+    /// Puts it there, and closes the daemon's descriptor of it. As [`examine`]: not for the registry's task.
     pub(crate) fn insert(self) -> Result<(), PlaneError> {
-        sockmap::insert_socket(self.sockets, self.worker, &self.socket)
+        sockmap::insert_socket(self.sockets, self.worker, self.socket)
     }
 }
 

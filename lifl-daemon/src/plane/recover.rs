@@ -13,7 +13,6 @@ use lifl_common::kernel::{
 };
 use zerocopy::transmute;
 
-use super::credit::Slots;
 use super::pins::PinError;
 use super::socket::Found;
 use super::sockmap::{ConnectionBytes, ReceiverBytes, Registered, SenderBytes, Sockmap, failed};
@@ -69,16 +68,15 @@ impl Sockmap {
             let worker = sender.worker.0;
             if sockets.contains(&worker) && members.contains(&worker) && counted.contains(&worker) {
                 let receiver = self.receiver(sender.worker)?;
-                let slots = Slots {
-                    inbox: receiver.inbox,
-                    account: receiver.account,
+                let registered = Registered {
+                    connection: key,
+                    receiver,
+                    joined: true,
                 };
                 self.credits
-                    .adopt(receiver.member.uid, &key, slots)
+                    .adopt(receiver.member.uid, &key, registered.slots())
                     .map_err(failed(MAP_CREDITS, "change an entry"))?;
-                let connection = key;
-                self.workers
-                    .insert(sender.worker, Registered { connection, slots });
+                self.workers.insert(sender.worker, registered);
                 self.holders.insert(key, sender.worker);
             } else {
                 gone(self.senders.remove(&connection)).map_err(failed(MAP_SENDERS, "remove an entry"))?;
@@ -103,8 +101,8 @@ impl Sockmap {
     /// Who was found.
     pub(super) fn recovered(&self) -> Result<Recovered, PlaneError> {
         let mut members = BTreeMap::new();
-        for &worker in self.workers.keys() {
-            members.insert(worker, self.receiver(worker)?.member);
+        for (&worker, registered) in &self.workers {
+            members.insert(worker, registered.receiver.member);
         }
         let last = members.keys().next_back().map_or(0, |worker| worker.0);
         let last_job = members.values().map(|member| member.job.0).max().unwrap_or(0);
@@ -118,12 +116,15 @@ impl Sockmap {
 
     /// Notes how much memory a worker has.
     pub(super) fn note_arenas(&mut self, worker: WorkerId, bytes: u64) -> Result<(), PlaneError> {
-        if self.pinned().is_none() || !self.workers.contains_key(&worker) {
+        let Some(registered) = self.workers.get_mut(&worker) else {
+            return Ok(());
+        };
+        let receiver = &mut registered.receiver;
+        receiver.member = receiver.member.with_arena_bytes(bytes);
+        let receiver: ReceiverBytes = transmute!(*receiver);
+        if self.pins.is_none() || !registered.joined {
             return Ok(());
         }
-        let mut receiver = self.receiver(worker)?;
-        receiver.member = receiver.member.with_arena_bytes(bytes);
-        let receiver: ReceiverBytes = transmute!(receiver);
         let noted = self.members.insert(worker.0, receiver, 0);
         noted.map_err(failed(MAP_MEMBERS, "change an entry"))
     }

@@ -124,7 +124,7 @@ impl Relay {
             return Err(PlaneError::Nobody);
         }
         let in_socket = |source| PlaneError::Socket { worker, source };
-        let Identity::Unix { cookie } = found.map_err(in_socket)? else {
+        let (Identity::Unix { cookie }, Some(socket)) = (found.map_err(in_socket)?, socket) else {
             return Err(in_socket(SocketError::NotConnected));
         };
         let mut workers = self.table.workers.write().unwrap_or_else(PoisonError::into_inner);

@@ -133,6 +133,11 @@ pub(crate) struct Found {
 }
 
 impl Found {
+    /// Its own end, and the far one.
+    pub(super) fn addresses(&self) -> (SocketAddrV4, SocketAddrV4) {
+        addresses(&self.connection)
+    }
+
     /// The connection, if it is of that namespace.
     pub(super) fn within(&self, netns: u64) -> Result<Connection, SocketError> {
         if self.netns == netns {
@@ -140,6 +145,11 @@ impl Found {
         }
         Err(SocketError::OtherNetns)
     }
+}
+
+/// The connection of a socket that this process has made itself.
+pub(crate) fn own_connection(fd: impl AsFd) -> Result<Connection, SocketError> {
+    Ok(check_tcp(fd)?.connection)
 }
 
 /// That a descriptor is an end of a Unix stream pair; and its number, which the kernel gives out once.

@@ -1,7 +1,13 @@
 //! The plane in the kernel: the SK_MSG program of `lifl-ebpf`, attached to a map of the workers' sockets.
 //!
 //! The maps are this module's alone ([`lifl_common::kernel`]). A worker's entries are made and removed in an order
-//! in which no frame can be misjudged: what is known of it first, its socket last; and back.
+//! in which no frame can be misjudged or lost: who sends on its socket, the socket, and last that it may be sent to, once it is
+//! open in nobody's hands but the worker's; and back from its socket on.
+//!
+//! ```text
+//!  begin_register ──▶ may send ── insert: the socket, then the daemon's descriptor of it is closed ── finish_register ──▶ joined
+//!                       frames to it: UnknownWorker                                           taken, or WorkerGone
+//! ```
 //!
 //! Where the maps are [pinned](super::pins), the plane outlives the daemon: it begins with the workers that it finds
 //! ([`recover`](super::recover)) and, if some are registered when it ends, leaves them and the program in place.
@@ -16,18 +22,18 @@ use aya::maps::{Map, MapData, MapError};
 use aya::programs::ProgramError;
 use lifl_common::client::FrameSocket;
 use lifl_common::frame::{Frame, Refusal};
-use lifl_common::id::WorkerId;
+use lifl_common::id::{JobId, WorkerId};
 use lifl_common::kernel::{
     ABI, Connection, Counters, LOG_CUT, LOG_REFUSED, LogRecord, MAP_COUNTERS, MAP_CREDITS, MAP_INBOXES,
     MAP_MEMBERS, MAP_SENDERS, MAP_SOCKETS, MAP_STATE, MAPS, Member, PROGRAM, Receiver, Sender, State,
 };
-use lifl_common::plane::PlaneKind;
+use lifl_common::plane::{PlaneKind, UNBOUNDED};
 use tokio::sync::mpsc;
 use tokio_util::sync::{CancellationToken, DropGuard};
 use tracing::{debug, error, warn};
 use zerocopy::transmute;
 
-use super::credit::{Credits, Slots};
+use super::credit::{self, Bounds, Credits, Slots};
 use super::pins::{PinError, Pins, StateBytes};
 use super::socket::{check_tcp, own_netns};
 use super::{DEAD_LETTERS, Examined, Identity, Joining, Options, PlaneError, SocketError, support};
@@ -61,7 +67,7 @@ pub struct Sockmap {
     pub(super) credits: Credits,
     capacity: u32,
     pub(super) netns: u64,
-    pins: Option<Pins>,
+    pub(super) pins: Option<Pins>,
     /// Why the maps are not pinned, where they were to be.
     unpinned: Option<String>,
     /// Ends the tasks that read its dead letters and its log.
@@ -72,7 +78,18 @@ pub struct Sockmap {
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Registered {
     pub(super) connection: Connection,
-    pub(super) slots: Slots,
+    pub(super) receiver: Receiver,
+    /// Whether it may be sent to.
+    pub(super) joined: bool,
+}
+
+impl Registered {
+    pub(super) fn slots(&self) -> Slots {
+        Slots {
+            inbox: self.receiver.inbox,
+            account: self.receiver.account,
+        }
+    }
 }
 
 impl Sockmap {
@@ -139,13 +156,14 @@ impl Sockmap {
         }
         let capacity = state.max_workers;
         // The dead-letter socket takes one entry more.
+        let bounds = Bounds::of_frames(capacity);
         let entries = [
             (MAP_SOCKETS, capacity.saturating_add(1)),
             (MAP_SENDERS, capacity),
             (MAP_MEMBERS, capacity),
             (MAP_COUNTERS, capacity),
-            (MAP_INBOXES, Credits::entries(capacity)),
-            (MAP_CREDITS, Credits::entries(capacity)),
+            (MAP_INBOXES, bounds.entries()),
+            (MAP_CREDITS, bounds.entries()),
         ];
         let paths: Vec<_> = pins
             .iter()
@@ -157,7 +175,7 @@ impl Sockmap {
         let members = program.map(MAP_MEMBERS)?;
         let counters = program.map(MAP_COUNTERS)?;
         let mut state_map: aya::maps::Array<_, StateBytes> = program.map(MAP_STATE)?;
-        let credits = Credits::of(&mut program, capacity, Frame::BYTES as u32)?;
+        let credits = Credits::of(&mut program, bounds, credit::sockets())?;
         program.attach(sockets.fd())?;
 
         let (dead_letter_socket, near) = FrameSocket::pair_for(PlaneKind::Sockmap)?;
@@ -215,11 +233,20 @@ impl Sockmap {
     /// Why this plane, for people.
     pub(super) fn reason(&self) -> String {
         let handed = "the kernel hands the frames over";
-        match (&self.pins, &self.unpinned) {
+        let mut reason = match (&self.pins, &self.unpinned) {
             (Some(pins), _) => format!("{handed}, pinned in {}", pins.folder().display()),
             (None, Some(reason)) => format!("{handed}; jobs end with this daemon, for {reason}"),
             (None, None) => handed.to_owned(),
+        };
+        if let Some(why) = self.unbounded() {
+            reason = format!("{reason}; {UNBOUNDED}{why}");
         }
+        reason
+    }
+
+    /// Why frames that nobody reads are not bounded, and after a semicolon what to do; `None` if they are.
+    pub fn unbounded(&self) -> Option<&str> {
+        self.credits.unbounded()
     }
 
     /// Workers that it holds.
@@ -238,7 +265,8 @@ impl Sockmap {
         Ok(())
     }
 
-    /// Adds all of a worker but its socket.
+    /// Adds all of a worker but its socket, and but what others are judged by who send to it: until it has
+    /// [joined](Self::finish_register) their frames come back.
     pub(super) fn begin_register(
         &mut self,
         worker: WorkerId,
@@ -255,7 +283,9 @@ impl Sockmap {
             Identity::Tcp(found) => found.within(self.netns),
             Identity::Unix { .. } => Err(SocketError::NotConnected),
         });
-        let connection = connection.map_err(|source| PlaneError::Socket { worker, source })?;
+        let in_socket = |source| PlaneError::Socket { worker, source };
+        let connection = connection.map_err(in_socket)?;
+        let socket = socket.ok_or_else(|| in_socket(SocketError::NotConnected))?;
         if let Some(&holder) = self.holders.get(&connection) {
             return Err(PlaneError::SocketTaken { worker, holder });
         }
@@ -283,9 +313,14 @@ impl Sockmap {
             inbox: slots.inbox,
             account: slots.account,
         };
-        self.workers.insert(worker, Registered { connection, slots });
+        let registered = Registered {
+            connection,
+            receiver,
+            joined: false,
+        };
+        self.workers.insert(worker, registered);
         self.holders.insert(connection, worker);
-        if let Err(error) = self.insert(worker, receiver, connection) {
+        if let Err(error) = self.insert(worker, member.job, connection) {
             if let Err(error) = self.unregister(worker) {
                 error!(%worker, error = error_chain(&error), "cannot take back a registration that failed");
             }
@@ -298,27 +333,30 @@ impl Sockmap {
         })
     }
 
-    fn insert(
-        &mut self,
-        worker: WorkerId,
-        receiver: Receiver,
-        connection: Connection,
-    ) -> Result<(), PlaneError> {
+    fn insert(&mut self, worker: WorkerId, job: JobId, connection: Connection) -> Result<(), PlaneError> {
         let action = "add an entry";
         let counters: CountersBytes = transmute!(Counters::default());
         self.counters
             .insert(worker.0, counters, 0)
             .map_err(failed(MAP_COUNTERS, action))?;
-        let job = receiver.member.job;
-        let receiver: ReceiverBytes = transmute!(receiver);
-        self.members
-            .insert(worker.0, receiver, 0)
-            .map_err(failed(MAP_MEMBERS, action))?;
         let connection: ConnectionBytes = transmute!(connection);
         let sender: SenderBytes = transmute!(Sender { worker, job });
         self.senders
             .insert(connection, sender, 0)
             .map_err(failed(MAP_SENDERS, action))
+    }
+
+    /// The worker's socket is in the map, and the daemon has closed its own duplicate of it: from here on it may be sent to. What is
+    /// sent finds it open, or leaves the map with its last descriptor and comes back.
+    pub(super) fn finish_register(&mut self, worker: WorkerId) -> Result<(), PlaneError> {
+        let Some(registered) = self.workers.get_mut(&worker) else {
+            return Ok(());
+        };
+        registered.joined = true;
+        let receiver: ReceiverBytes = transmute!(registered.receiver);
+        self.members
+            .insert(worker.0, receiver, 0)
+            .map_err(failed(MAP_MEMBERS, "add an entry"))
     }
 
     /// Takes a socket out of its map whose worker is not registered.
@@ -330,11 +368,11 @@ impl Sockmap {
     }
 
     pub(super) fn unregister(&mut self, worker: WorkerId) -> Result<(), PlaneError> {
-        let Some(Registered { connection, slots }) = self.workers.remove(&worker) else {
+        let Some(registered) = self.workers.remove(&worker) else {
             return Ok(());
         };
-        self.holders.remove(&connection);
-        let connection: ConnectionBytes = transmute!(connection);
+        self.holders.remove(&registered.connection);
+        let connection: ConnectionBytes = transmute!(registered.connection);
         // Each is tried, whatever becomes of the others. A closed socket has left its map by itself.
         let removed = [
             (MAP_SOCKETS, self.sockets.remove(&worker.0)),
@@ -349,7 +387,7 @@ impl Sockmap {
         })
         .fold(Ok(()), Result::and);
         // After the socket: another's count begins where this one's ends.
-        self.credits.remove(slots);
+        self.credits.remove(registered.slots());
         removed
     }
 
@@ -425,13 +463,14 @@ fn find_state(pins: &Pins, netns: u64, options: &Options) -> Result<Option<State
     }))
 }
 
-/// Puts a worker's socket into the map, which the worker is registered with. The caller's descriptor is to be closed after that: a
-/// duplicate kept by the daemon would keep a dead worker's entry alive.
-pub(super) fn insert_socket(map: OwnedFd, worker: WorkerId, socket: &Foreign) -> Result<(), PlaneError> {
+/// Puts a worker's socket into the map, which the worker is registered with, and closes the descriptor: a duplicate kept by the
+/// daemon would keep a dead worker's entry alive, and what is sent to that would be lost without a word.
+pub(super) fn insert_socket(map: OwnedFd, worker: WorkerId, socket: Foreign) -> Result<(), PlaneError> {
     let inserted = MapData::from_fd(map)
         .map(Map::SockHash)
         .and_then(aya::maps::SockHash::<_, u32>::try_from)
         .and_then(|mut sockets| sockets.insert(worker.0, socket.as_fd().as_raw_fd(), 0));
+    socket.close_here();
     inserted.map_err(failed(MAP_SOCKETS, "add an entry"))
 }
 
@@ -495,7 +534,6 @@ mod tests {
     use std::time::Duration;
 
     use lifl_common::frame::Refusal;
-    use lifl_common::id::JobId;
 
     use super::*;
 
@@ -524,7 +562,8 @@ mod tests {
     fn register(plane: &mut Sockmap, worker: WorkerId, socket: OwnedFd) {
         let socket = crate::plane::examine(PlaneKind::Sockmap, Foreign::new(0, socket));
         let joining = plane.begin_register(worker, member(), socket);
-        joining.expect("begun").insert().expect("registered");
+        joining.expect("begun").insert().expect("inserted");
+        plane.finish_register(worker).expect("registered");
     }
 
     fn frame(to: u32, from: u32) -> Frame {
@@ -551,6 +590,88 @@ mod tests {
         let wait = tokio::time::timeout(Duration::from_secs(10), dead_letters.recv());
         let refusal = Refusal::UnknownSender as u16;
         assert_eq!(wait.await.expect("in time"), Some(Frame { refusal, ..frame }));
+    }
+
+    /// What is sent to a worker that is just coming or leaving: it comes back, whatever its user's errands wait for.
+    #[tokio::test]
+    async fn a_frame_is_taken_only_for_a_socket_that_nobody_but_its_worker_has() {
+        let Some((mut plane, mut dead_letters)) = plane() else {
+            return;
+        };
+        // All threads of the user that registers are busy.
+        let uid = 4_300_020;
+        let (release, gate) = std::sync::mpsc::channel::<()>();
+        let gate = std::sync::Arc::new(std::sync::Mutex::new(gate));
+        for _ in 0..8 {
+            let gate = std::sync::Arc::clone(&gate);
+            crate::errands::run(uid, move || {
+                let _ = gate.lock().expect("no panic").recv();
+            });
+        }
+        let (mut one, registered) = FrameSocket::pair_for(PlaneKind::Sockmap).expect("a pair");
+        register(&mut plane, WorkerId(1), registered);
+        let (mut two, registered) = FrameSocket::pair_for(PlaneKind::Sockmap).expect("a pair");
+        let socket = crate::plane::examine(PlaneKind::Sockmap, Foreign::new(uid, registered));
+        let joining = plane
+            .begin_register(WorkerId(2), member(), socket)
+            .expect("begun");
+        joining.insert().expect("inserted");
+        let expect_back = async |dead_letters: &mut mpsc::Receiver<Frame>, refusal: Refusal| {
+            let back = tokio::time::timeout(Duration::from_secs(10), dead_letters.recv()).await;
+            let back = back.expect("in time").expect("open");
+            assert_eq!((back.to, back.refusal), (WorkerId(2), refusal as u16));
+        };
+        // Nobody has been told of it yet, nor would be of its end.
+        one.send(&[frame(2, 1)]).await.expect("sent");
+        expect_back(&mut dead_letters, Refusal::UnknownWorker).await;
+        plane.finish_register(WorkerId(2)).expect("registered");
+        one.send(&[frame(2, 1)]).await.expect("sent");
+        let taken = tokio::time::timeout(Duration::from_secs(10), two.recv()).await;
+        assert_eq!(taken.expect("in time").expect("read"), Some(frame(2, 1)));
+        drop(two);
+        one.send(&[frame(2, 1)]).await.expect("sent");
+        expect_back(&mut dead_letters, Refusal::WorkerGone).await;
+        drop(release);
+    }
+
+    /// A seccomp filter without `AF_NETLINK`, as containers have.
+    #[test]
+    fn where_nothing_tells_what_is_unread_the_planes_reason_says_so() {
+        use seccompiler::{
+            BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter,
+            SeccompRule,
+        };
+        let reason = std::thread::spawn(|| {
+            let netlink = SeccompCondition::new(
+                0,
+                SeccompCmpArgLen::Dword,
+                SeccompCmpOp::Eq,
+                libc::AF_NETLINK as u64,
+            );
+            let rule = SeccompRule::new(vec![netlink.expect("a condition")]).expect("a rule");
+            let filter = SeccompFilter::new(
+                [(libc::SYS_socket, vec![rule])].into_iter().collect(),
+                SeccompAction::Allow,
+                SeccompAction::Errno(libc::EAFNOSUPPORT as u32),
+                std::env::consts::ARCH.try_into().expect("a known processor"),
+            );
+            let filter: BpfProgram = filter.expect("a filter").try_into().expect("a program");
+            seccompiler::apply_filter(&filter).expect("applied to this thread");
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+            runtime
+                .expect("a runtime")
+                .block_on(async { plane().map(|(plane, _)| plane.reason()) })
+        });
+        let Some(reason) = reason.join().expect("the thread's work") else {
+            return;
+        };
+        assert!(
+            reason.contains(UNBOUNDED) && reason.contains("AF_NETLINK"),
+            "{reason}"
+        );
+        assert!(lifl_common::plane::is_warning(&reason));
+        let bounded = crate::plane::credit::sockets().map(drop);
+        assert_eq!(bounded, Ok(()), "this machine's kernel tells");
     }
 
     /// A frame that nobody takes must not end its sender's socket, which `SK_DROP` would.

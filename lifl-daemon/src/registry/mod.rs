@@ -155,7 +155,7 @@ struct Worker {
     account: u32,
     /// Whether it is a proxy.
     own: bool,
-    /// Whether its socket is on the plane.
+    /// Whether it may be sent to. Whoever may is told of when it is lost.
     joined: bool,
     /// Bytes of arenas that it had under an earlier daemon and did not bring.
     lost_bytes: u64,
@@ -621,6 +621,7 @@ impl Registry {
 
     /// A worker's socket is on the plane, or could not be put there.
     fn joined(&mut self, id: ConnId, worker: WorkerId, inserted: Result<(), PlaneError>) {
+        let inserted = inserted.and_then(|()| self.plane.finish_register(worker));
         let Some(entry) = self.workers.get_mut(&worker) else {
             // It left meanwhile.
             if let Err(error) = self.plane.forget_socket(worker) {
@@ -695,7 +696,7 @@ impl Registry {
             }
             self.depart(arena.account, arena.bytes, arena.memfd);
         }
-        // When a job ends, all its workers go: nobody needs to be told of each. Nor of one that nobody knew yet.
+        // When a job ends, all its workers go: nobody needs to be told of each. Nor of one that nobody could send to yet.
         if worker.joined {
             self.tell_lost(id, worker.job, &worker.name);
         }

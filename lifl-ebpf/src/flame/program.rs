@@ -7,10 +7,13 @@
 //!  sendmsg ── receiver's id ──────────────────────▶ padded to 1,024 bytes ─▶ SOCKETS[uid, id]
 //!      │            │  not registered yet
 //!      │            ├────────────────────────────▶ padded, stamped with its sender ─▶ SOCKETS[HOLD]: the daemon
-//!      │            │  gone
+//!      │            │  gone, or nobody reads
 //!      └────────────┴────────────────────────────▶ SOCKETS[REFUSE], which is shut down: the `send` fails with EPIPE
 //!     too short or too long
 //! ```
+//!
+//! How many references may wait for a receiver, for its user's workers, and for the daemon to hold, is in the maps
+//! ([`lifl_common::kernel::MAP_CREDITS`]).
 //!
 //! Why padded: Flame's receiver takes what one `recv(1024)` returns for one message. Protobuf skips fields that it does
 //! not know, and the padding is such a field ([`lifl_common::flame`]).
@@ -28,11 +31,11 @@ use aya_ebpf::macros::{map, sk_msg};
 use aya_ebpf::maps::{HashMap, SockHash};
 use aya_ebpf::programs::SkMsgContext;
 use lifl_common::flame::{
-    Address, HEADER_BYTES, HOLD, LOG_CLOSED, LOG_GONE, LOG_LENGTH, LOG_NO_MEMORY, LOG_TAKEN,
+    Address, HEADER_BYTES, HOLD, LOG_CLOSED, LOG_FULL, LOG_GONE, LOG_LENGTH, LOG_NO_MEMORY, LOG_TAKEN,
     LONGEST_REFERENCE_BYTES, MESSAGE_BYTES, PADDING_TAG, REFUSE, STAMP_BYTES, Sender, Worker, is_gone,
 };
 use lifl_common::kernel::DEFAULT_MAX_WORKERS;
-use lifl_ebpf::{ConnectionKey, add, connection, eight_times, log, logs_all, word};
+use lifl_ebpf::{ConnectionKey, add, connection, count_message, eight_times, has_room, log, logs_all, word};
 
 /// The workers' sockets, and the daemon's own under [`HOLD`] and [`REFUSE`].
 #[map]
@@ -59,6 +62,10 @@ const HEADER: u32 = HEADER_BYTES as u32;
 const LONGEST: u32 = LONGEST_REFERENCE_BYTES as u32;
 const STAMP: u32 = STAMP_BYTES as u32;
 
+/// Which no map of slots has: what is held counts in one only. (A number and no `Option`: verifiers follow, for who lacks
+/// `CAP_PERFMON`, how a pointer's test would go on if it were mispredicted.)
+const NO_SLOT: u32 = u32::MAX;
+
 /// The program; its name is [`lifl_common::flame::PROGRAM`].
 #[sk_msg]
 pub(crate) fn flame_verdict(ctx: SkMsgContext) -> u32 {
@@ -68,7 +75,7 @@ pub(crate) fn flame_verdict(ctx: SkMsgContext) -> u32 {
     let Some(sender) = (unsafe { SENDERS.get(connection(msg)) }) else {
         return sk_action::SK_DROP;
     };
-    let (sender, since) = (sender.address, sender.since);
+    let (sender, since, held) = (sender.address, sender.since, sender.held);
     let bytes = ctx.size();
     if !(HEADER..=LONGEST).contains(&bytes) {
         return refuse(&ctx, sender, LOG_LENGTH, bytes, 0);
@@ -89,14 +96,17 @@ pub(crate) fn flame_verdict(ctx: SkMsgContext) -> u32 {
         id: u32::from_le(id),
     };
     // SAFETY: as for the sender.
-    let to = match unsafe { WORKERS.get(key(receiver)) } {
-        None => HOLD,
-        Some(worker) if worker.live == 1 => receiver,
+    let (to, inbox, account) = match unsafe { WORKERS.get(key(receiver)) } {
+        None => (HOLD, held, NO_SLOT),
+        Some(worker) if worker.live == 1 => (receiver, worker.inbox, worker.account),
         Some(worker) if is_gone(worker, since) => {
             return refuse(&ctx, sender, LOG_GONE, receiver.id, bytes);
         }
-        Some(_) => HOLD,
+        Some(_) => (HOLD, held, NO_SLOT),
     };
+    if !has_room(inbox, true) || account != NO_SLOT && !has_room(account, true) {
+        return refuse(&ctx, sender, LOG_FULL, receiver.id, bytes);
+    }
     let verdict = SOCKETS.redirect_msg(&ctx, key(to), u64::from(BPF_F_INGRESS)) as u32;
     if verdict != sk_action::SK_PASS {
         return refuse(&ctx, sender, LOG_CLOSED, receiver.id, bytes);
@@ -104,6 +114,8 @@ pub(crate) fn flame_verdict(ctx: SkMsgContext) -> u32 {
     if !pad(&ctx, bytes, sender, to.uid == HOLD.uid) {
         return refuse(&ctx, sender, LOG_NO_MEMORY, receiver.id, bytes);
     }
+    count_message(inbox);
+    count_message(account);
     if let Some(worker) = WORKERS.get_ptr_mut(key(sender)) {
         // SAFETY: the map's values are 8-aligned and live as long as this call.
         unsafe {
