@@ -48,9 +48,9 @@ pub enum LearnError {
         /// The limit, and how to raise it.
         limit: String,
     },
-    /// The arithmetic library.
-    #[error("candle failed")]
-    Candle(#[from] candle_core::Error),
+    /// A model, or the memory for one, that lacks a tensor or has it in another size.
+    #[error("the model has no 32-bit tensor {0} of the size that the job's model has: it is of another job")]
+    OtherModel(&'static str),
     /// Training went to infinity.
     #[error(
         "the training loss of share {share} in round {round} is {loss}: a lower learningRate than {learning_rate:?} may help"

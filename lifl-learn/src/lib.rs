@@ -1,19 +1,21 @@
 //! What a trainer learns with: a model, its data, and the steps of one round.
 //!
 //! [`build`] makes the [`Learner`] that a trainer process drives, [`schema`] and [`initial`] what the coordinator
-//! needs to start a job, [`Evaluator`] what judges a model. Networks run on candle (`network`, `sgd`); a
-//! synthetic model is written by this crate alone (`synthetic`).
+//! needs to start a job, [`Evaluator`] what judges a model. A network is a list of layers (`network`, `layers`) that a batch
+//! passes forward and backward (`model`) at each step (`sgd`); a synthetic model has none (`synthetic`).
 
 pub mod data;
 mod error;
 mod evaluate;
 mod job;
-mod lift;
+mod layers;
+mod loss;
+mod model;
 mod network;
-mod ops;
 mod sgd;
 mod synthetic;
 pub mod threads;
+mod weights;
 
 use lifl_common::config::{JobSpec, ModelSpec, SampleShape, TrainingSpec};
 use lifl_common::update::{Schema, Tensors, TensorsMut};
@@ -61,7 +63,7 @@ pub trait Learner: Send {
     /// The same seed, share, round, model and data give the same bytes, with any number of threads.
     ///
     /// # Errors
-    /// If the arithmetic library fails, or the loss stops being a number.
+    /// If the model is of another schema, or the loss stops being a number.
     fn train(&mut self, round: u32, model: Tensors<'_>, weights: TensorsMut<'_>) -> anyhow::Result<Trained>;
 }
 

@@ -156,7 +156,7 @@ fn training_depends_on_seed_share_and_round_alone() {
 
 #[test]
 fn threads_change_no_bit() {
-    const NAME: &str = "learn::tests::threads_change_no_bit";
+    const NAME: &str = "tests::threads_change_no_bit";
     const CHILD: &str = "LIFL_TEST_TRAINING_DIGEST";
     if std::env::var_os(CHILD).is_some() {
         // The number of threads is fixed as a process starts, so this test runs itself once for each.

@@ -1,4 +1,4 @@
-//! The threads that learners compute on: rayon's for the whole process, which candle uses too.
+//! The threads that learners compute on: rayon's for the whole process.
 //!
 //! Rayon makes them when they are first used, and panics where the system refuses one. So they are made before, and fewer
 //! where not all can be had: the results are the same.
@@ -14,7 +14,7 @@ use rayon::ThreadPoolBuilder;
 
 use super::LearnError;
 
-/// The environment's word on how many there are to be, which rayon and candle take.
+/// The environment's word on how many there are to be, which rayon takes, too.
 pub const VARIABLE: &str = "RAYON_NUM_THREADS";
 
 /// How many threads a learner of that model makes where it may compute on `threads`: a network on one computes where it is
