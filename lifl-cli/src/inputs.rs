@@ -1,7 +1,7 @@
 //! What a job is given beside its files, looked at before anything starts: data sets and the base model.
 
 use anyhow::anyhow;
-use lifl_common::config::{DataSource, JobSpec, SampleShape};
+use lifl_common::config::{DataSource, JobSpec, SampleShape, Transport, WorkerSpec};
 use serde_json::{Value, json};
 
 use crate::base_model::{self, BaseModelError};
@@ -49,13 +49,36 @@ pub(crate) fn shape(job: &JobSpec, found: &[(DataSource, SampleShape)]) -> Outco
     Ok(shape)
 }
 
+/// Why no worker comes by way of an MQTT broker.
+pub(crate) const NO_MQTT: &str = "this lifl was built without MQTT: build it with the cargo feature mqtt, or give the channel the \
+                                  backend p2p";
+
+/// Makes sure that this program was built with the transports that the job's workers come by.
+///
+/// # Errors
+/// If it was not.
+pub(crate) fn check_transports(job: &JobSpec) -> Outcome {
+    let needs = |worker: &&WorkerSpec| worker.transport == Transport::Mqtt && cfg!(not(feature = "mqtt"));
+    match job.workers.iter().find(needs) {
+        Some(worker) => Err(Failure::new(
+            Cause::Machine,
+            anyhow!("{}: {NO_MQTT}", worker.name),
+        )),
+        None => Ok(()),
+    }
+}
+
 /// The cause that a fault of the data has.
 pub(crate) fn data_failure(error: DataError) -> Failure {
-    let no_network = matches!(
+    let of_machine = matches!(
         error,
-        DataError::Download { .. } | DataError::Cache { .. } | DataError::NoCache
+        DataError::Download { .. }
+            | DataError::Cache { .. }
+            | DataError::NoCache
+            | DataError::NoDownloads(_)
+            | DataError::NotBuiltIn
     );
-    Failure::new(if no_network { Cause::Machine } else { Cause::Config }, error)
+    Failure::new(if of_machine { Cause::Machine } else { Cause::Config }, error)
 }
 
 /// Looks at all that is on this machine; what would have to be downloaded is not. Sets the job's shape of samples, and gives what
@@ -64,6 +87,7 @@ pub(crate) fn data_failure(error: DataError) -> Failure {
 /// # Errors
 /// If something is wrong with it; `problem` is told of it as an event.
 pub(crate) fn look(job: &mut JobSpec, problem: impl Fn(&Value)) -> Outcome<Vec<String>> {
+    check_transports(job)?;
     let (mut notes, mut found, mut unknown) = (Vec::new(), Vec::new(), false);
     for (source, trainers) in sources(job) {
         if !data::is_here(&source) {

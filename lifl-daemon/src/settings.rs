@@ -13,7 +13,7 @@ use std::net::{IpAddr, SocketAddrV4};
 use std::path::{Path, PathBuf};
 
 use clap::{Args, ValueEnum};
-use lifl_common::session::mqtt::Broker;
+use lifl_common::session::Broker;
 use lifl_daemon::plane;
 use lifl_daemon::pool::HugePages;
 use lifl_daemon::{Quota, Quotas};

@@ -9,8 +9,8 @@ use lifl_common::client::{Client, ClientError, FrameSocket};
 use lifl_common::control::{ErrorCode, Event, RemoteWorker};
 use lifl_common::frame::{Frame, FrameKind, Refusal};
 use lifl_common::id::{JobId, Key, WorkerId};
+use lifl_common::session::Broker;
 use lifl_common::session::handshake::HandshakeError;
-use lifl_common::session::mqtt::Broker;
 use lifl_common::session::{
     Broken, Buffer, Exchange, Happened, JobToken, Message, Object, Room, Secret, Source, Traffic,
     UpdateHeader, Wire, proxy_name, tcp,

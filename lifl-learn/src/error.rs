@@ -15,7 +15,7 @@ pub enum LearnError {
     /// Images that two convolutions and poolings leave nothing of.
     #[error(
         "images of {0} pixels are too small for the model cnn, which needs {least} × {least}: set lifl.model to mlp or softmax",
-        least = super::network::CNN_LEAST
+        least = crate::CNN_LEAST
     )]
     SmallImages(SampleShape),
     /// Samples of another shape or of more classes than the job's model is for.
@@ -51,6 +51,11 @@ pub enum LearnError {
     /// A model, or the memory for one, that lacks a tensor or has it in another size.
     #[error("the model has no 32-bit tensor {0} of the size that the job's model has: it is of another job")]
     OtherModel(&'static str),
+    /// Built without learning.
+    #[error(
+        "this lifl was built without the network {0}: build it with the cargo feature learn, or set lifl.model to a synthetic one"
+    )]
+    NotBuiltIn(&'static str),
     /// Training went to infinity.
     #[error(
         "the training loss of share {share} in round {round} is {loss}: a lower learningRate than {learning_rate:?} may help"

@@ -1,32 +1,36 @@
 //! What a trainer learns with: a model, its data, and the steps of one round.
 //!
 //! [`build`] makes the [`Learner`] that a trainer process drives, [`schema`] and [`initial`] what the coordinator
-//! needs to start a job, [`Evaluator`] what judges a model. A network is a list of layers (`network`, `layers`) that a batch
-//! passes forward and backward (`model`) at each step (`sgd`); a synthetic model has none (`synthetic`).
+//! needs to start a job, [`Evaluator`] what judges a model. Networks and data sets are the cargo feature `learn`, data sets
+//! from URLs the feature `download`; a synthetic model (`synthetic`) is always there.
 
+#[cfg(not(feature = "learn"))]
+#[path = "absent.rs"]
+mod networks;
+#[cfg(feature = "learn")]
+mod networks;
+
+#[cfg(feature = "learn")]
+pub mod data;
+#[cfg(not(feature = "learn"))]
+#[path = "data/absent.rs"]
 pub mod data;
 mod error;
-mod evaluate;
 mod job;
-mod layers;
-mod loss;
-mod model;
-mod network;
-mod sgd;
 mod synthetic;
 pub mod threads;
-mod weights;
 
 use lifl_common::config::{JobSpec, ModelSpec, SampleShape, TrainingSpec};
 use lifl_common::update::{Schema, Tensors, TensorsMut};
 
 pub use self::error::LearnError;
-pub use self::evaluate::Evaluator;
 pub use self::job::{Known, evaluator, for_trainer, known};
-use self::network::Network;
-use self::sgd::SgdLearner;
+pub use self::networks::Evaluator;
 use self::synthetic::SyntheticLearner;
 use crate::data::Samples;
+
+/// Pixels down and across the smallest images that leave the convolution network anything after its second pooling.
+const CNN_LEAST: u32 = 10;
 
 /// What a trainer did in one round.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -72,6 +76,7 @@ pub trait Learner: Send {
 #[derive(Clone, Copy, Debug)]
 pub struct ModelOf<'a> {
     spec: &'a ModelSpec,
+    #[cfg_attr(not(feature = "learn"), expect(dead_code, reason = "of networks only"))]
     samples: SampleShape,
 }
 
@@ -93,15 +98,6 @@ impl<'a> From<&'a JobSpec> for ModelOf<'a> {
     }
 }
 
-/// Makes sure that a network can take these samples in.
-fn check_samples(network: Network, samples: &Samples) -> Result<(), LearnError> {
-    let (found, model) = (samples.shape(), network.samples());
-    if found.same_image(&model) && found.classes <= model.classes {
-        return Ok(());
-    }
-    Err(LearnError::OtherSamples { found, model })
-}
-
 /// The learner of the trainer whose share of the data is `share`, which holds `data`.
 ///
 /// # Errors
@@ -114,17 +110,10 @@ pub fn build<'a>(
     seed: u64,
 ) -> Result<Box<dyn Learner>, LearnError> {
     let model = model.into();
-    let schema = schema(model)?;
-    Ok(match Network::of(model) {
-        Some(network) => {
-            let samples = data
-                .filter(|data| !data.is_empty())
-                .ok_or(LearnError::NoSamples)?;
-            check_samples(network, &samples)?;
-            Box::new(SgdLearner::new(network, schema, *training, samples, share, seed)?)
-        }
-        None => Box::new(SyntheticLearner::new(schema, share, seed)),
-    })
+    match model.spec {
+        ModelSpec::Synthetic { .. } => Ok(Box::new(SyntheticLearner::new(schema(model)?, share, seed))),
+        _ => networks::learner(model, training, data, share, seed),
+    }
 }
 
 /// The tensors of such a model.
@@ -133,10 +122,9 @@ pub fn build<'a>(
 /// If it is too large, of a type that cannot be averaged, or not for so small images.
 pub fn schema<'a>(model: impl Into<ModelOf<'a>>) -> Result<Schema, LearnError> {
     let model = model.into();
-    match (Network::of(model), model.spec) {
-        (Some(network), _) => network.schema(),
-        (None, ModelSpec::Synthetic { parameters, dtype }) => synthetic::schema(*parameters, *dtype),
-        (None, _) => unreachable!("every model but the synthetic one is a network"),
+    match model.spec {
+        ModelSpec::Synthetic { parameters, dtype } => synthetic::schema(*parameters, *dtype),
+        _ => networks::schema(model),
     }
 }
 
@@ -145,11 +133,12 @@ pub fn schema<'a>(model: impl Into<ModelOf<'a>>) -> Result<Schema, LearnError> {
 /// # Panics
 /// If `weights` is not of the model's schema.
 pub fn initial<'a>(model: impl Into<ModelOf<'a>>, seed: u64, weights: TensorsMut<'_>) {
-    match Network::of(model.into()) {
-        Some(network) => network.initial(seed, weights),
-        None => synthetic::initial(seed, weights),
+    let model = model.into();
+    match model.spec {
+        ModelSpec::Synthetic { .. } => synthetic::initial(seed, weights),
+        _ => networks::initial(model, seed, weights),
     }
 }
 
-#[cfg(test)]
+#[cfg(all(test, feature = "learn"))]
 mod tests;

@@ -22,6 +22,19 @@ pub(crate) fn run() -> Result<()> {
         "warnings",
     ];
     step("clippy", cargo(clippy))?;
+    // A program refuses what it was built without.
+    let bare = [
+        "clippy",
+        "--release",
+        "--package",
+        "lifl-cli",
+        "--no-default-features",
+        "--locked",
+        "--",
+        "-D",
+        "warnings",
+    ];
+    step("clippy without cargo features", cargo(bare))?;
     let mut doc = cargo([
         "doc",
         "--release",
@@ -39,6 +52,14 @@ pub(crate) fn run() -> Result<()> {
     // What the README tells everybody to run. A test that this machine cannot run must fail here, and not pass unseen.
     test.env("LIFL_REQUIRE_KERNEL", "1");
     step("tests", test)?;
+    for features in ["", "learn"] {
+        let mut bare = cargo(["test", "--release", "--package", "lifl-learn", "--lib"]);
+        bare.args(["--no-default-features", "--features", features]);
+        step(
+            &format!("tests of lifl-learn with the features {features:?}"),
+            bare,
+        )?;
+    }
     // No default member, so not among those.
     step(
         "the tasks' own tests",

@@ -106,6 +106,7 @@ pub async fn run(
     shutdown: &CancellationToken,
 ) -> Outcome {
     let started = Instant::now();
+    inputs::check_transports(job)?;
     gateway::check_reach(job, options.node.insecure, reporter).await?;
     let samples = in_time(job, started, shutdown, prepare_data(job, reporter)).await;
     // A download that was given up leaves its bar.

@@ -14,18 +14,20 @@ use std::time::Duration;
 use anyhow::{Context, bail};
 use lifl_common::config::Transport;
 use lifl_common::frame::Refusal;
-use lifl_common::session::mqtt::{self, Broker};
 use lifl_common::session::reach::Reach;
 use lifl_common::session::{
     Broken, Exchange, GRACE, HELLO_TIMEOUT, Happened, Malformed, Message, Object, Patience, Room, Secret,
     Source, UpdateHeader, Wire, random, tcp,
 };
+#[cfg(feature = "mqtt")]
+use lifl_common::session::{Broker, mqtt};
 use tokio::task::JoinHandle;
 
 /// The first pause after a broken session; each that was of no use doubles it.
 const FIRST_PAUSE: Duration = Duration::from_millis(50);
 
 /// How long a gateway behind a broker has to answer a hello.
+#[cfg(feature = "mqtt")]
 const BROKER_PATIENCE: Duration = Duration::from_secs(3);
 
 const LONGEST_PAUSE: Duration = Duration::from_secs(3);
@@ -36,6 +38,7 @@ pub(super) enum Dial {
     /// Over TCP.
     Tcp(SocketAddr),
     /// Through a broker, which may be beyond private networks if the second field says so.
+    #[cfg(feature = "mqtt")]
     Mqtt(Broker, bool),
 }
 
@@ -91,6 +94,9 @@ impl Dial {
                 Reach::permit(address.ip(), insecure)?;
                 Ok(Self::Tcp(address))
             }
+            #[cfg(not(feature = "mqtt"))]
+            Transport::Mqtt => bail!(crate::inputs::NO_MQTT),
+            #[cfg(feature = "mqtt")]
             Transport::Mqtt => {
                 let broker = Broker::parse(address);
                 let broker = broker.with_context(|| format!("{address} is no broker"))?;
@@ -104,6 +110,7 @@ impl Dial {
         // A broker loses what is published while the gateway is away from it: that is better said soon again.
         let answer = match self {
             Self::Tcp(_) => HELLO_TIMEOUT,
+            #[cfg(feature = "mqtt")]
             Self::Mqtt(..) => BROKER_PATIENCE,
         };
         let Identity {
@@ -114,6 +121,7 @@ impl Dial {
         let connected = async {
             let mut wire = match self {
                 Self::Tcp(address) => tcp::connect(address, &secret, &name, instance).await?,
+                #[cfg(feature = "mqtt")]
                 Self::Mqtt(broker, insecure) => {
                     let dialled = mqtt::dial(&broker, insecure, &secret, &name, instance, answer);
                     let (wire, driver) = dialled.await?;

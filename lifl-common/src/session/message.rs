@@ -160,6 +160,7 @@ pub enum Broken {
     #[error("the connection was closed")]
     Closed,
     /// The MQTT broker failed, or does not take what it is sent.
+    #[cfg(feature = "mqtt")]
     #[error("the connection with the MQTT broker failed")]
     Broker(#[from] Box<rumqttc::v5::ConnectionError>),
     /// One end has not proved itself.

@@ -2,7 +2,7 @@
 //!
 //! The gateway stands in for such a worker with a *proxy*: an ordinary worker of the job in the daemon. The proxy is
 //! lent models and streams them out; it takes updates from the wire straight into its slot and lends them on. Both ends
-//! run the same [`Exchange`] over a [`Wire`], of which there are two: [`tcp`] and [`mqtt`].
+//! run the same [`Exchange`] over a [`Wire`], of which there are two: [`tcp`] and, with the feature of that name, `mqtt`.
 //!
 //! # Messages
 //!
@@ -55,9 +55,11 @@
 //!
 //! A session that is broken for longer than [`GRACE`] is given up: the proxy leaves the job, and the worker ends.
 
+mod broker;
 mod exchange;
 pub mod handshake;
 mod message;
+#[cfg(feature = "mqtt")]
 pub mod mqtt;
 mod object;
 mod patience;
@@ -70,6 +72,7 @@ mod wire;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
+pub use broker::Broker;
 pub use exchange::{Exchange, Happened};
 pub use message::{Broken, Malformed, Message, Object, UpdateHeader};
 pub use object::{Buffer, Room, Source};

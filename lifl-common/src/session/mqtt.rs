@@ -27,12 +27,12 @@ use rumqttc::v5::mqttbytes::{Error as MqttError, QoS};
 use rumqttc::v5::{AsyncClient, ConnectionError, Event, EventLoop, MqttOptions, StateError};
 use tokio::sync::{mpsc, watch};
 
+use super::broker::Broker;
 use super::exchange::{Incoming, Outgoing, Sink};
 use super::handshake::{HandshakeError, Participant, WorkerHandshake};
 use super::message::{
     BYE, Broken, CHUNK, CHUNK_HEAD_BYTES, MAX_CHUNK_BYTES, Malformed, Message, check_length,
 };
-use super::reach::Reach;
 use super::seal::{SealKey, TAG_BYTES};
 use super::secret::hex;
 use super::wire::{self, Limits, Queue, Wire};
@@ -66,47 +66,6 @@ const KEEP_ALIVE: Duration = Duration::from_secs(10);
 
 /// Messages that may be unacknowledged by the broker.
 const IN_FLIGHT: u16 = 64;
-
-/// Where a broker is.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Broker {
-    host: String,
-    port: u16,
-}
-
-impl Broker {
-    /// From `host:port`.
-    pub fn parse(text: &str) -> Option<Self> {
-        let (host, port) = text.rsplit_once(':')?;
-        let port = port.parse().ok().filter(|port| *port != 0)?;
-        let host = host.to_ascii_lowercase();
-        (!host.is_empty()).then_some(Self { host, port })
-    }
-
-    /// Whether it is named as on this machine's loopback.
-    pub fn is_local(&self) -> bool {
-        Reach::of_host(&self.to_string()) == Some(Reach::Loopback)
-    }
-
-    /// The addresses that the host has now. Who connects, connects to these: another look at the name might find others.
-    ///
-    /// # Errors
-    /// If it has none, or one beyond private networks where `insecure` does not allow that.
-    pub async fn addresses(&self, insecure: bool) -> Result<Vec<SocketAddr>, Broken> {
-        let host = self.host.trim_start_matches('[').trim_end_matches(']');
-        let found: Vec<SocketAddr> = tokio::net::lookup_host((host, self.port)).await?.collect();
-        for address in &found {
-            Reach::permit(address.ip(), insecure)?;
-        }
-        Ok(found)
-    }
-}
-
-impl fmt::Display for Broker {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}:{}", self.host, self.port)
-    }
-}
 
 /// The topics of a job begin so.
 fn root(job: JobDigest) -> String {

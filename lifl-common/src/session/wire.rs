@@ -7,7 +7,9 @@ use tokio::time::Instant;
 
 use super::exchange::{Exchange, Happened, Incoming, Outgoing};
 use super::message::{Broken, Malformed, Message};
-use super::{Traffic, mqtt, tcp};
+#[cfg(feature = "mqtt")]
+use super::mqtt;
+use super::{Traffic, tcp};
 
 /// Messages that wait to be sent; who lets more pile up does not read.
 const QUEUE: usize = 1024;
@@ -34,12 +36,14 @@ pub struct Wire {
 #[derive(Debug)]
 pub(super) enum Reader {
     Tcp(Box<tcp::Reader>),
+    #[cfg(feature = "mqtt")]
     Mqtt(mqtt::Reader),
 }
 
 #[derive(Debug)]
 pub(super) enum Writer {
     Tcp(Box<tcp::Writer>),
+    #[cfg(feature = "mqtt")]
     Mqtt(Box<mqtt::Writer>),
 }
 
@@ -69,6 +73,7 @@ impl Reader {
     pub(super) async fn next(&mut self, incoming: &mut Incoming) -> Result<Message, Broken> {
         match self {
             Self::Tcp(reader) => reader.next(incoming).await,
+            #[cfg(feature = "mqtt")]
             Self::Mqtt(reader) => reader.next(incoming).await,
         }
     }
@@ -79,6 +84,7 @@ impl Writer {
     pub(super) async fn drive(&mut self, outgoing: Option<&mut Outgoing>, limits: &Limits) -> Broken {
         match self {
             Self::Tcp(writer) => writer.drive(outgoing, limits).await,
+            #[cfg(feature = "mqtt")]
             Self::Mqtt(writer) => writer.drive(outgoing, limits).await,
         }
     }
@@ -100,17 +106,19 @@ impl Wire {
     pub fn count_in(&mut self, traffic: Arc<Traffic>) {
         match &mut self.reader {
             Reader::Tcp(reader) => reader.traffic = Arc::clone(&traffic),
+            #[cfg(feature = "mqtt")]
             Reader::Mqtt(reader) => reader.traffic = Arc::clone(&traffic),
         }
         match &mut self.writer {
             Writer::Tcp(writer) => writer.traffic = traffic,
+            #[cfg(feature = "mqtt")]
             Writer::Mqtt(writer) => writer.traffic = traffic,
         }
     }
 
     /// Makes chunks at most so long, where a broker may find longer ones too long.
     pub fn limit_chunks(&mut self, bytes: usize) {
-        if matches!(self.writer, Writer::Mqtt(_)) {
+        if !matches!(self.writer, Writer::Tcp(_)) {
             let chunks = self.limits.window_bytes / self.limits.chunk_bytes as u64;
             self.limits.chunk_bytes = self.limits.chunk_bytes.min(bytes).max(1);
             self.limits.window_bytes = chunks * self.limits.chunk_bytes as u64;
@@ -122,6 +130,7 @@ impl Wire {
         self.said = Instant::now();
         match &mut self.writer {
             Writer::Tcp(writer) => writer.queue.push(message.encode()),
+            #[cfg(feature = "mqtt")]
             Writer::Mqtt(writer) => writer.queue.push(message.encode()),
         }
     }
@@ -133,6 +142,7 @@ impl Wire {
     pub async fn flush(&mut self) -> Result<(), Broken> {
         match &mut self.writer {
             Writer::Tcp(writer) => writer.flush().await,
+            #[cfg(feature = "mqtt")]
             Writer::Mqtt(writer) => writer.flush().await,
         }
     }
@@ -144,9 +154,13 @@ impl Wire {
         if self.flush().await.is_err() {
             return;
         }
-        if let (Reader::Tcp(reader), Writer::Tcp(writer)) = (&mut self.reader, &mut self.writer) {
-            writer.shut().await;
-            reader.drain().await;
+        match (&mut self.reader, &mut self.writer) {
+            (Reader::Tcp(reader), Writer::Tcp(writer)) => {
+                writer.shut().await;
+                reader.drain().await;
+            }
+            #[cfg(feature = "mqtt")]
+            _ => {}
         }
     }
 

@@ -15,6 +15,7 @@
 //! Jobs that name the same address share its listener, which closes with the last of them. Each job that uses MQTT has its
 //! own connection with the broker.
 
+#[cfg(feature = "mqtt")]
 mod broker;
 mod listener;
 mod newcomers;
@@ -27,8 +28,8 @@ use std::time::Duration;
 
 use lifl_common::control::{ErrorCode, RemoteWorker, Reply};
 use lifl_common::id::JobId;
+use lifl_common::session::Broker;
 use lifl_common::session::handshake::Participant;
-use lifl_common::session::mqtt::Broker;
 use lifl_common::session::reach::{Exposed, Reach};
 use lifl_common::session::{GRACE, JobToken, Message, ParticipantId, Traffic, Wire};
 use lifl_common::update::Schema;
@@ -36,6 +37,7 @@ use tokio::sync::{mpsc, oneshot};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
+#[cfg(feature = "mqtt")]
 use self::broker::Service;
 use self::listener::Listener;
 use self::newcomers::Newcomers;
@@ -259,6 +261,7 @@ fn failed(conn: ConnId, job: JobId, message: String) -> Opened {
 struct Gateway {
     lobby: Lobby,
     grace: Duration,
+    #[cfg_attr(not(feature = "mqtt"), expect(dead_code, reason = "of brokers only"))]
     insecure: bool,
     jobs: HashMap<JobId, OpenJob>,
     /// Whom all jobs expect, by what they say first.
@@ -416,7 +419,18 @@ impl Gateway {
         Ok(now)
     }
 
+    /// Says that it cannot connect with a job's broker.
+    #[cfg(not(feature = "mqtt"))]
+    fn serve(&self, job: JobId, broker: Broker, _token: JobToken, _open: CancellationToken) {
+        let why = format!(
+            "this lifl-daemon was built without MQTT, so it cannot connect with {broker}: build it with the cargo feature mqtt, or give \
+             the channels the backend p2p"
+        );
+        let _ = self.commands.send(Command::Reached(job, Err(why)));
+    }
+
     /// Connects with a job's broker.
+    #[cfg(feature = "mqtt")]
     fn serve(&self, job: JobId, broker: Broker, token: JobToken, open: CancellationToken) {
         let service = Service {
             broker: broker.clone(),

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use lifl_common::arena::Layout;
 use lifl_common::control::{ErrorCode, Message, RemoteWorker, Reply};
 use lifl_common::id::JobId;
-use lifl_common::session::mqtt::Broker;
+use lifl_common::session::Broker;
 use lifl_common::session::reach::Reach;
 use lifl_common::session::{MAX_NAME_BYTES as MAX_REMOTE_NAME_BYTES, Traffic};
 

@@ -1,7 +1,9 @@
 //! What can be wrong with a dataset.
 
 use std::io;
-use std::path::{Path, PathBuf};
+#[cfg(feature = "learn")]
+use std::path::Path;
+use std::path::PathBuf;
 
 use lifl_common::config::Dataset;
 
@@ -145,11 +147,24 @@ pub enum DataError {
         #[source]
         source: io::Error,
     },
+    /// Built without downloads.
+    #[error(
+        "cannot download {0}: this lifl was built without downloads: build it with the cargo feature download, or download the \
+         file elsewhere and name it with --data PATH"
+    )]
+    NoDownloads(Dataset),
+    /// Built without learning.
+    #[error(
+        "this lifl was built without data sets and the networks that learn from them: build it with the cargo feature learn, or \
+         set lifl.model to a synthetic one"
+    )]
+    NotBuiltIn,
     /// No folder to download to.
     #[error("nowhere to keep downloads: set XDG_CACHE_HOME or HOME")]
     NoCache,
 }
 
+#[cfg(feature = "learn")]
 impl DataError {
     /// For `map_err` on what was tried with a path.
     pub(super) fn io(path: &Path, what: &'static str) -> impl FnOnce(io::Error) -> Self {
@@ -158,6 +173,7 @@ impl DataError {
     }
 
     /// For `map_err` on what was tried with the folder of downloads or a file in it.
+    #[cfg(feature = "download")]
     pub(super) fn cache(path: &Path, what: &'static str) -> impl FnOnce(io::Error) -> Self {
         let path = path.to_owned();
         move |source| Self::Cache {

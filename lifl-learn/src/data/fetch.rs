@@ -12,68 +12,18 @@ use std::fs::{self, File};
 use std::io::{self, Read, Write};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
-use std::sync::Mutex;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::Ordering;
 
 use lifl_common::config::{Dataset, mask};
 use sha2::{Digest, Sha256};
 
 use super::error::DataError;
 use super::files::{self, Files};
+use super::progress::Progress;
 use super::{http, idx};
 
 /// The longest download: a hundred times MNIST.
 const MOST_BYTES: u64 = 1 << 30;
-
-/// How far a download is, for whoever waits for it.
-#[derive(Debug, Default)]
-pub struct Progress {
-    received: AtomicU64,
-    /// All that there is; 0 while that is not known.
-    total: AtomicU64,
-    downloading: AtomicBool,
-    /// Whether another process downloads the same file.
-    waiting: AtomicBool,
-    notes: Mutex<Vec<String>>,
-}
-
-impl Progress {
-    /// Bytes that have come, and all that there are, if the server said so; `None` while nothing is downloaded.
-    pub fn downloaded(&self) -> Option<(u64, Option<u64>)> {
-        let total = Some(self.total.load(Ordering::Relaxed)).filter(|&total| total > 0);
-        self.downloading
-            .load(Ordering::Relaxed)
-            .then(|| (self.received.load(Ordering::Relaxed), total))
-    }
-
-    /// Whether another process downloads the file and this one waits for it.
-    pub fn is_waiting(&self) -> bool {
-        self.waiting.load(Ordering::Relaxed)
-    }
-
-    /// What there was to say since it was last asked for.
-    pub fn notes(&self) -> Vec<String> {
-        self.notes
-            .lock()
-            .map(|mut notes| std::mem::take(&mut *notes))
-            .unwrap_or_default()
-    }
-
-    fn note(&self, note: String) {
-        tracing::warn!("{note}");
-        if let Ok(mut notes) = self.notes.lock() {
-            notes.push(note);
-        }
-    }
-}
-
-/// Whether a dataset's name is a URL.
-pub(super) fn is_url(dataset: &str) -> bool {
-    let scheme = dataset
-        .split_once("://")
-        .map(|(scheme, _)| scheme.to_ascii_lowercase());
-    matches!(scheme.as_deref(), Some("http" | "https"))
-}
 
 /// Whether the file that the URL names is in this user's cache.
 pub(super) fn is_kept(url: &Dataset) -> bool {

@@ -13,25 +13,27 @@
 mod array;
 mod digits;
 mod error;
+#[cfg(feature = "download")]
 mod fetch;
 mod files;
+#[cfg(feature = "download")]
 mod http;
 mod idx;
+mod names;
 mod npz;
 mod partition;
+mod progress;
 mod samples;
 
 use std::path::Path;
 
-use lifl_common::config::{DataSource, Dataset, Partition, SampleShape};
+use lifl_common::config::{DataSource, Partition, SampleShape};
 
 pub use self::error::DataError;
-pub use self::fetch::Progress;
 use self::files::Files;
+pub use self::names::{BUILTIN_DIGITS, is_path, is_url};
+pub use self::progress::Progress;
 pub use self::samples::{CLASSES, PIXELS, SIDE, Samples};
-
-/// The dataset that needs no file.
-pub const BUILTIN_DIGITS: &str = "builtin:digits";
 
 /// Generated training digits when the job gives no number.
 const DIGITS_TRAIN: usize = 8000;
@@ -68,19 +70,14 @@ pub fn prepare(source: &DataSource, trainers: u32, progress: &Progress) -> Resul
     })
 }
 
-/// Whether such a dataset is downloaded.
-pub fn is_url(dataset: &Dataset) -> bool {
-    fetch::is_url(dataset.as_str())
-}
-
 /// Whether the data can be had without a download.
 pub fn is_here(source: &DataSource) -> bool {
-    !is_url(&source.dataset) || fetch::is_kept(&source.dataset)
-}
-
-/// Whether such a dataset is a file or a folder.
-pub fn is_path(dataset: &str) -> bool {
-    dataset != BUILTIN_DIGITS && !fetch::is_url(dataset)
+    #[cfg(feature = "download")]
+    let is_kept = fetch::is_kept(&source.dataset);
+    // Whoever asks for it is told.
+    #[cfg(not(feature = "download"))]
+    let is_kept = true;
+    !is_url(&source.dataset) || is_kept
 }
 
 /// Opens the job's data. Generated data, and who gets which samples, come from `seed`.
@@ -91,6 +88,10 @@ pub fn open(source: &DataSource, seed: u64) -> Result<Source, DataError> {
     open_watched(source, seed, &Progress::default())
 }
 
+#[cfg_attr(
+    not(feature = "download"),
+    expect(unused_variables, reason = "nothing takes long but downloads")
+)]
 fn open_watched(source: &DataSource, seed: u64, progress: &Progress) -> Result<Source, DataError> {
     let asked = Asked {
         train: source.train_samples,
@@ -106,6 +107,9 @@ fn open_watched(source: &DataSource, seed: u64, progress: &Progress) -> Result<S
         Kind::Digits { train, test }
     } else {
         let files = if is_url(&source.dataset) {
+            #[cfg(not(feature = "download"))]
+            return Err(DataError::NoDownloads(source.dataset.clone()));
+            #[cfg(feature = "download")]
             fetch::read(&source.dataset, source.sha256.as_deref(), progress)?
         } else {
             files::read(Path::new(source.dataset.reveal()))?

@@ -15,6 +15,18 @@ fn source(dataset: &str) -> DataSource {
     }
 }
 
+#[cfg(not(feature = "download"))]
+#[test]
+fn a_url_is_refused_where_downloads_are_not_built_in() {
+    let source = source("https://example.org/mnist.npz");
+    assert!(is_here(&source));
+    let error = open(&source, 1).expect_err("no download").to_string();
+    assert!(
+        error.contains("feature download") && error.contains("--data"),
+        "{error}"
+    );
+}
+
 #[test]
 fn one_lot_is_divided_four_to_one() {
     let folder = tempfile::tempdir().expect("a folder");

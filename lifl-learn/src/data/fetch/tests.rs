@@ -2,6 +2,7 @@
 
 use std::io::{BufRead, BufReader};
 use std::net::{TcpListener, TcpStream};
+use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex};
 use std::thread;
 
@@ -332,12 +333,6 @@ fn urls_that_differ_in_secrets_only_share_a_file() {
         requests.len() == 1 && requests[0].contains("token=one"),
         "{requests:?}"
     );
-}
-
-#[test]
-fn knows_a_url() {
-    assert!(is_url("https://example.org/mnist.npz") && is_url("HTTP://example.org/mnist.npz"));
-    assert!(!is_url("builtin:digits") && !is_url("/data/mnist") && !is_url("file:///data"));
 }
 
 #[test]

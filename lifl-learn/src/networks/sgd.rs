@@ -8,8 +8,9 @@ use rand::seq::SliceRandom;
 
 use super::model::Model;
 use super::network::Network;
-use super::{LearnError, Learner, Trained, weights};
+use super::weights;
 use crate::data::Samples;
+use crate::{LearnError, Learner, Trained};
 use lifl_common::random::{Stream, stream};
 
 /// A network, a share of the data, and how to learn from it.

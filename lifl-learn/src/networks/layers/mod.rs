@@ -22,7 +22,7 @@ pub(super) use dropout::Dropout;
 pub(super) use pool::MaxPoolRelu;
 pub(super) use relu::Relu;
 
-use super::threads;
+use crate::threads;
 
 /// One tensor of a network.
 #[derive(Clone, Debug)]

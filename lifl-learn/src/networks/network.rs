@@ -11,11 +11,8 @@ use zerocopy::little_endian::F32;
 
 use super::layers::{Conv, Dense, Dropout, Layer, MaxPoolRelu, Parameter, Relu};
 use super::model::Model;
-use super::{LearnError, ModelOf};
+use crate::{CNN_LEAST, LearnError, ModelOf};
 use lifl_common::random::{Stream, stream};
-
-/// Pixels down and across the smallest images that leave the convolution network anything after its second pooling.
-pub(super) const CNN_LEAST: u32 = 10;
 
 /// A network of the built-in trainer, for samples of that shape.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -107,7 +104,9 @@ impl Network {
                         channels: outputs,
                     }));
                 }
-                layers.push(Box::new(Dropout::new(sides[0] * sides[1] * 64)));
+                layers.push(Box::new(Dropout::new(
+                    sides[0].saturating_mul(sides[1]).saturating_mul(64),
+                )));
             }
         }
         let features = layers

@@ -106,8 +106,8 @@ mod tests {
     use lifl_common::random::{Stream, stream};
     use rand::Rng;
 
+    use super::super::network::Network;
     use super::*;
-    use crate::network::Network;
     use crate::{ModelOf, data};
 
     /// The whole chain: a step against the gradient makes the loss less by its length, squared.

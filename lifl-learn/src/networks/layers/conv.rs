@@ -10,58 +10,65 @@ use super::{Backward, Layer, Parameter, in_parts};
 /// columns, channels, outputs]`.
 pub(crate) struct Conv {
     kernel: &'static str,
+    /// Pixels down and across an image.
+    image: [usize; 2],
     /// Rows, columns, channels, outputs.
     shape: [usize; 4],
-    /// Numbers in a row of an image.
-    row: usize,
-    /// Numbers in an image.
-    image: usize,
-    /// Patches down and across an image.
-    down: usize,
-    across: usize,
-    /// Where each patch of an image begins in it.
-    patches: Vec<usize>,
-    /// Where each number of a patch is from where the patch begins.
-    elements: Vec<usize>,
-    /// Where each patch's outputs are.
-    outputs: Vec<usize>,
 }
 
 impl Conv {
     /// For images of `height` by `width` pixels. They are at least as large as the kernel, which is `[rows, columns, channels,
     /// outputs]`.
-    pub(crate) fn new(kernel: &'static str, [height, width]: [usize; 2], shape: [usize; 4]) -> Self {
-        let [rows, columns, channels, outputs] = shape;
-        let row = width * channels;
-        let (down, across) = (height + 1 - rows, width + 1 - columns);
-        let patch = |i| i / across * row + i % across * channels;
-        let run = columns * channels;
-        Self {
-            kernel,
-            shape,
-            row,
-            image: height * row,
-            down,
-            across,
-            patches: (0..down * across).map(patch).collect(),
-            elements: (0..rows * run).map(|i| i / run * row + i % run).collect(),
-            outputs: (0..down * across).map(|i| i * outputs).collect(),
-        }
+    pub(crate) fn new(kernel: &'static str, image: [usize; 2], shape: [usize; 4]) -> Self {
+        Self { kernel, image, shape }
     }
 
     /// Pixels down and across that are left.
     pub(crate) fn sides(&self) -> [usize; 2] {
-        [self.down, self.across]
+        let left = |side: usize, kernel: usize| (side + 1).saturating_sub(kernel);
+        [
+            left(self.image[0], self.shape[0]),
+            left(self.image[1], self.shape[1]),
+        ]
+    }
+
+    /// Numbers in a row of an image.
+    fn row(&self) -> usize {
+        self.image[1] * self.shape[2]
+    }
+
+    /// Numbers in a row of a patch, which are neighbours.
+    fn run(&self) -> usize {
+        self.shape[1] * self.shape[2]
+    }
+
+    /// Where each patch of an image begins in it.
+    fn patches(&self) -> Vec<usize> {
+        let [down, across] = self.sides();
+        let patches = (0..down).flat_map(|y| (0..across).map(move |x| (y, x)));
+        patches.map(|(y, x)| y * self.row() + x * self.shape[2]).collect()
+    }
+
+    /// Where each number of a patch is, from where the patch begins.
+    fn elements(&self) -> Vec<usize> {
+        let elements = (0..self.shape[0]).flat_map(|row| (0..self.run()).map(move |i| (row, i)));
+        elements.map(|(row, i)| row * self.row() + i).collect()
+    }
+
+    /// Where each patch's outputs are.
+    fn places(&self) -> Vec<usize> {
+        (0..self.outputs()).step_by(self.shape[3]).collect()
     }
 }
 
 impl Layer for Conv {
     fn inputs(&self) -> usize {
-        self.image
+        self.image[0] * self.row()
     }
 
     fn outputs(&self) -> usize {
-        self.down * self.across * self.shape[3]
+        let [down, across] = self.sides();
+        down * across * self.shape[3]
     }
 
     fn parameters(&self) -> Vec<Parameter> {
@@ -69,72 +76,74 @@ impl Layer for Conv {
     }
 
     fn forward(&self, weights: &[Vec<f32>], input: &[f32], output: &mut [f32]) {
-        let [rows, columns, channels, outputs] = self.shape;
-        let kernel = Right::new(&weights[0], outputs);
-        in_parts(output, self.outputs(), |first, output| {
-            let images = input[first * self.image..].chunks_exact(self.image);
-            for (image, output) in images.zip(output.chunks_exact_mut(self.outputs())) {
+        let (inputs, outputs) = (self.inputs(), self.outputs());
+        let kernel = Right::new(&weights[0], self.shape[3]);
+        let (patches, places) = (self.patches(), self.places());
+        in_parts(output, outputs, |first, output| {
+            let images = input[first * inputs..].chunks_exact(inputs);
+            for (image, output) in images.zip(output.chunks_exact_mut(outputs)) {
                 let left = Left {
                     values: image,
-                    rows: &self.patches,
+                    rows: &patches,
                     runs: Steps {
-                        count: rows,
-                        step: self.row,
+                        count: self.shape[0],
+                        step: self.row(),
                     },
-                    elements: Steps::neighbours(columns * channels),
+                    elements: Steps::neighbours(self.run()),
                 };
-                product(left, &kernel, output, &self.outputs, Store::Replace);
+                product(left, &kernel, output, &places, Store::Replace);
             }
         });
     }
 
     fn backward(&self, weights: &[Vec<f32>], pass: Backward<'_>, gradients: &mut [Vec<f32>]) {
-        let [_, columns, channels, outputs] = self.shape;
+        let [_, _, channels, columns] = self.shape;
+        let (inputs, outputs, [down, across]) = (self.inputs(), self.outputs(), self.sides());
         let gradient = pass.output_gradient;
 
         // kernel_gradient = patchesᵀ · gradient: a row of patchesᵀ is one number of every patch.
-        in_parts(&mut gradients[0], outputs, |first, out| {
-            let count = out.len() / outputs;
-            let rows: Vec<usize> = (0..count).map(|row| row * outputs).collect();
+        let elements = self.elements();
+        in_parts(&mut gradients[0], columns, |first, out| {
+            let rows: Vec<usize> = (0..out.len()).step_by(columns).collect();
             out.fill(0.0);
-            let images = pass.input.chunks_exact(self.image);
-            for (image, gradient) in images.zip(gradient.chunks_exact(self.outputs())) {
+            let images = pass.input.chunks_exact(inputs);
+            for (image, gradient) in images.zip(gradient.chunks_exact(outputs)) {
                 let left = Left {
                     values: image,
-                    rows: &self.elements[first..first + count],
+                    rows: &elements[first..first + rows.len()],
                     runs: Steps {
-                        count: self.down,
-                        step: self.row,
+                        count: down,
+                        step: self.row(),
                     },
                     elements: Steps {
-                        count: self.across,
+                        count: across,
                         step: channels,
                     },
                 };
-                product(left, &Right::new(gradient, outputs), out, &rows, Store::Add);
+                product(left, &Right::new(gradient, columns), out, &rows, Store::Add);
             }
         });
 
         // input_gradient: gradient · kernelᵀ is each patch's, and is added to where the patch is; row after row of the patches,
         // since each is one run of memory.
         if let Some(out) = pass.input_gradient {
-            let run = columns * channels;
             let kernel_rows: Vec<Right<'_>> = weights[0]
-                .chunks_exact(run * outputs)
-                .map(|kernel_row| Right::transposed(kernel_row, outputs))
+                .chunks_exact(self.run() * columns)
+                .map(|kernel_row| Right::transposed(kernel_row, columns))
                 .collect();
-            in_parts(out, self.image, |first, out| {
+            let (patches, places) = (self.patches(), self.places());
+            in_parts(out, inputs, |first, out| {
                 out.fill(0.0);
-                let gradients = gradient[first * self.outputs()..].chunks_exact(self.outputs());
-                for (image, gradient) in out.chunks_exact_mut(self.image).zip(gradients) {
+                let gradients = gradient[first * outputs..].chunks_exact(outputs);
+                for (image, gradient) in out.chunks_exact_mut(inputs).zip(gradients) {
                     let left = Left {
                         values: gradient,
-                        rows: &self.outputs,
+                        rows: &places,
                         runs: Steps::ONE,
-                        elements: Steps::neighbours(outputs),
+                        elements: Steps::neighbours(columns),
                     };
-                    for (kernel_row, begin) in kernel_rows.iter().zip((0..).step_by(self.row)) {
-                        product(left, kernel_row, &mut image[begin..], &self.patches, Store::Add);
+                    for (kernel_row, begin) in kernel_rows.iter().zip((0..).step_by(self.row())) {
+                        product(left, kernel_row, &mut image[begin..], &patches, Store::Add);
                     }
                 }
             });

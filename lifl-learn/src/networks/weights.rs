@@ -4,8 +4,8 @@ use lifl_common::update::{Tensors, TensorsMut};
 use zerocopy::FromBytes;
 use zerocopy::little_endian::F32;
 
-use super::LearnError;
 use super::layers::Parameter;
+use crate::LearnError;
 
 /// Copies the parameters out of `model`, in the order given: the only copy of it that a trainer makes, since it changes them.
 ///

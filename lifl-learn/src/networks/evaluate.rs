@@ -5,8 +5,9 @@ use lifl_common::update::Tensors;
 use super::loss::cross_entropy;
 use super::model::Model;
 use super::network::Network;
-use super::{Evaluation, LearnError, ModelOf, check_samples, weights};
+use super::{check_samples, weights};
 use crate::data::Samples;
+use crate::{Evaluation, LearnError, ModelOf};
 
 /// Samples judged at once: enough for full-sized products, few enough to stay in the cache.
 const BATCH: usize = 128;
