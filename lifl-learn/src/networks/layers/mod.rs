@@ -90,13 +90,16 @@ fn threads() -> usize {
     }
 }
 
+/// Fewer numbers than these are sooner written than divided among threads.
+const WORTH_DIVIDING: usize = 1 << 14;
+
 /// Calls `work` for parts of `out`, each with the number of its first unit; a unit is `unit` numbers that stay together.
 fn in_parts(out: &mut [f32], unit: usize, work: impl Fn(usize, &mut [f32]) + Sync) {
-    let (threads, units) = (threads(), out.len() / unit);
-    if threads == 1 || units <= 1 {
+    let threads = threads();
+    if threads == 1 || out.len() < WORTH_DIVIDING {
         return work(0, out);
     }
-    let part = units.div_ceil(threads);
+    let part = (out.len() / unit).div_ceil(threads);
     out.par_chunks_mut(part * unit)
         .enumerate()
         .for_each(|(i, out)| work(i * part, out));

@@ -192,12 +192,11 @@ impl Product<'_> {
         // SAFETY: the assertions have looked at the furthest elements of both factors: of the left one here, of the right one
         // here along a row, and in `product` as to how many rows there are.
         let sums = unsafe { sums::<S, M, V>(simd, self.left, starts, right, self.right.stride) };
-        // Indices that are known when it is compiled: with others the sums would have to be in memory.
-        for i in 0..M {
+        for (i, sums) in sums.into_iter().enumerate() {
             if i < here {
                 let start = self.rows[row + i];
                 let out = &mut self.out[start + column..start + self.right.columns];
-                self::store(simd, sums[i], out, self.store);
+                store(simd, sums, out, self.store);
             }
         }
     }
@@ -230,8 +229,8 @@ unsafe fn sums<S: Simd, const M: usize, const V: usize>(
             for i in 0..M {
                 // SAFETY: `at` is an element's place in a row.
                 let value = simd.splat_f32s(unsafe { *left.values.get_unchecked(starts[i] + at) });
-                for v in 0..V {
-                    sums[i][v] = simd.mul_add_e_f32s(value, vectors[v], sums[i][v]);
+                for (sum, vector) in sums[i].iter_mut().zip(vectors) {
+                    *sum = simd.mul_add_e_f32s(value, vector, *sum);
                 }
             }
             at += left.elements.step;
@@ -246,16 +245,16 @@ unsafe fn sums<S: Simd, const M: usize, const V: usize>(
 #[inline(always)]
 fn store<S: Simd, const V: usize>(simd: S, sums: [S::f32s; V], out: &mut [f32], store: Store) {
     let (whole, rest) = S::as_mut_simd_f32s(out);
-    for v in 0..V {
+    for (v, sum) in sums.into_iter().enumerate() {
         if let Some(out) = whole.get_mut(v) {
             *out = match store {
-                Store::Replace => sums[v],
-                Store::Add => simd.add_f32s(*out, sums[v]),
+                Store::Replace => sum,
+                Store::Add => simd.add_f32s(*out, sum),
             };
         } else if v == whole.len() {
             let sum = match store {
-                Store::Replace => sums[v],
-                Store::Add => simd.add_f32s(simd.partial_load_f32s(rest), sums[v]),
+                Store::Replace => sum,
+                Store::Add => simd.add_f32s(simd.partial_load_f32s(rest), sum),
             };
             simd.partial_store_f32s(rest, sum);
         }
