@@ -174,8 +174,9 @@ impl PeerArena {
     ///
     /// To be used only while its owner lends it to the caller: between the frame that brought the key and the
     /// release. In that time the owner does not write the slot, by the protocol; an owner that does so all the same
-    /// can change what is read, but not the mapping's bounds. Whoever decides something by the bytes copies them
-    /// first (see [`update::image::check`](crate::update::image::check)).
+    /// can change what is read, but not the mapping's bounds. So this is for what may have any value: numbers that are
+    /// folded, bytes that are sent or written to a file. Whoever decides something by the bytes reads them once
+    /// ([`update::image::check`](crate::update::image::check) copies the header).
     ///
     /// # Errors
     /// If the key is of another arena or the bytes are not all in one slot.

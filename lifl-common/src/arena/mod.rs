@@ -12,10 +12,12 @@
 //!    └────────────────── free ────────────────┘
 //! ```
 
+mod copy;
 mod mapping;
 pub mod memfd;
 mod slots;
 
+pub(crate) use copy::copy_once;
 pub use mapping::{Layout, PeerArena};
 pub use slots::{OwnedArena, SlotError, WritableSlot};
 

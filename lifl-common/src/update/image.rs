@@ -17,6 +17,7 @@ use serde::{Deserialize, Serialize};
 
 use super::cover::{Cover, MAX_TRAINERS};
 use super::schema::{DType, MAX_TENSORS, Schema, SchemaError, TensorSpec, TensorsMut};
+use crate::arena::copy_once;
 use crate::id::Generation;
 
 /// The data's alignment within the image, and so in memory: slots are page-aligned.
@@ -300,32 +301,40 @@ pub fn schema(image: &[u8]) -> Result<Schema, ImageError> {
     Ok(Schema::new(tensors.collect::<Result<_, ImageError>>()?)?)
 }
 
-/// Copies the header's JSON out, without the spaces behind it; gives it with where the data begins.
+/// Copies the header's JSON out, without the spaces behind it; gives it with where the data begins. Each byte is read
+/// once.
 fn copy_header(image: &[u8]) -> Result<(Vec<u8>, usize), ImageError> {
     let have = image.len();
-    let length = image
-        .first_chunk::<8>()
-        .ok_or(ImageError::HeaderCut { have, need: 8 })?;
-    let length = u64::from_le_bytes(*length);
+    let length = image.get(..8).ok_or(ImageError::HeaderCut { have, need: 8 })?;
+    let mut bytes = [0; 8];
+    copy_once(length, &mut bytes);
+    let length = u64::from_le_bytes(bytes);
     if length > MAX_HEADER_BYTES as u64 {
         return Err(ImageError::HeaderTooLarge(length));
     }
     let offset = 8 + length as usize;
     let need = offset as u64;
-    let mut header = image.get(8..offset).ok_or(ImageError::HeaderCut { have, need })?;
+    let header = image.get(8..offset).ok_or(ImageError::HeaderCut { have, need })?;
     if !offset.is_multiple_of(DATA_ALIGN) {
         return Err(ImageError::Misaligned(offset));
     }
-    // As a rule most of it is room: by lines, and the rest by bytes.
-    while let Some((before, line)) = header.split_last_chunk()
-        && *line == [b' '; DATA_ALIGN]
+    // As a rule most of it is room, which is not kept.
+    let (first, mut lines) = header.as_rchunks::<DATA_ALIGN>();
+    let mut last = [b' '; DATA_ALIGN];
+    while let [before @ .., line] = lines
+        && last == [b' '; DATA_ALIGN]
     {
-        header = before;
+        copy_once(line, &mut last);
+        lines = before;
     }
-    while let [before @ .., b' '] = header {
-        header = before;
-    }
-    Ok((header.to_vec(), offset))
+    let before = first.len() + lines.as_flattened().len();
+    let mut text = vec![0; before + DATA_ALIGN];
+    let (text_before, text_last) = text.split_at_mut(before);
+    copy_once(&header[..before], text_before);
+    text_last.copy_from_slice(&last);
+    let spaces = text.iter().rev().take_while(|byte| **byte == b' ').count();
+    text.truncate(text.len() - spaces);
+    Ok((text, offset))
 }
 
 fn parse(header: &[u8]) -> Result<safetensors::tensor::Metadata, ImageError> {
@@ -476,6 +485,20 @@ mod tests {
                 matches!(check(&spoilt, &schema), Err(ImageError::HeaderSyntax(_))),
                 "{byte} at {at}"
             );
+        }
+    }
+
+    #[test]
+    fn headers_of_all_lengths_are_copied_without_their_room() {
+        for lines in 1..5 {
+            let room = lines * DATA_ALIGN - 8;
+            for text in 0..=room {
+                let mut image = vec![b' '; 8 + room];
+                image[..8].copy_from_slice(&(room as u64).to_le_bytes());
+                image[8..][..text].fill(b'x');
+                let copied = copy_header(&image).expect("a header");
+                assert_eq!(copied, (vec![b'x'; text], 8 + room), "{text} of {room}");
+            }
         }
     }
 
