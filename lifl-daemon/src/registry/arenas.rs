@@ -17,7 +17,7 @@ use lifl_common::id::{ArenaId, JobId, WorkerId};
 use tokio::time::Instant;
 
 use super::quota::Want;
-use super::{Answer, Arena, ConnId, Denial, Done, Registry, deny};
+use super::{Answer, Arena, ConnId, Denial, Done, Registry, arenas_of, deny};
 use crate::chain::error_chain;
 use crate::errands;
 use crate::limits;
@@ -195,7 +195,7 @@ impl Registry {
 
     /// Notes a worker's memory for a later daemon.
     fn note_arenas(&mut self, owner: WorkerId) {
-        let bytes = self.arenas.values().filter(|arena| arena.owner == owner);
+        let bytes = arenas_of(owner).filter_map(|arena| self.arenas.get(&arena));
         let lost = self.workers.get(&owner).map_or(0, |worker| worker.lost_bytes);
         let bytes = bytes.map(|arena| arena.bytes).fold(lost, u64::saturating_add);
         if let Err(error) = self.plane.note_arenas(owner, bytes) {

@@ -12,12 +12,13 @@
 //! Requests are judged here and nowhere else. Nothing here waits: answers and events go into an outbox.
 
 mod arenas;
+mod counted;
 mod door;
 pub(crate) mod quota;
 pub(crate) mod reattach;
 mod status;
 
-use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, HashSet, VecDeque};
 use std::fs::File;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
@@ -32,6 +33,7 @@ use lifl_common::session::Traffic;
 use tokio::sync::mpsc;
 
 use self::arenas::{Asking, Departed, MadeArena};
+use self::counted::{Accounted, Counted};
 use self::quota::{Quotas, Use, Want};
 use self::reattach::Awaited;
 use crate::accounts;
@@ -122,6 +124,17 @@ struct Conn {
     worker: Option<WorkerId>,
 }
 
+impl Accounted for Conn {
+    /// The daemon's own, those of proxies, count for nobody.
+    fn account(&self) -> Option<u32> {
+        (!self.peer.is_own()).then_some(self.peer.account)
+    }
+
+    fn descriptors(&self) -> u32 {
+        1
+    }
+}
+
 #[derive(Debug)]
 struct Job {
     name: String,
@@ -134,6 +147,8 @@ struct Job {
     arena_peak_bytes: u64,
     /// Its workers.
     members: BTreeSet<WorkerId>,
+    /// Their names.
+    names: HashSet<String>,
     /// What their frames referred to, when it was read, and when.
     referenced: Option<(Instant, u64)>,
     /// What goes through the gateway, once it is asked for.
@@ -161,6 +176,16 @@ struct Worker {
     lost_bytes: u64,
 }
 
+impl Accounted for Worker {
+    fn account(&self) -> Option<u32> {
+        Some(self.account)
+    }
+
+    fn descriptors(&self) -> u32 {
+        if self.own { PROXY_DESCRIPTORS } else { 1 }
+    }
+}
+
 #[derive(Debug)]
 struct Arena {
     owner: WorkerId,
@@ -173,6 +198,16 @@ struct Arena {
     page_bytes: u64,
     note: Option<String>,
     sealed: bool,
+}
+
+impl Accounted for Arena {
+    fn account(&self) -> Option<u32> {
+        Some(self.account)
+    }
+
+    fn descriptors(&self) -> u32 {
+        1
+    }
 }
 
 /// The daemon's fixed facts.
@@ -188,10 +223,10 @@ pub(crate) struct Registry {
     quotas: Quotas,
     plane: Plane,
     pool: Pool,
-    conns: HashMap<ConnId, Conn>,
+    conns: Counted<ConnId, Conn>,
     jobs: BTreeMap<JobId, Job>,
-    workers: BTreeMap<WorkerId, Worker>,
-    arenas: BTreeMap<ArenaId, Arena>,
+    workers: Counted<WorkerId, Worker>,
+    arenas: Counted<ArenaId, Arena>,
     last_job: u32,
     last_worker: u32,
     awaited: Awaited,
@@ -239,10 +274,10 @@ impl Registry {
             quotas,
             plane,
             pool,
-            conns: HashMap::new(),
+            conns: Counted::default(),
             jobs: BTreeMap::new(),
-            workers: BTreeMap::new(),
-            arenas: BTreeMap::new(),
+            workers: Counted::default(),
+            arenas: Counted::default(),
             last_job: 0,
             last_worker: 0,
             awaited: Awaited::default(),
@@ -441,7 +476,7 @@ impl Registry {
 
     /// Gives the plane back for its orderly end; arenas are let go. Whose job has ended is off it, connected or not.
     pub(crate) fn into_plane(mut self) -> Plane {
-        for (&id, worker) in &self.workers {
+        for (&id, worker) in self.workers.iter() {
             if self.jobs.get(&worker.job).is_none_or(|job| job.ended)
                 && let Err(error) = self.plane.unregister(id)
             {
@@ -516,6 +551,7 @@ impl Registry {
             arena_bytes: 0,
             arena_peak_bytes: 0,
             members: BTreeSet::new(),
+            names: HashSet::new(),
             referenced: None,
             traffic: None,
             expected: BTreeSet::new(),
@@ -556,11 +592,7 @@ impl Registry {
         if peer.uid != job.uid && peer.uid != 0 && !peer.is_own() {
             return deny(ErrorCode::Denied, format!("job {job_id} is another user's"));
         }
-        if self
-            .workers
-            .values()
-            .any(|worker| worker.job == job_id && worker.name == name)
-        {
+        if job.names.contains(&name) {
             return deny(
                 ErrorCode::BadRequest,
                 format!("job {job_id} has a worker called {name:?} already"),
@@ -592,6 +624,7 @@ impl Registry {
             .map_err(not_registered)?;
         self.last_worker = worker.0;
         job.members.insert(worker);
+        job.names.insert(name.clone());
         let made = Worker {
             name,
             role,
@@ -675,19 +708,14 @@ impl Registry {
         tracing::info!(worker = %id, name = ?worker.name, pid = worker.pid, "worker gone");
         if let Some(job) = self.jobs.get_mut(&worker.job) {
             job.members.remove(&id);
+            job.names.remove(&worker.name);
             job.arena_bytes -= worker.lost_bytes;
         }
         self.pool.free(worker.lost_bytes);
         if let Err(error) = self.plane.unregister(id) {
             tracing::error!(worker = %id, "cannot be taken off the plane: {}", error_chain(&error));
         }
-        let gone: Vec<ArenaId> = self
-            .arenas
-            .iter()
-            .filter(|(_, arena)| arena.owner == id)
-            .map(|(&arena, _)| arena)
-            .collect();
-        for arena in gone {
+        for arena in arenas_of(id) {
             let Some(arena) = self.arenas.remove(&arena) else {
                 continue;
             };
@@ -712,31 +740,25 @@ impl Registry {
         }
     }
 
-    /// What an account has of the node. Counted afresh each time, so that it is what is there.
+    /// What an account has of the node.
     fn used(&self, uid: u32) -> Use {
         let jobs = self.jobs.values().filter(|job| job.account == uid);
-        let workers = self.workers.values().filter(|worker| worker.account == uid);
-        let connections = self.conns.values().filter(|conn| is_of(conn.peer, uid));
         let (departed_bytes, departed) = Self::departed_of(&self.departed, uid);
         let awaited = self.awaited.of_user(uid);
-        let arenas = self.arenas.values().filter(|arena| arena.account == uid);
-        let connections = connections.count() as u32;
-        let (mut count, mut descriptors) = (0, connections + departed + arenas.count() as u32);
-        for worker in workers {
-            count += 1;
-            descriptors += if worker.own { PROXY_DESCRIPTORS } else { 1 };
-        }
+        let (connections, workers) = (self.conns.count(uid), self.workers.count(uid));
+        let arenas = self.arenas.count(uid);
+        let descriptors = connections.descriptors + workers.descriptors + arenas.descriptors + departed;
         let of_jobs: u64 = jobs.clone().map(|job| job.arena_bytes).sum();
         let back = |job: &JobId| self.jobs.contains_key(job);
         Use {
             pool_bytes: of_jobs
                 .saturating_add(departed_bytes)
                 .saturating_add(awaited.arena_bytes),
-            workers: count + awaited.workers,
+            workers: workers.entries + awaited.workers,
             // One that has ended is nothing but its workers.
             jobs: jobs.filter(|job| !job.ended).count() as u32
                 + awaited.jobs.iter().filter(|job| !back(job)).count() as u32,
-            connections,
+            connections: connections.entries,
             descriptors,
         }
     }
@@ -795,9 +817,9 @@ fn not_registered(error: PlaneError) -> Denial {
     Denial(code, error_chain(&error))
 }
 
-/// Whether a connection counts for an account. The daemon's own, those of proxies, count for nobody.
-fn is_of(peer: Peer, account: u32) -> bool {
-    peer.account == account && !peer.is_own()
+/// The ids that a worker's arenas may have.
+fn arenas_of(owner: WorkerId) -> impl Iterator<Item = ArenaId> {
+    (0..ArenaId::PER_WORKER).filter_map(move |index| ArenaId::of(owner, index))
 }
 
 fn check_name(what: &str, name: &str) -> Result<(), Denial> {

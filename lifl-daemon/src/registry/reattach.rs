@@ -11,7 +11,7 @@
 //! The proof of who somebody is lies in the kernel: the socket that it hands over is in the map, and its connection is
 //! that worker's. Everything else that it says of itself is for people, or is checked here.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 use std::time::Duration;
@@ -215,11 +215,11 @@ impl Registry {
         if peer.uid != member.uid && peer.uid != 0 {
             return deny(ErrorCode::Denied, format!("{worker} is another user's"));
         }
-        let taken = self
-            .workers
-            .values()
-            .any(|worker| worker.job == member.job && worker.name == name);
-        if taken {
+        if self
+            .jobs
+            .get(&member.job)
+            .is_some_and(|job| job.names.contains(&name))
+        {
             let message = format!("job {} has a worker called {name:?} already", member.job);
             return deny(ErrorCode::BadRequest, message);
         }
@@ -243,11 +243,13 @@ impl Registry {
             arena_bytes: 0,
             arena_peak_bytes: 0,
             members: BTreeSet::new(),
+            names: HashSet::new(),
             referenced: None,
             traffic: None,
             expected: BTreeSet::new(),
         });
         job.members.insert(worker);
+        job.names.insert(name.clone());
         job.arena_bytes += lost_bytes;
         for (arena, entry) in arenas {
             job.arena_bytes += entry.bytes;
@@ -392,14 +394,14 @@ impl Registry {
 
     /// Tells a worker that comes back who of its job is there.
     fn tell_living(&mut self, id: ConnId, job: JobId) {
-        let present = self.workers.iter().filter(|(_, worker)| worker.job == job);
+        let present = self.jobs.get(&job).into_iter().flat_map(|job| &job.members);
         let awaited = self
             .awaited
             .members
             .iter()
             .filter(|(_, member)| member.job == job);
         let mut living: Vec<WorkerId> = present
-            .map(|(&worker, _)| worker)
+            .copied()
             .chain(awaited.map(|(&worker, _)| worker))
             .collect();
         living.sort_unstable();

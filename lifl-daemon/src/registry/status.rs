@@ -3,21 +3,23 @@
 use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
+use lifl_common::control::packet::MAX_BYTES;
 use lifl_common::control::{
     Amounts, ArenaStatus, ErrorCode, GatewayStatus, JobStatus, JobTraffic, PROTOCOL, Reply, Status,
     UserStatus, Welcome, WorkerStatus,
 };
-use lifl_common::id::{ArenaId, JobId, WorkerId};
+use lifl_common::id::{JobId, WorkerId};
 use lifl_common::kernel::Counters;
 use lifl_common::plane::PlaneKind;
+use serde::Serialize;
 
-use super::{Answer, ConnId, Denial, Job, Peer, Registry, Worker, deny};
+use super::{Answer, ConnId, Denial, Job, Peer, Registry, Worker, arenas_of, deny};
 use crate::Vitals;
 use crate::errands;
 use crate::plane::support;
 
-/// Workers on one page of a status: a page must fit into a packet.
-const STATUS_PAGE: usize = 16;
+/// Bytes of jobs, users and workers on one page of a status: with the daemon's facts, a page must fit into a packet.
+const STATUS_PAGE_BYTES: usize = MAX_BYTES - (8 << 10);
 
 /// Jobs on a page.
 const STATUS_JOBS: usize = 64;
@@ -87,30 +89,46 @@ impl Registry {
                     gateway: gateway_status(job),
                 }
             });
+        let jobs: Vec<JobStatus> = jobs.take(STATUS_JOBS).collect();
+        let users = if first_page {
+            self.users(account)
+        } else {
+            Vec::new()
+        };
         let start = WorkerId(after.map_or(0, |after| after.0.saturating_add(1)));
+        // Of one job, its workers only: others' are not gone through for each page.
+        let of_job = job.map(|job| self.jobs.get(&job).map(|job| job.members.range(start..)));
+        let of_all = job
+            .is_none()
+            .then(|| self.workers.range(start..).map(|(id, _)| id));
+        let ids = of_job
+            .into_iter()
+            .flatten()
+            .flatten()
+            .chain(of_all.into_iter().flatten());
         let mut page: Vec<WorkerStatus> = Vec::new();
-        let mut more = false;
-        for (&worker_id, worker) in self.workers.range(start..) {
-            let shown = self.jobs.get(&worker.job).is_some_and(|job| visible(job.uid));
-            if !shown || job.is_some_and(|job| job != worker.job) {
+        let (mut bytes, mut more) = (packed_bytes(&jobs) + packed_bytes(&users), false);
+        for &worker_id in ids {
+            let Some(worker) = self.workers.get(&worker_id) else {
+                continue;
+            };
+            if !self.jobs.get(&worker.job).is_some_and(|job| visible(job.uid)) {
                 continue;
             }
-            if page.len() == STATUS_PAGE {
+            let status = self.worker_status(worker_id, worker)?;
+            bytes += packed_bytes(&status);
+            if bytes > STATUS_PAGE_BYTES && !page.is_empty() {
                 more = true;
                 break;
             }
-            page.push(self.worker_status(worker_id, worker)?);
+            page.push(status);
         }
         let status = Status {
             daemon: self.welcome(),
-            jobs: jobs.take(STATUS_JOBS).collect(),
+            jobs,
             workers: page,
             more,
-            users: if first_page {
-                self.users(account)
-            } else {
-                Vec::new()
-            },
+            users,
         };
         Ok((Reply::Status(status), None))
     }
@@ -173,8 +191,7 @@ impl Registry {
     }
 
     fn worker_status(&self, worker_id: WorkerId, worker: &Worker) -> Result<WorkerStatus, Denial> {
-        let own = (0..ArenaId::PER_WORKER).filter_map(|index| ArenaId::of(worker_id, index));
-        let arenas = own
+        let arenas = arenas_of(worker_id)
             .filter_map(|arena| Some((arena, self.arenas.get(&arena)?)))
             .map(|(arena, entry)| ArenaStatus {
                 arena,
@@ -222,6 +239,11 @@ impl Registry {
             capabilities: support::names_of(support::effective_capabilities()),
         }
     }
+}
+
+/// Bytes that it takes in a packet, with the comma behind it.
+fn packed_bytes(value: &impl Serialize) -> usize {
+    serde_json::to_vec(value).map_or(0, |json| json.len() + 1)
 }
 
 fn gateway_status(job: &Job) -> Option<GatewayStatus> {

@@ -28,10 +28,14 @@ impl Bench {
     }
 
     fn with(quotas: Quotas) -> Self {
+        Self::of(16, quotas)
+    }
+
+    fn of(max_workers: u32, quotas: Quotas) -> Self {
         let chosen = choose(
             plane::Request::Relay,
             plane::Options {
-                max_workers: 16,
+                max_workers,
                 pin: None,
             },
         )
@@ -39,7 +43,7 @@ impl Bench {
         assert_eq!(chosen.plane.kind(), PlaneKind::Relay);
         let facts = Facts {
             plane_reason: "test".into(),
-            max_workers: 16,
+            max_workers,
         };
         let pool = Pool::new(1 << 20, HugePages::Never);
         let options = GatewayOptions::default();
@@ -221,6 +225,68 @@ async fn jobs_and_users_are_on_a_statuss_first_page() {
         (second.jobs.len(), second.workers.len(), second.users.len()),
         (0, 8, 0)
     );
+}
+
+#[tokio::test]
+async fn a_statuss_pages_fit_into_packets_and_have_all_workers_of_a_job() {
+    const WORKERS: u64 = 250;
+    let mut bench = Bench::of(512, Quotas::unlimited());
+    bench.user(1, 1000);
+    bench.user(2, 1000);
+    let (job, other) = (bench.job(1), bench.job(2));
+    for n in 0..WORKERS {
+        let conn = 10 + n;
+        bench.user(conn, 1000);
+        let (job, name) = if n % 50 == 0 { (other, "other") } else { (job, "w") };
+        // Quotes take twice their length in JSON.
+        let name = format!("{name}{n}{}", "\"".repeat(100));
+        bench.ask(conn, register(job, &name)).expect("registered");
+    }
+    let mut pages = Vec::new();
+    let mut after = None;
+    loop {
+        let page = match bench.ask(
+            1,
+            Request::Status {
+                job: Some(job),
+                after,
+            },
+        ) {
+            Ok(Reply::Status(page)) => page,
+            other => panic!("{other:?}"),
+        };
+        let packet = serde_json::to_vec(&Reply::Status(page.clone())).expect("JSON");
+        assert!(
+            packet.len() <= lifl_common::control::packet::MAX_BYTES,
+            "{}",
+            packet.len()
+        );
+        after = page.workers.last().map(|worker| worker.worker);
+        let more = page.more;
+        pages.push(page.workers);
+        if !more {
+            break;
+        }
+    }
+    assert!((2..5).contains(&pages.len()), "{} pages", pages.len());
+    let workers = pages.concat();
+    assert!(workers.iter().all(|worker| worker.job == job));
+    assert!(workers.is_sorted_by_key(|worker| worker.worker));
+    assert_eq!(workers.len() as u64, WORKERS - 5);
+}
+
+#[tokio::test]
+async fn a_name_is_free_again_once_its_worker_has_left() {
+    let mut bench = Bench::new();
+    for conn in 1..4 {
+        bench.user(conn, 1000);
+    }
+    let job = bench.job(1);
+    bench.ask(2, register(job, "a")).expect("registered");
+    let (code, _) = bench.ask(3, register(job, "a")).expect_err("the name is taken");
+    assert_eq!(code, ErrorCode::BadRequest);
+    bench.registry.closed(ConnId(2));
+    bench.ask(3, register(job, "a")).expect("the name is free");
 }
 
 #[tokio::test]
