@@ -158,80 +158,172 @@ impl<'a> Reporter<'a> {
         if self.json || self.results.is_empty() {
             return Ok(());
         }
-        let mut columns: Vec<(String, Column)> = Vec::new();
-        for result in &self.results {
-            for key in result.case.as_object().into_iter().flat_map(Map::keys) {
-                add(&mut columns, key, Column::Case);
-            }
+        tables(&self.results)
+            .iter()
+            .try_for_each(|table| outln!("{table}"))
+    }
+}
+
+/// The most characters of a table's line.
+const MOST_WIDTH: usize = 100;
+
+/// One column of a table, with a cell for each result.
+struct Column {
+    heading: String,
+    cells: Vec<String>,
+}
+
+impl Column {
+    fn new(heading: &str, results: &[Measured], cell: impl Fn(&Measured) -> Option<String>) -> Self {
+        Self {
+            heading: heading.to_owned(),
+            cells: results
+                .iter()
+                .map(|result| cell(result).unwrap_or_default())
+                .collect(),
         }
-        let fixed = [
-            "median",
-            "min",
-            "p99",
-            "p99.9",
-            "runs",
-            "moved",
-            "of read",
-            "CPU",
-            "peak memory",
-        ];
-        columns.extend(fixed.map(|name| (name.to_owned(), Column::Fixed)));
-        for result in &self.results {
-            for key in result.more.keys() {
-                add(&mut columns, key, Column::More);
-            }
+    }
+
+    fn is_empty(&self) -> bool {
+        self.cells.iter().all(String::is_empty)
+    }
+
+    /// With the line and the spaces beside it.
+    fn width(&self) -> usize {
+        let texts = self.cells.iter().chain([&self.heading]);
+        3 + texts.map(|text| text.chars().count()).max().unwrap_or(0)
+    }
+}
+
+/// The results as lines of text: what all cases have in common, and as many tables below each other as have all columns,
+/// each with the cases.
+fn tables(results: &[Measured]) -> Vec<String> {
+    let (common, cases): (Vec<Column>, Vec<Column>) = keys(results, |result| result.case.as_object())
+        .into_iter()
+        .map(|key| {
+            Column::new(heading(key), results, |result| {
+                Some(plain(key, result.case.get(key)?))
+            })
+        })
+        .partition(|column| results.len() > 1 && column.cells.iter().all(|cell| *cell == column.cells[0]));
+    let mut lines = Vec::new();
+    if !common.is_empty() {
+        let common = common
+            .iter()
+            .map(|column| format!("{} {}", column.heading, column.cells[0]));
+        lines.push(format!("\nall: {}", common.collect::<Vec<_>>().join(", ")));
+    }
+    let case_width = 1 + cases.iter().map(Column::width).sum::<usize>();
+    let mut width = MOST_WIDTH;
+    let mut groups: Vec<Vec<Column>> = Vec::new();
+    for column in measured(results).into_iter().filter(|column| !column.is_empty()) {
+        if width + column.width() > MOST_WIDTH {
+            groups.push(Vec::new());
+            width = case_width;
         }
+        width += column.width();
+        if let Some(group) = groups.last_mut() {
+            group.push(column);
+        }
+    }
+    for group in groups {
+        let columns: Vec<&Column> = cases.iter().chain(&group).collect();
         let mut table = Table::new();
         table.load_preset(comfy_table::presets::ASCII_MARKDOWN);
-        table.set_header(columns.iter().map(|(name, _)| name));
-        for result in &self.results {
-            table.add_row(columns.iter().map(|(name, column)| cell(result, name, *column)));
+        table.set_header(columns.iter().map(|column| &column.heading));
+        for row in 0..results.len() {
+            table.add_row(columns.iter().map(|column| &column.cells[row]));
         }
         for column in table.column_iter_mut() {
             column.set_cell_alignment(CellAlignment::Right);
         }
-        outln!("{table}")
+        lines.push(format!("\n{table}"));
     }
+    lines
 }
 
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Column {
-    Case,
-    Fixed,
-    More,
-}
-
-fn add(columns: &mut Vec<(String, Column)>, name: &str, column: Column) {
-    if !columns
-        .iter()
-        .any(|(known, sort)| known == name && *sort == column)
-    {
-        columns.push((name.to_owned(), column));
+/// What was measured, in the order of its columns.
+fn measured(results: &[Measured]) -> Vec<Column> {
+    let time = |heading, of: fn(&Seconds) -> f64| {
+        Column::new(heading, results, |result| Some(human_time(of(&result.seconds))))
+    };
+    let some_bytes = |bytes: u64| (bytes > 0).then(|| human_bytes(bytes));
+    let mut columns = vec![
+        time("median", |seconds| seconds.median),
+        time("fastest", |seconds| seconds.min),
+        time("99 % within", |seconds| seconds.p99),
+        time("99.9 % within", |seconds| seconds.p999),
+        Column::new("runs", results, |result| Some(result.seconds.runs.to_string())),
+    ];
+    for key in keys(results, |result| Some(&result.more)) {
+        let value = |result: &Measured| result.more.get(key).cloned();
+        if results
+            .iter()
+            .any(|result| value(result).is_some_and(|value| value.is_object()))
+        {
+            // The critical path: seconds by role.
+            for role in keys(results, |result| result.more.get(key)?.as_object()) {
+                columns.push(Column::new(&format!("{role} done"), results, |result| {
+                    Some(plain("seconds", result.more.get(key)?.get(role)?))
+                }));
+            }
+        } else {
+            columns.push(Column::new(heading(key), results, |result| {
+                Some(plain(key, &value(result)?))
+            }));
+        }
     }
+    columns.extend([
+        Column::new("data", results, |result| some_bytes(result.bytes_moved)),
+        Column::new("of read speed", results, |result| {
+            Some(format!("{:.0} %", result.share_of_read? * 100.0))
+        }),
+        Column::new("CPU time", results, |result| result.cpu_seconds.map(human_time)),
+        Column::new("peak memory", results, |result| {
+            some_bytes(result.peak_memory_bytes)
+        }),
+    ]);
+    columns
 }
 
-fn cell(result: &Measured, name: &str, column: Column) -> String {
-    let seconds = &result.seconds;
-    match (column, name) {
-        (Column::Case, _) => result
-            .case
-            .get(name)
-            .map_or(String::new(), |value| plain(name, value)),
-        (Column::More, _) => result
-            .more
-            .get(name)
-            .map_or(String::new(), |value| plain(name, value)),
-        (_, "median") => human_time(seconds.median),
-        (_, "min") => human_time(seconds.min),
-        (_, "p99") => human_time(seconds.p99),
-        (_, "p99.9") => human_time(seconds.p999),
-        (_, "runs") => seconds.runs.to_string(),
-        (_, "moved") => human_bytes(result.bytes_moved),
-        (_, "of read") => result
-            .share_of_read
-            .map_or(String::new(), |share| format!("{share:.2}")),
-        (_, "CPU") => result.cpu_seconds.map_or(String::new(), human_time),
-        _ => human_bytes(result.peak_memory_bytes),
+/// The keys of all results, in the order in which they come first.
+fn keys<'a>(
+    results: &'a [Measured],
+    object: impl Fn(&'a Measured) -> Option<&'a Map<String, Value>>,
+) -> Vec<&'a str> {
+    let mut keys: Vec<&str> = Vec::new();
+    for key in results.iter().filter_map(object).flat_map(Map::keys) {
+        if !keys.contains(&key.as_str()) {
+            keys.push(key);
+        }
+    }
+    keys
+}
+
+/// What a table calls a field of the JSON line.
+fn heading(key: &str) -> &str {
+    match key {
+        "bytes" => "size",
+        "dtype" => "type",
+        "stream" => "senders",
+        "idle" => "idle process",
+        "start" => "start of",
+        "scratch_bytes" => "beside the slot",
+        "round_trip_seconds" => "round trip",
+        "round_trip_p99_seconds" => "trip, 99 %",
+        "round_trip_p999_seconds" => "trip, 99.9 %",
+        "times_bare" => "x bare",
+        "frames_per_s" => "frames/s",
+        "first_seconds" => "first round",
+        "floor_seconds" => "memory's floor",
+        "times_floor" => "x floor",
+        "start_seconds" => "start",
+        "planned_bytes" => "planned memory",
+        "per_worker_seconds" => "per worker",
+        "cpu_per_worker_seconds" => "CPU per worker",
+        "bare_per_worker_seconds" => "per bare process",
+        "wakeups_per_s" => "wake-ups/s",
+        other => other,
     }
 }
 
@@ -244,17 +336,10 @@ fn plain(name: &str, value: &Value) -> String {
             Some(seconds) if name.ends_with("seconds") => human_time(seconds),
             Some(bytes) if name.ends_with("bytes") && name != "bytes" => human_bytes(bytes as u64),
             Some(bytes) if name == "bytes" => format!("{} MB", bytes / 1e6),
+            Some(rate) if name.ends_with("_per_s") => format!("{rate:.0}"),
             Some(share) if number.is_f64() => format!("{share:.2}"),
             _ => number.to_string(),
         },
-        // The critical path: seconds by role.
-        Value::Object(fields) => {
-            let fields: Vec<String> = fields
-                .iter()
-                .map(|(key, value)| format!("{key} {}", plain("seconds", value)))
-                .collect();
-            fields.join(", ")
-        }
         other => other.to_string(),
     }
 }
@@ -281,6 +366,8 @@ fn human_time(seconds: f64) -> String {
 
 #[cfg(test)]
 mod tests {
+    use serde_json::json;
+
     use super::*;
 
     #[test]
@@ -296,5 +383,56 @@ mod tests {
     fn times_read_well() {
         let read = [0.0, 2.5e-7, 3.25e-6, 0.0415, 2.0].map(human_time);
         assert_eq!(read, ["0 ns", "250 ns", "3.2 µs", "41.50 ms", "2.000 s"]);
+    }
+
+    #[test]
+    fn tables_are_narrow_and_have_plain_headings() {
+        let result = |trainers: u32| Measured {
+            bench: "round",
+            case: json!({
+                "bytes": 232_000_000, "dtype": "F32", "trainers": trainers, "levels": "8x4x2x1", "timing": "eager",
+            }),
+            seconds: Seconds::of(vec![0.1 * f64::from(trainers)]),
+            bytes_moved: 1 << 33,
+            share_of_read: Some(0.5),
+            cpu_seconds: Some(0.25),
+            peak_memory_bytes: 1 << 32,
+            more: json!({
+                "first_seconds": 0.5, "floor_seconds": 0.05, "times_floor": 2.0, "start_seconds": 0.75,
+                "planned_bytes": 1_u64 << 33, "per_worker_seconds": 0.01, "frames_per_s": 123_456.7,
+                "critical_path": { "leaf-aggregator": 0.01, "middle-aggregator": 0.02, "trainer": 0.03 },
+            })
+            .as_object()
+            .expect("an object")
+            .clone(),
+        };
+        let text = tables(&[result(4), result(8)]).join("\n");
+        assert!(
+            text.lines().all(|line| line.chars().count() <= MOST_WIDTH),
+            "{text}"
+        );
+        assert!(!text.contains('_'), "{text}");
+        assert!(
+            text.contains("all: size 232 MB, type F32, levels 8x4x2x1, timing eager"),
+            "{text}"
+        );
+        for cell in [
+            "trainers",
+            "400.00 ms",
+            "800.00 ms",
+            "leaf-aggregator done",
+            "123457",
+            "50 %",
+            "8 GiB",
+        ] {
+            assert!(text.contains(cell), "no {cell} in\n{text}");
+        }
+        // A single result has its case in the table.
+        let alone = tables(&[result(4)]).join("\n");
+        assert!(!alone.contains("all:") && alone.contains("8x4x2x1"), "{alone}");
+        assert!(
+            alone.lines().all(|line| line.chars().count() <= MOST_WIDTH),
+            "{alone}"
+        );
     }
 }
