@@ -20,6 +20,7 @@ use std::time::{Duration, Instant};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::stat::{SFlag, fstat};
+use tracing_subscriber::filter::Targets;
 use tracing_subscriber::fmt::MakeWriter;
 
 use crate::privileges;
@@ -32,6 +33,17 @@ pub const LAST_LINES: Duration = Duration::from_secs(1);
 
 /// What a pipe takes without making its writer wait, where it takes anything.
 const AT_ONCE: usize = 4096;
+
+/// Which lines a log has: as `RUST_LOG` says, in the form `level` or `target=level`, several with commas between them; as
+/// `default` says where it is not set, or is not of that form.
+pub fn filter(default: &str) -> Targets {
+    chosen(std::env::var("RUST_LOG").ok().as_deref(), default)
+}
+
+fn chosen(told: Option<&str>, default: &str) -> Targets {
+    let told = told.and_then(|told| told.parse().ok());
+    told.or_else(|| default.parse().ok()).unwrap_or_default()
+}
 
 /// Where lines go. Clones are the same sink.
 #[derive(Clone)]
@@ -407,6 +419,25 @@ mod tests {
             .lines()
             .filter_map(|line| line.strip_prefix('(')?.strip_suffix(" lost)"));
         notes.map(|count| count.parse::<u64>().expect("a number")).sum()
+    }
+
+    #[test]
+    fn the_environment_chooses_what_is_logged() {
+        use tracing::Level;
+
+        let shown =
+            |told, target, level| chosen(told, "warn,lifl_verdict=error").would_enable(target, &level);
+        assert!(shown(None, "lifl_cli::work", Level::WARN) && !shown(None, "lifl_cli::work", Level::INFO));
+        assert!(!shown(None, "lifl_verdict", Level::WARN));
+        let told = Some("info,lifl_cli::work=debug");
+        assert!(shown(told, "lifl_cli::work::trainer", Level::DEBUG));
+        assert!(shown(told, "aya", Level::INFO) && !shown(told, "aya", Level::DEBUG));
+        assert!(
+            shown(Some("ebpf=debug"), "ebpf", Level::DEBUG)
+                && !shown(Some("ebpf=debug"), "aya", Level::ERROR)
+        );
+        let unknown = Some("lifl_cli=loud");
+        assert!(shown(unknown, "lifl_cli", Level::WARN) && !shown(unknown, "lifl_cli", Level::INFO));
     }
 
     #[test]

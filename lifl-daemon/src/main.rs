@@ -31,6 +31,9 @@ use lifl_daemon::{
 use lifl_daemon::{flame, plane, privileges};
 use tokio_util::sync::CancellationToken;
 
+use tracing_subscriber::layer::SubscriberExt;
+use tracing_subscriber::util::SubscriberInitExt;
+
 use crate::settings::{LogFormat, Settings};
 
 /// The group whose members may connect, where the system has it.
@@ -148,14 +151,12 @@ fn usage(error: &clap::Error, log: &Sink) -> ExitCode {
 }
 
 fn log_to(sink: &Sink, format: LogFormat) {
-    let filter = tracing_subscriber::EnvFilter::try_from_default_env()
-        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("info"));
-    let log = tracing_subscriber::fmt()
-        .with_env_filter(filter)
+    let registry = tracing_subscriber::registry().with(logging::filter("info"));
+    let lines = tracing_subscriber::fmt::layer()
         .with_writer(sink.clone())
         .with_ansi(io::stderr().is_terminal());
     match format {
-        LogFormat::Text => log.init(),
+        LogFormat::Text => registry.with(lines).init(),
         LogFormat::Json => {
             sink.tell_by(|lost| {
                 let message = format!("{lost} lines of this log could not be written");
@@ -163,7 +164,7 @@ fn log_to(sink: &Sink, format: LogFormat) {
                     r#"{{"level":"WARN","fields":{{"message":"{message}","lost":{lost}}},"target":"lifl_daemon::logging"}}"#
                 )
             });
-            log.json().init();
+            registry.with(lines.json()).init();
         }
     }
 }

@@ -26,6 +26,7 @@ use tokio::net::unix::pipe::Receiver;
 
 use super::{ALONE, runtime};
 use crate::cli::Report;
+use crate::clock;
 use crate::dir::Dir;
 use crate::exit::{Because, Cause, Outcome};
 use crate::output::{self, outln};
@@ -172,7 +173,7 @@ impl Detachment {
             let _ = dup2_stdout(&log).and_then(|()| dup2_stderr(&log));
         }
         let pid = std::process::id();
-        let now = jiff::Timestamp::now().strftime("%Y-%m-%dT%H:%M:%SZ");
+        let now = clock::utc();
         output::log().line(format!("{BEGUN}{pid}, {now}\n"));
         let run = folder.path().display().to_string();
         let told = serde_json::to_vec(&Begun { run, pid });

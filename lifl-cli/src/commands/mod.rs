@@ -17,9 +17,11 @@ pub(crate) use stop::stop;
 
 use anyhow::anyhow;
 use lifl_common::runtime::{self, Threads};
+use lifl_daemon::logging::filter;
 use serde_json::json;
 use tokio::runtime::Runtime;
-use tracing_subscriber::EnvFilter;
+use tracing_subscriber::layer::SubscriberExt;
+use tracing_subscriber::util::SubscriberInitExt;
 
 use crate::cli::Report;
 use crate::doctor::{self, State};
@@ -29,11 +31,12 @@ use crate::work::{self, Place};
 
 /// Logs go to standard error, as far as they can be written there; `RUST_LOG` chooses which.
 fn log(default: &str) {
-    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(default));
-    tracing_subscriber::fmt()
-        .with_env_filter(filter)
+    let lines = tracing_subscriber::fmt::layer()
         .with_writer(output::log().clone())
-        .with_ansi(false)
+        .with_ansi(false);
+    tracing_subscriber::registry()
+        .with(filter(default))
+        .with(lines)
         .init();
 }
 

@@ -24,6 +24,7 @@ use nix::fcntl::{Flock, FlockArg};
 use serde::Serialize;
 
 use crate::checkpoint::{self, Checkpoint, CheckpointError, Hash, Part};
+use crate::clock;
 use crate::dir::{Dir, FolderError, Trust};
 use lifl_learn::data;
 
@@ -90,7 +91,8 @@ impl RunFolder {
         let dir = match out {
             Some(out) => trust.make(out)?,
             None => {
-                let now = jiff::Timestamp::now().strftime("%Y%m%d-%H%M%S");
+                // 20260131-235959
+                let now = clock::utc().replace(['-', ':', 'Z'], "").replace('T', "-");
                 let name = format!("{}-{now}", file_name(&job.name));
                 let numbered = (2..).map(|n| format!("{name}-{n}"));
                 trust.make_fresh(Path::new("runs"), std::iter::once(name.clone()).chain(numbered))?
