@@ -1,4 +1,4 @@
-//! The arithmetic of one element type: blocks of `f64` sums, what is added to them, and how they are rounded.
+//! The arithmetic of one type of floats: blocks of `f64` sums, what is added to them, and how they are rounded.
 //!
 //! A block's sums stay in the first cache level while the inputs stream past, each once.
 //!
@@ -10,27 +10,26 @@
 //!
 //! Why a rounded mean never leaves its type's range. Let M be the largest magnitude among k inputs. The weights are
 //! quotients that sum to 1 within (k + 1)·2⁻⁵³, and each product and each addition errs by 2⁻⁵³·M at most, so that a
-//! sum is at most M·(1 + 2⁻³⁵) for k up to 2¹⁶. What a rounding carries past M begins at M·(1 + 2⁻²⁵) for `f32` and at
-//! M + ½ for integers, whose M is below 2³². With products in `f32` a sum is at most M·(1 + 2⁻²⁰) whatever k is, since
-//! each group errs only in its own share, and where means are kept in `f32` each fold adds 2⁻²⁵; what is carried past
-//! M begins at M·(1 + 2⁻¹²), or at 255½. Hence the sum of finite inputs is finite, rounds to M at most, and the mean
-//! of equal values is that value. `f64`, for which this argument is too weak, has bounds instead
-//! ([`clamped`](super::place::clamped)), and 64-bit integers are summed exactly ([`wide`](super::wide)).
+//! sum is at most M·(1 + 2⁻³⁵) for k up to 2¹⁶. What a rounding to `f32` carries past M begins at M·(1 + 2⁻²⁵). With
+//! products in `f32` a sum is at most M·(1 + 2⁻²⁰) whatever k is, since each group errs only in its own share, and where
+//! means are kept in `f32` each fold adds 2⁻²⁵; what a rounding to 16 bits carries past M begins at M·(1 + 2⁻¹²). Hence
+//! the sum of finite inputs is finite, rounds to M at most, and the mean of equal values is that value. `f64`, for which
+//! this argument is too weak, has bounds instead ([`f64_in_slot`](super::fold::f64_in_slot)).
 
 use std::ops::{Add, BitOr, Mul};
 
 use half::{bf16, f16};
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 
-use super::halves;
+use super::half_precision;
 
 /// A mean of this magnitude is refused as an infinite one is. Its square is far from what an `f32` holds, and so is that of
 /// a difference of two that are smaller.
 pub(super) const LARGEST: f64 = (1_u64 << 60) as f64;
 
-/// An input of this magnitude is to blame for a mean that is refused: as a mean is between its inputs, one of them is at
+/// An input of this magnitude is the cause of a mean that is refused: as a mean is between its inputs, one of them is at
 /// least as large, but for a rounding.
-const TO_BLAME: f64 = LARGEST / 2.0;
+const LARGEST_INPUT: f64 = LARGEST / 2.0;
 
 /// Elements in a block: 16 KiB of sums.
 pub(super) const BLOCK: usize = 2048;
@@ -46,26 +45,26 @@ pub(super) struct Weighted<'a, E> {
     pub(super) samples: u64,
 }
 
-/// An element type whose means are sums of `f64`.
+/// A type of floats.
 pub(super) trait Element: FromBytes + IntoBytes + Immutable + Copy + Send + Sync + 'static {
     /// What a group's weighted values are added up in before they go to the `f64` sums.
-    type Product: Product;
+    type Sum: Sum;
 
     /// Whether [`nearest`](Self::nearest) is vectorised within any loop; where not, [`write`](Self::write) is faster.
-    const ROUNDS_ALONE: bool = true;
+    const ROUNDS_INLINE: bool = true;
 
     /// Whether [`widen`](Self::widen) is fast within any loop; where not, [`weighted_sums`](Self::weighted_sums) is faster.
-    const WIDENS_ALONE: bool = true;
+    const WIDENS_INLINE: bool = true;
 
     /// The same value.
-    fn widen(self) -> Self::Product;
+    fn widen(self) -> Self::Sum;
 
     /// Makes `sums` the weighted sums of values, added up in the order given.
     #[inline(always)]
     fn weighted_sums<const N: usize>(
-        weights: &[Self::Product; N],
+        weights: &[Self::Sum; N],
         values: &[&[Self]; N],
-        sums: &mut [Self::Product],
+        sums: &mut [Self::Sum],
     ) {
         for (i, sum) in sums.iter_mut().enumerate() {
             *sum = weighted_sum(weights, |n| values[n][i].widen());
@@ -103,7 +102,7 @@ pub(super) trait Element: FromBytes + IntoBytes + Immutable + Copy + Send + Sync
 
     /// Rounds the sums.
     #[inline(always)]
-    fn write<P: Product>(sums: &[P], out: &mut [Self]) {
+    fn write<P: Sum>(sums: &[P], out: &mut [Self]) {
         for (out, &sum) in out.iter_mut().zip(sums) {
             *out = Self::nearest(sum.to_f64());
         }
@@ -119,7 +118,7 @@ pub(super) trait Element: FromBytes + IntoBytes + Immutable + Copy + Send + Sync
 }
 
 /// A float that weighted values are added up in.
-pub(super) trait Product: Element + Mul<Output = Self> + Add<Output = Self> {
+pub(super) trait Sum: Element + Mul<Output = Self> + Add<Output = Self> {
     const ZERO: Self;
 
     /// As wide as the float, so that one loop has vectors of one length.
@@ -132,9 +131,9 @@ pub(super) trait Product: Element + Mul<Output = Self> + Add<Output = Self> {
     fn all_finite(exponents: Self::Bits) -> bool;
 }
 
-macro_rules! products {
+macro_rules! sums {
     ($($float:ty: $bits:ty, $scale:expr;)*) => {$(
-        impl Product for $float {
+        impl Sum for $float {
             const ZERO: Self = 0.0;
             type Bits = $bits;
 
@@ -154,7 +153,7 @@ macro_rules! products {
     )*};
 }
 
-products! {
+sums! {
     f32: u32, (1_u128 << (128 - 60)) as f32;
     f64: u64, f64::MAX / LARGEST;
 }
@@ -163,7 +162,7 @@ products! {
 /// reaches half of its speed.
 pub(super) struct Group<'a, E: Element, const N: usize> {
     values: [&'a [E]; N],
-    weights: [E::Product; N],
+    weights: [E::Sum; N],
 }
 
 impl<'a, E: Element, const N: usize> Group<'a, E, N> {
@@ -172,34 +171,34 @@ impl<'a, E: Element, const N: usize> Group<'a, E, N> {
     pub(super) fn new(inputs: &[Weighted<'a, E>; N], start: usize, len: usize) -> Self {
         Self {
             values: inputs.each_ref().map(|input| &input.values[start..start + len]),
-            weights: inputs.each_ref().map(|input| E::Product::nearest(input.weight)),
+            weights: inputs.each_ref().map(|input| E::Sum::nearest(input.weight)),
         }
     }
 
     /// What the `i`-th elements add up to, each times its weight.
     #[inline(always)]
-    pub(super) fn sum(&self, i: usize) -> E::Product {
+    pub(super) fn sum(&self, i: usize) -> E::Sum {
         weighted_sum(&self.weights, |n| self.values[n][i].widen())
     }
 
     /// The same as the first sum of all, which is added to nothing, with its exponent in `bits`.
     #[inline(always)]
-    pub(super) fn first(&self, i: usize, bits: &mut <E::Product as Product>::Bits) -> E::Product {
-        let sum = E::Product::ZERO + self.sum(i);
+    pub(super) fn first(&self, i: usize, bits: &mut <E::Sum as Sum>::Bits) -> E::Sum {
+        let sum = E::Sum::ZERO + self.sum(i);
         *bits = *bits | sum.exponent();
         sum
     }
 
     /// All [sums](Self::sum).
     #[inline(always)]
-    pub(super) fn sums(&self, sums: &mut [E::Product]) {
+    pub(super) fn sums(&self, sums: &mut [E::Sum]) {
         E::weighted_sums(&self.weights, &self.values, sums);
     }
 }
 
 /// The products' sum, in their order.
 #[inline(always)]
-pub(super) fn weighted_sum<P: Product, const N: usize>(weights: &[P; N], value: impl Fn(usize) -> P) -> P {
+pub(super) fn weighted_sum<P: Sum, const N: usize>(weights: &[P; N], value: impl Fn(usize) -> P) -> P {
     let mut sum = weights[0] * value(0);
     for (n, &weight) in weights.iter().enumerate().skip(1) {
         sum = sum + weight * value(n);
@@ -211,12 +210,12 @@ pub(super) fn weighted_sum<P: Product, const N: usize>(weights: &[P; N], value: 
 #[inline(always)]
 fn add_group<E: Element, const N: usize>(sums: &mut [f64], group: &[Weighted<'_, E>; N], start: usize) {
     let group = Group::new(group, start, sums.len());
-    if E::WIDENS_ALONE {
+    if E::WIDENS_INLINE {
         for (i, sum) in sums.iter_mut().enumerate() {
             *sum += group.sum(i).to_f64();
         }
     } else {
-        let mut block = [E::Product::ZERO; BLOCK];
+        let mut block = [E::Sum::ZERO; BLOCK];
         group.sums(&mut block[..sums.len()]);
         for (sum, more) in sums.iter_mut().zip(block) {
             *sum += more.to_f64();
@@ -226,8 +225,8 @@ fn add_group<E: Element, const N: usize>(sums: &mut [f64], group: &[Weighted<'_,
 
 /// Whether a value is none that a mean may be refused for.
 #[inline(always)]
-pub(super) fn is_good<E: Element>(value: E) -> bool {
-    value.to_f64().abs() < TO_BLAME
+pub(super) fn is_valid<E: Element>(value: E) -> bool {
+    value.to_f64().abs() < LARGEST_INPUT
 }
 
 /// Whether all sums are finite, and below [`LARGEST`].
@@ -241,7 +240,7 @@ pub(super) fn finite(sums: &[f64]) -> bool {
 }
 
 impl Element for f64 {
-    type Product = Self;
+    type Sum = Self;
 
     #[inline(always)]
     fn widen(self) -> Self {
@@ -260,7 +259,7 @@ impl Element for f64 {
 }
 
 impl Element for f32 {
-    type Product = f64;
+    type Sum = f64;
 
     #[inline(always)]
     fn widen(self) -> f64 {
@@ -275,7 +274,7 @@ impl Element for f32 {
 
 /// Rounded by way of `f32`: twice, so that the error is below 0.51 ulp rather than 0.5.
 impl Element for bf16 {
-    type Product = f32;
+    type Sum = f32;
 
     #[inline(always)]
     fn widen(self) -> f32 {
@@ -306,9 +305,9 @@ pub(super) fn bf16_nearest(value: f32) -> bf16 {
 
 /// Rounded by way of `f32` too, with the machine's own instruction.
 impl Element for f16 {
-    type Product = f32;
-    const ROUNDS_ALONE: bool = false;
-    const WIDENS_ALONE: bool = false;
+    type Sum = f32;
+    const ROUNDS_INLINE: bool = false;
+    const WIDENS_INLINE: bool = false;
 
     #[inline(always)]
     fn widen(self) -> f32 {
@@ -321,20 +320,20 @@ impl Element for f16 {
     }
 
     #[inline(always)]
-    fn write<P: Product>(sums: &[P], out: &mut [Self]) {
+    fn write<P: Sum>(sums: &[P], out: &mut [Self]) {
         let mut wide = [0_f32; BLOCK];
         let wide = &mut wide[..sums.len()];
         f32::write(sums, wide);
-        halves::narrow(wide, out);
+        half_precision::narrow(wide, out);
     }
 
     #[inline(always)]
     fn weighted_sums<const N: usize>(weights: &[f32; N], values: &[&[Self]; N], sums: &mut [f32]) {
-        halves::weighted_sums(weights, values, sums);
+        half_precision::weighted_sums(weights, values, sums);
     }
 }
 
-/// The same value, where there is no [instruction](super::halves) for it: inlined and vectorised with the loop around it,
+/// The same value, where there is no [instruction](super::half_precision) for it: inlined and vectorised with the loop around it,
 /// and without a subnormal `f32`, which some machines are slow at.
 #[inline(always)]
 pub(super) fn f16_wide(value: f16) -> f32 {
@@ -359,28 +358,6 @@ pub(super) fn f16_wide(value: f16) -> f32 {
     };
     f32::from_bits(value.to_bits() | (bits & 0x8000) << 16)
 }
-
-/// Integers of up to 32 bits, rounded to the nearest, halves to the even one.
-macro_rules! integers {
-    ($($type:ty: $product:ty)*) => {$(
-        impl Element for $type {
-            type Product = $product;
-
-            #[inline(always)]
-            fn widen(self) -> $product {
-                self.into()
-            }
-
-            #[inline(always)]
-            fn nearest(mean: f64) -> Self {
-                // 1.5·2⁵² has an ulp of 1: the addition rounds, to even, and leaves the integer in the low bits.
-                (mean + 6_755_399_441_055_744.0).to_bits() as Self
-            }
-        }
-    )*};
-}
-
-integers!(i8: f32 i16: f64 i32: f64 u8: f32 u16: f64 u32: f64);
 
 #[cfg(test)]
 mod tests {

@@ -7,25 +7,33 @@
 //! arrived last. [`subtract`] and [`add`] turn weights into deltas and back. Nothing here knows of slots, frames
 //! or sockets: bytes come in, laid out as the job's [`Schema`] says, and bytes go out.
 //!
-//! Which module does what: `rule` what any aggregation rule is, `weighted_mean` the states and the weights of a mean, `region` which arithmetic a run of elements
-//! needs, `place` where a mean is kept between folds,
-//! `element` the arithmetic of one element type, `halves` conversions of `f16`, `wide` that of 64-bit integers, `threads` cuts the work, `delta`
-//! subtracts and adds, `adaptive` the server optimizers that the top applies to the mean, `state` what they remember.
+//! | module | what it has |
+//! | --- | --- |
+//! | `rule` | what any aggregation rule is |
+//! | `weighted_mean` | FedAvg's: the states and the weights of a mean |
+//! | `region` | which arithmetic a run of elements of one type needs, and its private memory |
+//! | `fold` | the loops that fold floats, for each place where a mean is kept |
+//! | `element` | the arithmetic of one type of floats |
+//! | `half_precision` | conversions of `f16` |
+//! | `integers` | means of integers |
+//! | `threads` | cutting the work |
+//! | `deltas` | subtracting models and adding deltas |
+//! | `server_optimizer`, `optimizer_state` | FedAdagrad, FedAdam and FedYogi at the top, and what they keep from round to round |
 //!
 //! Each element is computed from its own inputs in the order given, by multiplications and additions that are not
 //! fused: the same bits come out for any number of threads, and on any machine.
 
-mod adaptive;
-mod delta;
+mod deltas;
 mod element;
-mod halves;
-mod place;
+mod fold;
+mod half_precision;
+mod integers;
+mod optimizer_state;
 mod region;
 mod rule;
-mod state;
+mod server_optimizer;
 mod threads;
 mod weighted_mean;
-mod wide;
 
 #[cfg(test)]
 mod tests;
@@ -35,10 +43,10 @@ use std::ops::Range;
 use lifl_common::update::Schema;
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 
-pub use adaptive::ServerOptimizer;
-pub use delta::{add, subtract};
+pub use deltas::{add, subtract};
+pub use optimizer_state::{State, state_schema};
 pub use rule::{Action, Rule, rule};
-pub use state::{State, state_schema};
+pub use server_optimizer::ServerOptimizer;
 pub use threads::Threads;
 pub use weighted_mean::{WeightedMean, scratch_bytes};
 

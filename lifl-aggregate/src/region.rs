@@ -3,47 +3,41 @@
 use half::{bf16, f16};
 use lifl_common::config::{Timing, UpdateKind};
 use lifl_common::update::{DType, Region};
-use zerocopy::{FromBytes, Immutable, IntoBytes};
+use zerocopy::{FromBytes, Immutable};
 
-use super::element::{Element, Weighted, is_good};
-use super::place::{self, Fold};
+use super::element::{Element, Weighted, is_valid};
+use super::fold::{self, Fold};
+use super::integers;
 use super::threads::Threads;
-use super::wide::{self, Wide};
 use super::{Input, elements, elements_mut};
 
-/// One region of an aggregate in the making.
+/// One region of an aggregate.
 #[derive(Debug)]
 pub(super) struct RegionMean {
     /// Where it lies, and what its elements are averaged as.
     region: Region,
-    kept: Kept,
+    memory: PrivateMemory,
 }
 
 /// What is kept of a region beside the slot.
 #[derive(Debug)]
-enum Kept {
-    /// Nothing.
+enum PrivateMemory {
     Nothing,
     /// What rounding took from an `f32`.
     Guards(Vec<i8>),
-    /// Means of types of up to 11 significant bits.
-    Single(Vec<f32>),
-    /// Means of integers of 16 and 32 bits.
-    Double(Vec<f64>),
-    /// Sums of samples times values.
-    Signed(Vec<i128>),
-    /// The same of unsigned values.
-    Unsigned(Vec<u128>),
+    /// Means of 16-bit floats.
+    Means(Vec<f32>),
+    /// Sums of samples times integers.
+    Sums(Vec<i128>),
 }
 
-/// Bytes kept beside each element.
-pub(super) const fn kept_bytes(dtype: DType, timing: Timing) -> usize {
+/// Bytes of private memory for each element.
+pub(super) const fn private_bytes(dtype: DType, timing: Timing) -> usize {
     match (timing, dtype) {
         (Timing::Lazy, _) | (_, DType::F64) => 0,
         (_, DType::F32) => size_of::<i8>(),
-        (_, DType::F16 | DType::BF16 | DType::I8 | DType::U8) => size_of::<f32>(),
-        (_, DType::I16 | DType::U16 | DType::I32 | DType::U32) => size_of::<f64>(),
-        (_, DType::I64 | DType::U64) => size_of::<i128>(),
+        (_, DType::F16 | DType::BF16) => size_of::<f32>(),
+        _ => size_of::<i128>(),
     }
 }
 
@@ -86,21 +80,19 @@ impl RegionMean {
             (UpdateKind::Deltas, DType::U64) => DType::I64,
             (_, dtype) => dtype,
         };
-        let kept = match (timing, dtype) {
-            (Timing::Lazy, _) | (_, DType::F64) => Kept::Nothing,
-            (_, DType::F32) => Kept::Guards(vec![0; elements]),
-            (_, DType::I16 | DType::U16 | DType::I32 | DType::U32) => Kept::Double(vec![0.0; elements]),
-            (_, DType::I64) => Kept::Signed(vec![0; elements]),
-            (_, DType::U64) => Kept::Unsigned(vec![0; elements]),
-            _ => Kept::Single(vec![0.0; elements]),
+        let memory = match (timing, dtype) {
+            (Timing::Lazy, _) | (_, DType::F64) => PrivateMemory::Nothing,
+            (_, DType::F32) => PrivateMemory::Guards(vec![0; elements]),
+            (_, DType::F16 | DType::BF16) => PrivateMemory::Means(vec![0.0; elements]),
+            _ => PrivateMemory::Sums(vec![0; elements]),
         };
         Self {
             region: Region { dtype, ..region },
-            kept,
+            memory,
         }
     }
 
-    /// Folds the inputs' regions; `false` if one is not finite, and then what is kept is rubbish.
+    /// Folds the inputs' regions; `false` if one is not finite, and then the mean is rubbish.
     pub(super) fn fold(&mut self, threads: &Threads, out: &mut [u8], weights: &Weights<'_>) -> bool {
         let call = Call {
             threads,
@@ -108,42 +100,28 @@ impl RegionMean {
             out,
             weights,
         };
-        match (self.region.dtype, &mut self.kept) {
-            (DType::F64, _) => call.clamped(),
-            (DType::F32, Kept::Guards(guards)) => call.guarded::<false>(guards),
-            (DType::F32, _) => call.slot::<f32>(),
-            (DType::F16, Kept::Single(means)) => call.private::<f16, _>(means),
-            (DType::F16, _) => call.slot::<f16>(),
-            (DType::BF16, Kept::Single(means)) => call.private::<bf16, _>(means),
-            (DType::BF16, _) => call.slot::<bf16>(),
-            (DType::I8, Kept::Single(means)) => call.private::<i8, _>(means),
-            (DType::I8, _) => call.slot::<i8>(),
-            (DType::U8, Kept::Single(means)) => call.private::<u8, _>(means),
-            (DType::U8, _) => call.slot::<u8>(),
-            (DType::I16, Kept::Double(means)) => call.private::<i16, _>(means),
-            (DType::I16, _) => call.slot::<i16>(),
-            (DType::U16, Kept::Double(means)) => call.private::<u16, _>(means),
-            (DType::U16, _) => call.slot::<u16>(),
-            (DType::I32, Kept::Double(means)) => call.private::<i32, _>(means),
-            (DType::I32, _) => call.slot::<i32>(),
-            (DType::U32, Kept::Double(means)) => call.private::<u32, _>(means),
-            (DType::U32, _) => call.slot::<u32>(),
-            (DType::I64, Kept::Signed(sums)) => call.exact::<i64>(sums),
-            (DType::I64, _) => call.exact_slot::<i64>(),
-            (DType::U64, Kept::Unsigned(sums)) => call.exact::<u64>(sums),
-            (DType::U64, _) => call.exact_slot::<u64>(),
+        match (self.region.dtype, &mut self.memory) {
+            (DType::F64, _) => call.f64_in_slot(),
+            (DType::F32, PrivateMemory::Guards(guards)) => call.guarded::<false>(guards),
+            (DType::F32, _) => call.in_slot::<f32>(),
+            (DType::F16, PrivateMemory::Means(means)) => call.in_means::<f16>(means),
+            (DType::F16, _) => call.in_slot::<f16>(),
+            (DType::BF16, PrivateMemory::Means(means)) => call.in_means::<bf16>(means),
+            (DType::BF16, _) => call.in_slot::<bf16>(),
+            (_, PrivateMemory::Sums(sums)) => call.in_sums(sums),
+            (_, _) => call.integers_in_slot(),
         }
     }
 
-    /// Folds the last inputs' regions to the slot alone: what was kept beside it is stale afterwards. `false` as in
+    /// Folds the last inputs' regions to the slot alone: what is kept beside it is stale afterwards. `false` as in
     /// [`fold`](Self::fold).
     pub(super) fn fold_last(&mut self, threads: &Threads, out: &mut [u8], weights: &Weights<'_>) -> bool {
         if weights.before == 0 {
             // Nothing is kept yet.
-            let kept = std::mem::replace(&mut self.kept, Kept::Nothing);
-            let good = self.fold(threads, out, weights);
-            self.kept = kept;
-            return good;
+            let memory = std::mem::replace(&mut self.memory, PrivateMemory::Nothing);
+            let finite = self.fold(threads, out, weights);
+            self.memory = memory;
+            return finite;
         }
         let call = Call {
             threads,
@@ -151,39 +129,30 @@ impl RegionMean {
             out: &mut *out,
             weights,
         };
-        match (self.region.dtype, &mut self.kept) {
-            (DType::F32, Kept::Guards(guards)) => call.guarded::<true>(guards),
-            (DType::F16, Kept::Single(means)) => call.rounded::<f16, _>(means),
-            (DType::BF16, Kept::Single(means)) => call.rounded::<bf16, _>(means),
-            (DType::I8, Kept::Single(means)) => call.rounded::<i8, _>(means),
-            (DType::U8, Kept::Single(means)) => call.rounded::<u8, _>(means),
-            (DType::I16, Kept::Double(means)) => call.rounded::<i16, _>(means),
-            (DType::U16, Kept::Double(means)) => call.rounded::<u16, _>(means),
-            (DType::I32, Kept::Double(means)) => call.rounded::<i32, _>(means),
-            (DType::U32, Kept::Double(means)) => call.rounded::<u32, _>(means),
+        match (self.region.dtype, &mut self.memory) {
+            (DType::F32, PrivateMemory::Guards(guards)) => call.guarded::<true>(guards),
+            (DType::F16, PrivateMemory::Means(means)) => call.last::<f16>(means),
+            (DType::BF16, PrivateMemory::Means(means)) => call.last::<bf16>(means),
             _ => {
-                let good = self.fold(threads, out, weights);
+                let finite = self.fold(threads, out, weights);
                 self.finish(threads, out, weights.samples);
-                good
+                finite
             }
         }
     }
 
-    /// Writes what is kept beside the slot, rounded, to the slot.
+    /// Writes the mean that is kept beside the slot, rounded, to the slot.
     pub(super) fn finish(&self, threads: &Threads, out: &mut [u8], samples: u64) {
-        let range = &self.region.range;
-        match (self.region.dtype, &self.kept) {
-            (_, Kept::Nothing | Kept::Guards(_)) => {}
-            (DType::F16, Kept::Single(means)) => write::<f16, _>(threads, elements_mut(out, range), means),
-            (DType::BF16, Kept::Single(means)) => write::<bf16, _>(threads, elements_mut(out, range), means),
-            (DType::I8, Kept::Single(means)) => write::<i8, _>(threads, elements_mut(out, range), means),
-            (_, Kept::Single(means)) => write::<u8, _>(threads, elements_mut(out, range), means),
-            (DType::I16, Kept::Double(means)) => write::<i16, _>(threads, elements_mut(out, range), means),
-            (DType::U16, Kept::Double(means)) => write::<u16, _>(threads, elements_mut(out, range), means),
-            (DType::I32, Kept::Double(means)) => write::<i32, _>(threads, elements_mut(out, range), means),
-            (_, Kept::Double(means)) => write::<u32, _>(threads, elements_mut(out, range), means),
-            (_, Kept::Signed(sums)) => write_exact::<i64>(threads, elements_mut(out, range), sums, samples),
-            (_, Kept::Unsigned(sums)) => write_exact::<u64>(threads, elements_mut(out, range), sums, samples),
+        let Region { dtype, range, .. } = &self.region;
+        match (dtype, &self.memory) {
+            (_, PrivateMemory::Nothing | PrivateMemory::Guards(_)) => {}
+            (DType::F16, PrivateMemory::Means(means)) => {
+                write::<f16>(threads, elements_mut(out, range), means)
+            }
+            (_, PrivateMemory::Means(means)) => write::<bf16>(threads, elements_mut(out, range), means),
+            (_, PrivateMemory::Sums(sums)) => {
+                integers::finish(threads, *dtype, &mut out[range.clone()], sums, samples);
+            }
         }
     }
 
@@ -191,16 +160,16 @@ impl RegionMean {
     pub(super) fn is_finite(&self, threads: &Threads, data: &[u8]) -> bool {
         let range = &self.region.range;
         match self.region.dtype {
-            DType::F64 => threads.all(elements(data, range), |_, part| all_finite::<f64>(part)),
-            DType::F32 => threads.all(elements(data, range), |_, part| all_finite::<f32>(part)),
-            DType::F16 => threads.all(elements(data, range), |_, part| all_finite::<f16>(part)),
-            DType::BF16 => threads.all(elements(data, range), |_, part| all_finite::<bf16>(part)),
+            DType::F64 => threads.all(elements(data, range), |_, part| all_valid::<f64>(part)),
+            DType::F32 => threads.all(elements(data, range), |_, part| all_valid::<f32>(part)),
+            DType::F16 => threads.all(elements(data, range), |_, part| all_valid::<f16>(part)),
+            DType::BF16 => threads.all(elements(data, range), |_, part| all_valid::<bf16>(part)),
             _ => true,
         }
     }
 }
 
-/// One region in one call; its methods hand the chunks of a [`place`] to the threads.
+/// One region in one call; its methods hand chunks of it to the threads.
 struct Call<'a> {
     threads: &'a Threads,
     region: &'a Region,
@@ -209,12 +178,12 @@ struct Call<'a> {
 }
 
 impl Call<'_> {
-    fn clamped(self) -> bool {
+    fn f64_in_slot(self) -> bool {
         let fold = self.weights.fold(self.region);
         self.threads.all(
             elements_mut(self.out, &self.region.range),
             #[inline(always)]
-            |start, out| place::clamped(out, start, &fold),
+            |start, out| fold::f64_in_slot(out, start, &fold),
         )
     }
 
@@ -223,78 +192,62 @@ impl Call<'_> {
         self.threads.all(
             (elements_mut(self.out, &self.region.range), guards),
             #[inline(always)]
-            |start, (out, guards)| place::guarded::<LAST>(out, guards, start, &fold),
+            |start, (out, guards)| fold::guarded::<LAST>(out, guards, start, &fold),
         )
     }
 
-    fn slot<E: Element>(self) -> bool {
-        let fold = self.weights.fold(self.region);
+    fn in_slot<E: Element>(self) -> bool {
+        let fold = self.weights.fold::<E>(self.region);
         self.threads.all(
             elements_mut::<E>(self.out, &self.region.range),
             #[inline(always)]
-            |start, out| place::slot(out, start, &fold),
+            |start, out| fold::rounded(out, start, &fold),
         )
     }
 
-    fn private<E: Element, C: Element>(self, means: &mut [C]) -> bool {
+    fn in_means<E: Element>(self, means: &mut [f32]) -> bool {
         let fold = self.weights.fold::<E>(self.region);
         self.threads.all(
             means,
             #[inline(always)]
-            |start, means| place::private(means, start, &fold),
+            |start, means| fold::rounded(means, start, &fold),
         )
     }
 
-    fn rounded<E: Element, C: Element>(self, means: &[C]) -> bool {
+    fn last<E: Element>(self, means: &[f32]) -> bool {
         let fold = self.weights.fold::<E>(self.region);
         self.threads.all(
             (elements_mut(self.out, &self.region.range), means),
             #[inline(always)]
-            |start, (out, means)| place::rounded(out, means, start, &fold),
+            |start, (out, means)| fold::last(out, means, start, &fold),
         )
     }
 
-    fn exact_slot<E: Wide + FromBytes + IntoBytes + Immutable>(self) -> bool {
+    fn integers_in_slot(self) -> bool {
+        let Region { dtype, range, .. } = self.region;
         let fold = self.weights.fold(self.region);
-        self.threads.all(
-            elements_mut::<E>(self.out, &self.region.range),
-            #[inline(always)]
-            |start, out| place::exact_slot(out, start, &fold),
-        )
+        integers::fold_in_slot(self.threads, *dtype, &mut self.out[range.clone()], &fold);
+        true
     }
 
-    fn exact<E: Wide + FromBytes + Immutable>(self, sums: &mut [E::Sum]) -> bool {
-        let fold = self.weights.fold::<E>(self.region);
-        self.threads.all(
-            sums,
-            #[inline(always)]
-            |start, sums| place::exact(sums, start, &fold),
-        )
+    fn in_sums(self, sums: &mut [i128]) -> bool {
+        let fold = self.weights.fold(self.region);
+        integers::fold_in_sums(self.threads, self.region.dtype, sums, &fold);
+        true
     }
 }
 
-fn write<E: Element, C: Element>(threads: &Threads, out: &mut [E], means: &[C]) {
+fn write<E: Element>(threads: &Threads, out: &mut [E], means: &[f32]) {
     threads.all(
         (out, means),
         #[inline(always)]
         |_, (out, means)| {
-            place::finish(out, means);
+            fold::finish(out, means);
             true
         },
     );
 }
 
-fn write_exact<E: Wide>(threads: &Threads, out: &mut [E], sums: &[E::Sum], samples: u64) {
-    threads.all(
-        (out, sums),
-        #[inline(always)]
-        |_, (out, sums)| {
-            wide::round(sums, samples, out);
-            true
-        },
-    );
-}
-
-fn all_finite<E: Element>(part: &[E]) -> bool {
-    part.iter().all(|&value| is_good(value))
+fn all_valid<E: Element>(part: &[E]) -> bool {
+    part.iter().all(|&value| is_valid(value))
 }

@@ -77,15 +77,18 @@ impl Threads {
         }
     }
 
-    /// Cuts `work` into chunks and gives each to `run` with the index of its first element, compiled for this
-    /// machine's vectors. Gives `false`, early, as soon as one chunk did.
+    /// Cuts `work` into chunks and gives each to `run` with the index of its first element.
+    pub(super) fn each<P: Part>(&self, work: P, run: impl Fn(usize, P) + Sync) {
+        self.cut(work, &|(start, part)| run(start, part));
+    }
+
+    /// As [`each`](Self::each), compiled for this machine's vectors. Gives `false`, early, as soon as one chunk did.
     ///
     /// What `run` calls must be `inline(always)` to be compiled for those vectors too; a closure given to an
     /// iterator's `for_each` or `fold` is not, a `for` loop is.
     pub(super) fn all<P: Part>(&self, work: P, run: impl Fn(usize, P) -> bool + Sync) -> bool {
         let good = AtomicBool::new(true);
-        // Behind a pointer, since each use would else be another copy of all that `run` inlines.
-        let each: &(dyn Fn((usize, P)) + Sync) = &|(start, part)| {
+        self.cut(work, &|(start, part)| {
             let run = Run {
                 run: &run,
                 start,
@@ -95,7 +98,12 @@ impl Threads {
             if good.load(Ordering::Relaxed) && !self.arch.dispatch(run) {
                 good.store(false, Ordering::Relaxed);
             }
-        };
+        });
+        good.into_inner()
+    }
+
+    /// `run` is behind a pointer, since each use would else be another copy of all that it inlines.
+    fn cut<P: Part>(&self, work: P, run: &(dyn Fn((usize, P)) + Sync)) {
         let mut chunks = Vec::with_capacity(work.len().div_ceil(CHUNK));
         let (mut start, mut rest) = (0, work);
         while rest.len() > CHUNK {
@@ -105,14 +113,13 @@ impl Threads {
         }
         match &self.pool {
             // Not worth waking anybody.
-            _ if chunks.is_empty() => each((start, rest)),
-            None => chunks.into_iter().chain([(start, rest)]).for_each(each),
+            _ if chunks.is_empty() => run((start, rest)),
+            None => chunks.into_iter().chain([(start, rest)]).for_each(run),
             Some(pool) => {
                 chunks.push((start, rest));
-                pool.install(|| chunks.into_par_iter().for_each(each));
+                pool.install(|| chunks.into_par_iter().for_each(run));
             }
         }
-        good.into_inner()
     }
 }
 

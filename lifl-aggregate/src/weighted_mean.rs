@@ -5,7 +5,7 @@ use std::sync::Arc;
 use lifl_common::config::{Timing, UpdateKind};
 use lifl_common::update::Schema;
 
-use super::region::{RegionMean, Weights, kept_bytes};
+use super::region::{RegionMean, Weights, private_bytes};
 use super::threads::Threads;
 use super::{Action, FoldError, Input, Operand, Rule, check};
 
@@ -43,7 +43,7 @@ enum State {
 pub fn scratch_bytes(schema: &Schema, timing: Timing) -> usize {
     let regions = schema.regions().into_iter();
     regions
-        .map(|region| region.range.len() / region.dtype.bytes() * kept_bytes(region.dtype, timing))
+        .map(|region| region.range.len() / region.dtype.bytes() * private_bytes(region.dtype, timing))
         .sum()
 }
 
@@ -83,7 +83,7 @@ impl WeightedMean {
     }
 
     /// Checks the operands, and has each region fold its share of them.
-    fn take(
+    fn fold_regions(
         &mut self,
         out: &mut [u8],
         inputs: &[Input<'_>],
@@ -102,14 +102,14 @@ impl WeightedMean {
             return Ok(());
         }
         let threads = &self.threads;
-        let good = self
+        let finite = self
             .regions
             .iter_mut()
             .all(|region| fold(region, threads, out, &weights));
-        if !good {
+        if !finite {
             self.state = State::Spoilt;
             return Err(FoldError::NotFinite {
-                inputs: self.culprits(inputs),
+                inputs: self.not_finite(inputs),
             });
         }
         self.samples = weights.samples;
@@ -117,7 +117,7 @@ impl WeightedMean {
     }
 
     /// Which inputs hold what they should not: a second look, taken only when there is one.
-    fn culprits(&self, inputs: &[Input<'_>]) -> Vec<usize> {
+    fn not_finite(&self, inputs: &[Input<'_>]) -> Vec<usize> {
         inputs
             .iter()
             .enumerate()
@@ -152,7 +152,7 @@ impl Rule for WeightedMean {
             State::Finished => return Err(FoldError::Finished),
             State::Spoilt => return Err(FoldError::Spoilt),
         }
-        self.take(out, inputs, RegionMean::fold)
+        self.fold_regions(out, inputs, RegionMean::fold)
     }
 
     /// Of all that is folded last nothing is kept beside the slot, so that this is one pass over the memory where a
@@ -164,7 +164,7 @@ impl Rule for WeightedMean {
             State::Finished => return Err(FoldError::Finished),
             State::Spoilt => return Err(FoldError::Spoilt),
         }
-        self.take(out, inputs, RegionMean::fold_last)?;
+        self.fold_regions(out, inputs, RegionMean::fold_last)?;
         if self.samples == 0 {
             return Err(FoldError::Empty);
         }

@@ -1,25 +1,23 @@
-//! Where a mean is kept between folds: one function for each such place, which folds one chunk of it.
+//! The loops that fold floats into a mean: one function for each place where the mean is kept between folds.
 //!
-//! | place | types | private bytes per element | rounded |
+//! | function | types | private bytes per element | rounded |
 //! | --- | --- | --- | --- |
-//! | [`slot`] | all but `f64` and 64-bit integers, when lazy | 0 | at each fold |
-//! | [`clamped`] | `f64` | 0 | at each fold |
+//! | [`rounded`] into the slot | all but `f64`, when lazy | 0 | at each fold |
+//! | [`rounded`] into `f32` in private memory | 16-bit floats, when eager | 4 | at each fold to `f32`; at the [`last`] to the type |
 //! | [`guarded`] | `f32`, when eager | 1 | at each fold to 31 bits, 8 of them beside the slot; at the last to the type |
-//! | [`private`] | 16-bit floats and 8-bit integers, when eager | 4 | at each fold to `f32`, at the last to the type |
-//! | [`private`] | 16-bit and 32-bit integers, when eager | 8 | at each fold to `f64`, at the last to the type |
-//! | [`exact_slot`] | 64-bit integers, when lazy | 0 | at each fold |
-//! | [`exact`] | 64-bit integers, when eager | 16 | at the end |
+//! | [`f64_in_slot`] | `f64` | 0 | at each fold |
+//!
+//! Tensors of integers are averaged [elsewhere](super::integers).
 //!
 //! Each takes the chunk, the index of its first element in the region, and the fold; each gives `false` if an input
-//! was not finite, and then what is kept is rubbish.
+//! was not finite, and then the mean is rubbish.
 //!
 //! Why `f32` is guarded: two hundred folds into an `f32` slot add up two hundred roundings, and a tensor whose values
 //! are all near 1 then misses the flat average by about 10⁻⁶ (0.97 · 10⁻⁶ in a simulation of 3,000 elements), which is
 //! all that a job may be off. With eight more bits nothing adds up, for one byte read and one written beside the
 //! twelve that the fold moves anyway.
 
-use super::element::{BLOCK, Element, Group, Product, Weighted, finite};
-use super::wide::{self, Wide};
+use super::element::{BLOCK, Element, Group, Sum, Weighted, finite};
 
 /// Returns what the call gives for inputs that are one group; goes on for any other number of them.
 macro_rules! if_one_group {
@@ -48,7 +46,7 @@ macro_rules! if_one_group {
 
 /// One region's share in one call.
 pub(super) struct Fold<'a, E> {
-    /// Samples folded before; with none, what is kept is never read.
+    /// Samples folded before; with none, the mean so far is never read.
     pub(super) before: u64,
     /// Their share of all samples.
     pub(super) weight: f64,
@@ -59,125 +57,114 @@ pub(super) struct Fold<'a, E> {
 }
 
 impl<E: Element> Fold<'_, E> {
-    /// The mean of the elements from `start` on. `kept` fills in what was folded before, if anything was.
+    /// The mean of the elements from `start` on. `before` fills in the mean so far, if anything was folded.
     #[inline(always)]
-    fn sum(&self, sums: &mut [f64], start: usize, kept: impl Fn(&mut [f64])) {
+    fn sum(&self, sums: &mut [f64], start: usize, before: impl Fn(&mut [f64])) {
         match self.before {
             0 => sums.fill(0.0),
-            _ => kept(sums),
+            _ => before(sums),
         }
         E::add(sums, &self.inputs, start);
     }
 }
 
-/// The slot itself, rounded to its type.
+/// Folds into a mean of type `M`, which is rounded to that.
 #[inline(always)]
-pub(super) fn slot<E: Element>(out: &mut [E], start: usize, fold: &Fold<'_, E>) -> bool {
-    private::<E, E>(out, start, fold)
-}
-
-/// Memory of a type `C`, rounded to that.
-#[inline(always)]
-pub(super) fn private<E: Element, C: Element>(kept: &mut [C], start: usize, fold: &Fold<'_, E>) -> bool {
+pub(super) fn rounded<E: Element, M: Element>(mean: &mut [M], start: usize, fold: &Fold<'_, E>) -> bool {
     if fold.before == 0 {
-        if_one_group!(fold.inputs, |group| first_at_once(kept, start, group));
-    } else if C::ROUNDS_ALONE {
-        if_one_group!(fold.inputs, |group| next_at_once(kept, start, fold, group));
+        if_one_group!(fold.inputs, |group| first_at_once(mean, start, group));
+    } else if M::ROUNDS_INLINE {
+        if_one_group!(fold.inputs, |group| next_at_once(mean, start, fold, group));
     }
     let mut block = [0.0; BLOCK];
     let mut good = true;
-    for (i, kept) in kept.chunks_mut(BLOCK).enumerate() {
-        let sums = &mut block[..kept.len()];
+    for (i, mean) in mean.chunks_mut(BLOCK).enumerate() {
+        let sums = &mut block[..mean.len()];
         fold.sum(
             sums,
             start + i * BLOCK,
             #[inline(always)]
-            |sums| C::scale(sums, kept, fold.weight),
+            |sums| M::scale(sums, mean, fold.weight),
         );
         good &= finite(sums);
-        C::write(sums, kept);
+        M::write(sums, mean);
     }
     good
 }
 
-/// As [`private`], bit for bit, for the first inputs, if they are one group: neither have their sums to lie in memory nor
+/// As [`rounded`], bit for bit, for the first inputs, if they are one group: neither have their sums to lie in memory nor
 /// to be `f64`.
 #[inline(always)]
-fn first_at_once<E: Element, C: Element, const N: usize>(
-    kept: &mut [C],
+fn first_at_once<E: Element, M: Element, const N: usize>(
+    mean: &mut [M],
     start: usize,
     group: &[Weighted<'_, E>; N],
 ) -> bool {
-    let mut block = [E::Product::ZERO; BLOCK];
+    let mut block = [E::Sum::ZERO; BLOCK];
     let mut bits = Default::default();
-    for (i, kept) in kept.chunks_mut(BLOCK).enumerate() {
-        let group = Group::new(group, start + i * BLOCK, kept.len());
-        if C::ROUNDS_ALONE && E::WIDENS_ALONE {
-            for (i, kept) in kept.iter_mut().enumerate() {
-                *kept = C::nearest(group.first(i, &mut bits).to_f64());
+    for (i, mean) in mean.chunks_mut(BLOCK).enumerate() {
+        let group = Group::new(group, start + i * BLOCK, mean.len());
+        if M::ROUNDS_INLINE && E::WIDENS_INLINE {
+            for (i, mean) in mean.iter_mut().enumerate() {
+                *mean = M::nearest(group.first(i, &mut bits).to_f64());
             }
         } else {
-            let sums = &mut block[..kept.len()];
+            let sums = &mut block[..mean.len()];
             group.sums(sums);
             for sum in &mut *sums {
-                *sum = E::Product::ZERO + *sum;
+                *sum = E::Sum::ZERO + *sum;
                 bits = bits | sum.exponent();
             }
-            C::write(sums, kept);
+            M::write(sums, mean);
         }
     }
-    E::Product::all_finite(bits)
+    E::Sum::all_finite(bits)
 }
 
-/// As [`private`], bit for bit, for further inputs, if they are one group.
+/// As [`rounded`], bit for bit, for further inputs, if they are one group.
 #[inline(always)]
-fn next_at_once<E: Element, C: Element, const N: usize>(
-    kept: &mut [C],
+fn next_at_once<E: Element, M: Element, const N: usize>(
+    mean: &mut [M],
     start: usize,
     fold: &Fold<'_, E>,
     group: &[Weighted<'_, E>; N],
 ) -> bool {
-    let mut block = [E::Product::ZERO; BLOCK];
+    let mut block = [E::Sum::ZERO; BLOCK];
     let mut bits = 0;
-    let mut next = |kept: &mut C, more: E::Product| {
-        let sum = fold.weight * kept.to_f64() + more.to_f64();
+    let mut next = |mean: &mut M, more: E::Sum| {
+        let sum = fold.weight * mean.to_f64() + more.to_f64();
         bits |= sum.exponent();
-        *kept = C::nearest(sum);
+        *mean = M::nearest(sum);
     };
-    for (i, kept) in kept.chunks_mut(BLOCK).enumerate() {
-        let group = Group::new(group, start + i * BLOCK, kept.len());
-        if E::WIDENS_ALONE {
-            for (i, kept) in kept.iter_mut().enumerate() {
-                next(kept, group.sum(i));
+    for (i, mean) in mean.chunks_mut(BLOCK).enumerate() {
+        let group = Group::new(group, start + i * BLOCK, mean.len());
+        if E::WIDENS_INLINE {
+            for (i, mean) in mean.iter_mut().enumerate() {
+                next(mean, group.sum(i));
             }
         } else {
-            let sums = &mut block[..kept.len()];
+            let sums = &mut block[..mean.len()];
             group.sums(sums);
-            for (kept, &more) in kept.iter_mut().zip(&*sums) {
-                next(kept, more);
+            for (mean, &more) in mean.iter_mut().zip(&*sums) {
+                next(mean, more);
             }
         }
     }
     f64::all_finite(bits)
 }
 
-/// The last fold of what [`private`] has kept: the slot is written, and nothing is kept.
+/// Folds the last inputs into means in private memory: the slot is written, and they are not.
 #[inline(always)]
-pub(super) fn rounded<E: Element, C: Element>(
-    out: &mut [E],
-    kept: &[C],
-    start: usize,
-    fold: &Fold<'_, E>,
-) -> bool {
+pub(super) fn last<E: Element>(out: &mut [E], means: &[f32], start: usize, fold: &Fold<'_, E>) -> bool {
     let mut block = [0.0; BLOCK];
     let mut good = true;
-    for (i, (out, kept)) in out.chunks_mut(BLOCK).zip(kept.chunks(BLOCK)).enumerate() {
+    for (i, (out, means)) in out.chunks_mut(BLOCK).zip(means.chunks(BLOCK)).enumerate() {
         let sums = &mut block[..out.len()];
         fold.sum(
             sums,
             start + i * BLOCK,
             #[inline(always)]
-            |sums| C::scale(sums, kept, fold.weight),
+            |sums| f32::scale(sums, means, fold.weight),
         );
         good &= finite(sums);
         E::write(sums, out);
@@ -185,13 +172,13 @@ pub(super) fn rounded<E: Element, C: Element>(
     good
 }
 
-/// Rounds what [`private`] has kept.
+/// Rounds means in private memory to the slot.
 #[inline(always)]
-pub(super) fn finish<E: Element, C: Element>(out: &mut [E], kept: &[C]) {
+pub(super) fn finish<E: Element>(out: &mut [E], means: &[f32]) {
     let mut block = [0.0; BLOCK];
-    for (out, kept) in out.chunks_mut(BLOCK).zip(kept.chunks(BLOCK)) {
+    for (out, means) in out.chunks_mut(BLOCK).zip(means.chunks(BLOCK)) {
         let sums = &mut block[..out.len()];
-        C::scale(sums, kept, 1.0);
+        f32::scale(sums, means, 1.0);
         E::write(sums, out);
     }
 }
@@ -199,7 +186,7 @@ pub(super) fn finish<E: Element, C: Element>(out: &mut [E], kept: &[C]) {
 /// An `f64` slot. Rounded weights may sum to a hair more than 1, which `f64` itself would show: the mean is kept
 /// between the least and the greatest input, so that equal values give that value and nothing overflows.
 #[inline(always)]
-pub(super) fn clamped(out: &mut [f64], start: usize, fold: &Fold<'_, f64>) -> bool {
+pub(super) fn f64_in_slot(out: &mut [f64], start: usize, fold: &Fold<'_, f64>) -> bool {
     /// Three arrays of this, and the input, are less than a first cache level.
     const PART: usize = BLOCK / 4;
     let (mut sums, mut least, mut greatest) = ([0.0; PART], [0.0; PART], [0.0; PART]);
@@ -218,10 +205,10 @@ pub(super) fn clamped(out: &mut [f64], start: usize, fold: &Fold<'_, f64>) -> bo
         }
         let (fours, ones) = fold.inputs.as_chunks::<4>();
         for group in fours {
-            clamp_group(sums, least, greatest, group, start + i * PART);
+            f64_group(sums, least, greatest, group, start + i * PART);
         }
         for one in ones {
-            clamp_group(sums, least, greatest, std::array::from_ref(one), start + i * PART);
+            f64_group(sums, least, greatest, std::array::from_ref(one), start + i * PART);
         }
         for (i, out) in out.iter_mut().enumerate() {
             // Comparisons with NaN are false, so that a NaN stays; an infinite input is its own bound.
@@ -235,7 +222,7 @@ pub(super) fn clamped(out: &mut [f64], start: usize, fold: &Fold<'_, f64>) -> bo
 
 /// Adds several inputs in one pass, and widens the bounds to hold them.
 #[inline(always)]
-fn clamp_group<const N: usize>(
+fn f64_group<const N: usize>(
     sums: &mut [f64],
     least: &mut [f64],
     greatest: &mut [f64],
@@ -359,41 +346,6 @@ fn split(mean: f64) -> (f32, i8) {
         if normal { out } else { mean } as f32,
         if normal { guard } else { 0 },
     )
-}
-
-/// A slot of 64-bit integers.
-#[inline(always)]
-pub(super) fn exact_slot<E: Wide>(out: &mut [E], start: usize, fold: &Fold<'_, E>) -> bool {
-    const PART: usize = BLOCK / 2;
-    let mut sums = [E::Sum::default(); PART];
-    for (i, out) in out.chunks_mut(PART).enumerate() {
-        let sums = &mut sums[..out.len()];
-        sums.fill(E::Sum::default());
-        if fold.before > 0 {
-            let kept = Weighted {
-                values: out,
-                weight: fold.weight,
-                samples: fold.before,
-            };
-            wide::add(sums, &[kept], 0);
-        }
-        wide::add(sums, &fold.inputs, start + i * PART);
-        wide::round(sums, fold.samples, out);
-    }
-    true
-}
-
-/// Sums of 64-bit integers in private memory.
-#[inline(always)]
-pub(super) fn exact<E: Wide>(sums: &mut [E::Sum], start: usize, fold: &Fold<'_, E>) -> bool {
-    const PART: usize = BLOCK / 2;
-    for (i, sums) in sums.chunks_mut(PART).enumerate() {
-        if fold.before == 0 {
-            sums.fill(E::Sum::default());
-        }
-        wide::add(sums, &fold.inputs, start + i * PART);
-    }
-    true
 }
 
 #[cfg(test)]

@@ -16,7 +16,7 @@
 //! to compare it with; the rule begins with the second round.
 //!
 //! One pass over the memory: each element of the mean, the model, `m` and `v` is read once, and of all but the model
-//! written once. `m` and `v` are the optimizer's [state](super::state), which the caller keeps: a step reads the one
+//! written once. `m` and `v` are the optimizer's [state](super::optimizer_state), which the caller keeps: a step reads the one
 //! before and writes the next to another place, so that one which fails spoils nothing. They are `f64` beside `F64`,
 //! `f32` beside every other float, and that is also what is computed in. Tensors of integers are averaged only.
 
@@ -29,8 +29,8 @@ use lifl_common::update::{DType, Schema};
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 
 use super::element::{BLOCK, bf16_nearest, bf16_wide, f16_wide};
-use super::halves;
-use super::state::{Run, State, runs, state_schema};
+use super::half_precision;
+use super::optimizer_state::{Run, State, runs, state_schema};
 use super::threads::Threads;
 use super::{FoldError, Operand, add, check, elements, elements_mut};
 
@@ -118,18 +118,18 @@ impl ServerOptimizer {
                 before,
                 after: &mut *after,
                 rates,
+                adagrad: matches!(self.optimizer, Optimizer::FedAdagrad(_)),
                 deltas,
             };
             finite &= match self.optimizer {
-                Optimizer::FedAdagrad(_) => pass.of::<Adagrad>(),
-                Optimizer::FedYogi(_) => pass.of::<Yogi>(),
-                _ => pass.of::<Adam>(),
+                Optimizer::FedYogi(_) => pass.run::<true>(),
+                _ => pass.run::<false>(),
             };
         }
         if deltas {
             // The mean of integers is the model, or, of deltas, is added to it; they wrap, whatever their sign.
             for region in schema.regions().iter().filter(|region| !region.dtype.is_float()) {
-                super::delta::add_region(threads, region, model, mean);
+                super::deltas::add_region(threads, region, model, mean);
             }
         }
         if finite {
@@ -137,37 +137,6 @@ impl ServerOptimizer {
         } else {
             Err(FoldError::Diverged { eta: rates.eta })
         }
-    }
-}
-
-/// How `v` goes on.
-trait Second {
-    /// The next `v`, by the squared difference; `old` is β₂ and `new` 1 − β₂.
-    fn next<R: Real>(v: R, square: R, old: R, new: R) -> R;
-}
-
-struct Adagrad;
-struct Adam;
-struct Yogi;
-
-impl Second for Adagrad {
-    #[inline(always)]
-    fn next<R: Real>(v: R, square: R, _: R, _: R) -> R {
-        v + square
-    }
-}
-
-impl Second for Adam {
-    #[inline(always)]
-    fn next<R: Real>(v: R, square: R, old: R, new: R) -> R {
-        old * v + new * square
-    }
-}
-
-impl Second for Yogi {
-    #[inline(always)]
-    fn next<R: Real>(v: R, square: R, _: R, new: R) -> R {
-        v - new * square * (v - square).sign()
     }
 }
 
@@ -229,12 +198,17 @@ struct Rates<R> {
 }
 
 impl<R: Real> Rates<R> {
-    fn new(rates: &Adaptive) -> Self {
+    /// FedAdagrad's second moment is FedAdam's with 1 for both rates, bit for bit.
+    fn new(rates: &Adaptive, adagrad: bool) -> Self {
+        let (old_2, new_2) = match adagrad {
+            true => (1.0, 1.0),
+            false => (rates.beta_2, 1.0 - rates.beta_2),
+        };
         Self {
             old_1: R::from_f64(rates.beta_1),
             new_1: R::from_f64(1.0 - rates.beta_1),
-            old_2: R::from_f64(rates.beta_2),
-            new_2: R::from_f64(1.0 - rates.beta_2),
+            old_2: R::from_f64(old_2),
+            new_2: R::from_f64(new_2),
             eta: R::from_f64(rates.eta),
             tau: R::from_f64(rates.tau),
         }
@@ -251,7 +225,7 @@ struct Moments<'a, R> {
 
 /// The rule for some elements; says whether the new weights are finite.
 #[inline(always)]
-fn adapt<R: Real, S: Second, const DELTAS: bool>(
+fn adapt<R: Real, const YOGI: bool, const DELTAS: bool>(
     mean: &mut [R],
     model: &[R],
     moments: Moments<'_, R>,
@@ -265,7 +239,12 @@ fn adapt<R: Real, S: Second, const DELTAS: bool>(
     {
         let difference = if DELTAS { *mean } else { *mean - weight };
         let m = rates.old_1 * m + rates.new_1 * difference;
-        let v = S::next(v, difference * difference, rates.old_2, rates.new_2);
+        let square = difference * difference;
+        let v = if YOGI {
+            v - rates.new_2 * square * (v - square).sign()
+        } else {
+            rates.old_2 * v + rates.new_2 * square
+        };
         *mean = weight + rates.eta * m / (v.sqrt() + rates.tau);
         (*next_m, *next_v) = (m, v);
         finite &= mean.finite() & v.finite();
@@ -277,7 +256,7 @@ fn adapt<R: Real, S: Second, const DELTAS: bool>(
 trait Stored: Copy + Send + Sync + FromBytes + IntoBytes + Immutable + 'static {
     type Real: Real + FromBytes + IntoBytes + Immutable;
 
-    fn adapt<S: Second, const DELTAS: bool>(
+    fn adapt<const YOGI: bool, const DELTAS: bool>(
         mean: &mut [Self],
         model: &[Self],
         moments: Moments<'_, Self::Real>,
@@ -291,13 +270,13 @@ macro_rules! stored_as_computed {
             type Real = $real;
 
             #[inline(always)]
-            fn adapt<S: Second, const DELTAS: bool>(
+            fn adapt<const YOGI: bool, const DELTAS: bool>(
                 mean: &mut [Self],
                 model: &[Self],
                 moments: Moments<'_, Self>,
                 rates: &Rates<Self>,
             ) -> bool {
-                adapt::<_, S, DELTAS>(mean, model, moments, rates)
+                adapt::<_, YOGI, DELTAS>(mean, model, moments, rates)
             }
         }
     )*};
@@ -306,13 +285,13 @@ macro_rules! stored_as_computed {
 stored_as_computed!(f32 f64);
 
 /// A float of 16 bits, widened in blocks.
-trait Short: Copy + Send + Sync + FromBytes + IntoBytes + Immutable + 'static {
+trait HalfFloat: Copy + Send + Sync + FromBytes + IntoBytes + Immutable + 'static {
     fn wide(self) -> f32;
     fn narrow(wide: &[f32], to: &mut [Self]);
     fn finite(self) -> bool;
 }
 
-impl Short for bf16 {
+impl HalfFloat for bf16 {
     #[inline(always)]
     fn wide(self) -> f32 {
         bf16_wide(self)
@@ -331,7 +310,7 @@ impl Short for bf16 {
     }
 }
 
-impl Short for f16 {
+impl HalfFloat for f16 {
     #[inline(always)]
     fn wide(self) -> f32 {
         f16_wide(self)
@@ -339,7 +318,7 @@ impl Short for f16 {
 
     #[inline(always)]
     fn narrow(wide: &[f32], to: &mut [Self]) {
-        halves::narrow(wide, to);
+        half_precision::narrow(wide, to);
     }
 
     #[inline(always)]
@@ -348,13 +327,13 @@ impl Short for f16 {
     }
 }
 
-macro_rules! stored_short {
-    ($($short:ty)*) => {$(
-        impl Stored for $short {
+macro_rules! stored_half {
+    ($($half:ty)*) => {$(
+        impl Stored for $half {
             type Real = f32;
 
             #[inline(always)]
-            fn adapt<S: Second, const DELTAS: bool>(
+            fn adapt<const YOGI: bool, const DELTAS: bool>(
                 mean: &mut [Self],
                 model: &[Self],
                 moments: Moments<'_, f32>,
@@ -369,18 +348,18 @@ macro_rules! stored_short {
                 for ((mean, model), ((m, v), (next_m, next_v))) in blocks.zip(before.zip(after)) {
                     let wide_mean = &mut wide_mean[..mean.len()];
                     let wide_model = &mut wide_model[..mean.len()];
-                    for (wide, &short) in wide_mean.iter_mut().zip(&*mean) {
-                        *wide = Short::wide(short);
+                    for (wide, &half) in wide_mean.iter_mut().zip(&*mean) {
+                        *wide = HalfFloat::wide(half);
                     }
-                    for (wide, &short) in wide_model.iter_mut().zip(model) {
-                        *wide = Short::wide(short);
+                    for (wide, &half) in wide_model.iter_mut().zip(model) {
+                        *wide = HalfFloat::wide(half);
                     }
                     let moments = Moments { m, v, next_m, next_v };
-                    finite &= adapt::<f32, S, DELTAS>(wide_mean, wide_model, moments, rates);
-                    Short::narrow(wide_mean, mean);
+                    finite &= adapt::<f32, YOGI, DELTAS>(wide_mean, wide_model, moments, rates);
+                    HalfFloat::narrow(wide_mean, mean);
                     // What an f32 holds may be too much for 16 bits.
-                    for &short in &*mean {
-                        finite &= Short::finite(short);
+                    for &half in &*mean {
+                        finite &= HalfFloat::finite(half);
                     }
                 }
                 finite
@@ -389,7 +368,7 @@ macro_rules! stored_short {
     )*};
 }
 
-stored_short!(bf16 f16);
+stored_half!(bf16 f16);
 
 /// The pass over one run of elements.
 struct Pass<'a> {
@@ -400,32 +379,34 @@ struct Pass<'a> {
     before: &'a [u8],
     after: &'a mut [u8],
     rates: &'a Adaptive,
+    /// Whether the rule is FedAdagrad.
+    adagrad: bool,
     deltas: bool,
 }
 
 impl Pass<'_> {
-    /// By the rule `S`; says whether the new weights are finite.
-    fn of<S: Second>(self) -> bool {
+    /// Says whether the new weights are finite.
+    fn run<const YOGI: bool>(self) -> bool {
         match self.run.dtype {
-            DType::F64 => self.typed::<f64, S>(),
-            DType::F32 => self.typed::<f32, S>(),
-            DType::BF16 => self.typed::<bf16, S>(),
-            DType::F16 => self.typed::<f16, S>(),
+            DType::F64 => self.typed::<f64, YOGI>(),
+            DType::F32 => self.typed::<f32, YOGI>(),
+            DType::BF16 => self.typed::<bf16, YOGI>(),
+            DType::F16 => self.typed::<f16, YOGI>(),
             // They have no moments, and no run.
             _ => true,
         }
     }
 
-    fn typed<E: Stored, S: Second>(self) -> bool {
+    fn typed<E: Stored, const YOGI: bool>(self) -> bool {
         if self.deltas {
-            self.apply::<E, S, true>()
+            self.apply::<E, YOGI, true>()
         } else {
-            self.apply::<E, S, false>()
+            self.apply::<E, YOGI, false>()
         }
     }
 
-    fn apply<E: Stored, S: Second, const DELTAS: bool>(self) -> bool {
-        let rates = Rates::new(self.rates);
+    fn apply<E: Stored, const YOGI: bool, const DELTAS: bool>(self) -> bool {
+        let rates = Rates::new(self.rates, self.adagrad);
         let Run { weights, m, v, .. } = self.run;
         let mean = elements_mut::<E>(self.mean, weights);
         let model = elements::<E>(self.model, weights);
@@ -444,7 +425,7 @@ impl Pass<'_> {
             #[inline(always)]
             |_, ((mean, model), ((m, v), (next_m, next_v)))| {
                 let moments = Moments { m, v, next_m, next_v };
-                E::adapt::<S, DELTAS>(mean, model, moments, &rates)
+                E::adapt::<YOGI, DELTAS>(mean, model, moments, &rates)
             },
         )
     }
