@@ -837,6 +837,27 @@ async fn a_relay_gives_back_what_a_full_receiver_cannot_take() {
     assert!(back <= 100_000 - 65_536);
 }
 
+/// However long the daemon takes to read dead letters.
+#[tokio::test]
+async fn a_relay_hands_over_what_a_worker_wrote_before_it_left() {
+    let Some(mut node) = node_for(PlaneKind::Relay, 2) else {
+        return;
+    };
+    let (mut one, mut two) = (node.worker(1, 1), node.worker(2, 1));
+    // More dead letters than wait for the daemon, and behind them a frame.
+    let mut frames: Vec<Frame> = (0..1500).map(|n| frame(1, 9, n)).collect();
+    frames.push(frame(1, 2, 7));
+    within(one.send(&frames)).await.expect("sent");
+    node.plane.unregister(WorkerId(1)).expect("unregistered");
+    // Longer than the relay waits for a stream that is silent.
+    tokio::time::sleep(Duration::from_millis(1500)).await;
+    let reading = async { while node.dead_letters.recv().await.is_some() {} };
+    tokio::select! {
+        () = reading => panic!("the plane has ended"),
+        () = expect(&mut two, frame(1, 2, 7)) => {}
+    }
+}
+
 /// Whether the plane has yet to read some of what worker 1 sent.
 fn one_is_unread(plane: &Plane, sent: u64) -> bool {
     let counters = plane

@@ -11,7 +11,7 @@
 //!
 //! A reader ends with its worker's stream; the inbox stays until the worker is unregistered, and a frame to it comes
 //! back as [`Refusal::WorkerGone`]. What a worker had written before it was unregistered, most often because it died, is
-//! still read and handed over: its reader gets a moment to come to the stream's end.
+//! still read and handed over: its reader goes on to the stream's end.
 
 use std::collections::HashMap;
 use std::io;
@@ -46,8 +46,9 @@ const INBOX_FRAMES: usize = 65_536;
 /// Frames that wait for all workers of one user together: 32 MiB of the daemon's memory.
 const USER_FRAMES: usize = 524_288;
 
-/// How long the reader of a worker that is gone has to come to its stream's end.
-const DRAIN: Duration = Duration::from_secs(1);
+/// How long the stream of a worker that is gone may be silent before its end. It is shut: only what lies beside the frames, and takes
+/// its time to be closed, can make that so.
+const SILENCE: Duration = Duration::from_secs(1);
 
 /// Frames that are read or written at a time.
 const BATCH_FRAMES: usize = 64;
@@ -162,14 +163,7 @@ impl Relay {
         });
         workers.insert(worker, Arc::clone(&entry));
         let table = Arc::clone(&self.table);
-        let drained = gone.clone();
-        let reading = async move {
-            tokio::select! {
-                () = read(entry, table) => {}
-                () = async { drained.cancelled().await; tokio::time::sleep(DRAIN).await } => {}
-            }
-        };
-        tokio::spawn(self.stop.clone().run_until_cancelled_owned(reading));
+        tokio::spawn(self.stop.clone().run_until_cancelled_owned(read(entry, table)));
         let table = Arc::clone(&self.table);
         tokio::spawn(gone.run_until_cancelled_owned(write(stream, queued, worker, table)));
         Ok(())
@@ -308,7 +302,16 @@ async fn read(worker: Arc<Worker>, table: Arc<Table>) {
     let mut buffer = [0; BATCH_FRAMES * Frame::BYTES];
     let mut filled = 0;
     loop {
-        match worker.stream.read(&mut buffer[filled..]).await {
+        let left_silent = async {
+            worker.gone.cancelled().await;
+            tokio::time::sleep(SILENCE).await;
+        };
+        let read = tokio::select! {
+            biased;
+            read = worker.stream.read(&mut buffer[filled..]) => read,
+            () = left_silent => break debug!(worker = %id, "stream does not end"),
+        };
+        match read {
             Ok(0) => break debug!(worker = %id, half_a_frame = filled != 0, "stream ended"),
             Ok(n) => filled += n,
             Err(error) => break debug!(worker = %id, %error, "stream failed"),
