@@ -10,13 +10,13 @@
 
 mod awake;
 pub mod daemon;
-mod deaths;
+mod driver;
 mod folder;
 mod gateway;
 mod memory_peak;
+mod models;
 pub mod report;
 mod resume;
-mod rounds;
 mod workers;
 
 use std::num::NonZeroU32;
@@ -33,12 +33,12 @@ use lifl_common::update::Schema;
 use tokio_util::sync::CancellationToken;
 
 use self::daemon::{Node, NodeOptions};
+use self::driver::Driver;
 use self::folder::RunFolder;
 pub(crate) use self::folder::{JOB, LOCK};
 use self::gateway::Gateway;
 use self::report::{Level, Reporter, human_bytes};
 pub use self::resume::Resumed;
-use self::rounds::Rounds;
 use self::workers::Workers;
 use crate::base_model;
 use crate::dir::Trust;
@@ -346,13 +346,13 @@ async fn drive(
         Ok(known) => known,
         Err(failure) => return (Err(failure), workers),
     };
-    let mut rounds = Rounds::new(run, workers, reporter, known.evaluator, known.samples);
+    let mut driver = Driver::new(run, node, workers, reporter, known);
     let outcome = tokio::select! {
-        outcome = rounds.all(node) => outcome,
+        outcome = driver.all() => outcome,
         () = shutdown.cancelled() => Err(interrupted()),
         () = after(started, limit) => Err(out_of_time(limit)),
     };
-    (outcome, rounds.into_workers())
+    (outcome, driver.into_workers())
 }
 
 /// What the coordinator knows of the job's data: how many samples each trainer has, and what models are evaluated on.

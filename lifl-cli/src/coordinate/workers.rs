@@ -187,10 +187,11 @@ impl Workers {
         self.start = Some(round);
     }
 
-    /// Kills one, if it runs, and says whether it does; that it has ended is told as of any other.
-    pub(super) fn kill(&self, index: usize) -> bool {
-        let running = self.running.get(&index);
-        running.inspect(|(_, kill)| kill.cancel()).is_some()
+    /// Kills one, if it runs; that it has ended is told as of any other.
+    pub(super) fn kill(&self, index: usize) {
+        if let Some((_, kill)) = self.running.get(&index) {
+            kill.cancel();
+        }
     }
 
     /// Waits until all have left, which the job's end tells them to; kills those that do not. Says how many.

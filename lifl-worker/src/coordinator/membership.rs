@@ -345,13 +345,12 @@ impl Membership {
         hear.flat_map(|index| self.announcement(index)).collect()
     }
 
-    /// Nobody is waited for in that place in this round: its parent hears of it.
+    /// Nobody is waited for in that place in this round: its parent hears of it, once.
     pub fn vacated(&mut self, index: usize) -> Vec<Frame> {
         let Some(pair) = self.round.pairs.get(&index) else {
             return Vec::new();
         };
-        let parent = pair.parent;
-        self.round.vacated.insert(index);
+        let parent = pair.parent.filter(|_| self.round.vacated.insert(index));
         parent.map_or(Vec::new(), |parent| self.announcement(parent))
     }
 
