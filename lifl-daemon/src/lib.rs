@@ -80,7 +80,7 @@ pub struct Options {
     pub grace: Duration,
     /// Whether and how Flame's Python workers are served.
     pub flame: Option<flame::Options>,
-    /// The door for workers beyond shared memory.
+    /// How workers beyond shared memory come in.
     pub gateway: GatewayOptions,
 }
 

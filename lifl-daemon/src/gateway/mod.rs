@@ -1,4 +1,4 @@
-//! The gateway: the door for workers that are not on the node's shared memory.
+//! The gateway: workers that are not on the node's shared memory reach their jobs through it.
 //!
 //! A job's maker has it opened and names who may come; it gets a token, from which each participant's secret is derived, and
 //! whoever proves to know the secret of one that is named is let in. For each worker there is a [`proxy`]: a worker of the job
@@ -41,7 +41,7 @@ use tokio_util::task::TaskTracker;
 use self::broker::Service;
 use self::listener::Listener;
 use self::newcomers::Newcomers;
-use self::proxy::{Proxy, Stand};
+use self::proxy::{Proxy, ProxyConfig};
 use crate::registry::ConnId;
 use crate::server::Lobby;
 
@@ -127,7 +127,7 @@ impl GatewayOptions {
 
 /// A job's wish.
 #[derive(Debug)]
-pub(crate) struct Door {
+pub(crate) struct OpenRequest {
     pub(crate) conn: ConnId,
     pub(crate) job: JobId,
     /// Whose that is.
@@ -147,7 +147,7 @@ pub(crate) struct Opened {
 }
 
 enum Command {
-    Open(Door),
+    Open(OpenRequest),
     Expect(JobId, Vec<RemoteWorker>),
     Drop(JobId, String),
     Close(JobId),
@@ -202,8 +202,8 @@ pub(crate) struct Handle {
 
 impl Handle {
     /// Opens it for a job; the answer comes as [`Opened`].
-    pub(crate) fn open(&self, door: Door) {
-        self.tell(Command::Open(door));
+    pub(crate) fn open(&self, request: OpenRequest) {
+        self.tell(Command::Open(request));
     }
 
     pub(crate) fn expect(&self, job: JobId, workers: Vec<RemoteWorker>) {
@@ -242,11 +242,11 @@ struct OpenJob {
 
 struct Expected {
     role: String,
-    proxy: Option<Standing>,
+    proxy: Option<RunningProxy>,
 }
 
 /// A proxy at work.
-struct Standing {
+struct RunningProxy {
     instance: u64,
     wires: mpsc::Sender<Wire>,
     leave: CancellationToken,
@@ -315,9 +315,9 @@ impl Gateway {
                 Some(command) = inbox.recv() => command,
             };
             match command {
-                Command::Open(door) => {
-                    let (conn, job) = (door.conn, door.job);
-                    match self.open(door).await {
+                Command::Open(request) => {
+                    let (conn, job) = (request.conn, request.job);
+                    match self.open(request).await {
                         Ok(None) => {}
                         Ok(Some(reply)) => {
                             let _ = answers.send(Opened { conn, job, reply });
@@ -355,8 +355,8 @@ impl Gateway {
                 }
                 Command::Drop(job, name) => {
                     let expected = self.jobs.get(&job).and_then(|job| job.expected.get(&name));
-                    if let Some(standing) = expected.and_then(|expected| expected.proxy.as_ref()) {
-                        standing.leave.cancel();
+                    if let Some(running) = expected.and_then(|expected| expected.proxy.as_ref()) {
+                        running.leave.cancel();
                     }
                 }
                 Command::Close(job) => self.close(job),
@@ -374,41 +374,41 @@ impl Gateway {
         self.tasks.wait().await;
     }
 
-    /// Opens the door; the answer, unless that has to wait for the broker.
-    async fn open(&mut self, door: Door) -> Result<Option<Reply>, String> {
+    /// Opens the gateway for a job; the answer, unless that has to wait for the broker.
+    async fn open(&mut self, request: OpenRequest) -> Result<Option<Reply>, String> {
         let token = JobToken::new();
         let mut listening = None;
-        if let Some(address) = door.p2p {
+        if let Some(address) = request.p2p {
             let address = self.listen(address).await?;
             if let Some((_, jobs)) = self.listeners.get_mut(&address) {
-                jobs.insert(door.job);
+                jobs.insert(request.job);
             }
             listening = Some(address);
         }
         let (p2p, mqtt) = (
             listening.map(|at| at.to_string()),
-            door.mqtt.as_ref().map(Broker::to_string),
+            request.mqtt.as_ref().map(Broker::to_string),
         );
-        tracing::info!(job = %door.job, p2p, mqtt, "gateway opened");
+        tracing::info!(job = %request.job, p2p, mqtt, "gateway opened");
         let reply = Reply::GatewayOpened {
             token: token.to_hex(),
             p2p: listening,
         };
         let open = self.stop.child_token();
-        let (now, later) = match door.mqtt {
+        let (now, later) = match request.mqtt {
             None => (Some(reply), None),
             Some(broker) => {
-                self.serve(door.job, broker, token, open.clone());
-                (None, Some((door.conn, reply)))
+                self.serve(request.job, broker, token, open.clone());
+                (None, Some((request.conn, reply)))
             }
         };
         self.jobs.insert(
-            door.job,
+            request.job,
             OpenJob {
-                uid: door.uid,
+                uid: request.uid,
                 token,
-                object_bytes: door.object_bytes,
-                traffic: door.traffic,
+                object_bytes: request.object_bytes,
+                traffic: request.traffic,
                 schema: Arc::default(),
                 expected: HashMap::new(),
                 opening: later,
@@ -525,12 +525,12 @@ impl Gateway {
         let Some(expected) = job.expected.get_mut(&name) else {
             return self.turn_away(wire, format!("the job expects no worker called {name:?}"));
         };
-        if let Some(standing) = &expected.proxy {
-            if standing.instance != instance {
+        if let Some(running) = &expected.proxy {
+            if running.instance != instance {
                 let reason = format!("another process came as {name} before");
                 return self.turn_away(wire, reason);
             }
-            if let Err(error) = standing.wires.try_send(wire) {
+            if let Err(error) = running.wires.try_send(wire) {
                 let closed = matches!(error, mpsc::error::TrySendError::Closed(_));
                 let (mpsc::error::TrySendError::Closed(wire) | mpsc::error::TrySendError::Full(wire)) = error;
                 if closed {
@@ -542,12 +542,12 @@ impl Gateway {
         let (wires, inbox) = mpsc::channel(WIRES);
         let leave = self.stop.child_token();
         let _ = wires.try_send(wire);
-        expected.proxy = Some(Standing {
+        expected.proxy = Some(RunningProxy {
             instance,
             wires,
             leave: leave.clone(),
         });
-        let stand = Stand {
+        let config = ProxyConfig {
             lobby: self.lobby.clone(),
             job: id,
             uid: job.uid,
@@ -560,8 +560,8 @@ impl Gateway {
             wires: inbox,
             leave,
         };
-        let standing = job.proxies.track_future(Proxy::stand_in(stand));
-        self.tasks.spawn(standing);
+        let proxy = job.proxies.track_future(Proxy::run(config));
+        self.tasks.spawn(proxy);
     }
 
     fn turn_away(&self, wire: Wire, reason: String) {

@@ -36,7 +36,7 @@ use crate::errands;
 use crate::server::Lobby;
 
 /// Whom a proxy stands for, and what it needs for that.
-pub(super) struct Stand {
+pub(super) struct ProxyConfig {
     /// The way to the daemon's registry.
     pub(super) lobby: Lobby,
     pub(super) job: JobId,
@@ -109,10 +109,10 @@ pub(super) struct Proxy {
 
 impl Proxy {
     /// Stands for a worker until the job ends or the worker is lost. However it ends, the worker is told.
-    pub(super) async fn stand_in(mut stand: Stand) {
-        let (mut proxy, outcome) = match Self::join(&stand).await {
+    pub(super) async fn run(mut config: ProxyConfig) {
+        let (mut proxy, outcome) = match Self::join(&config).await {
             Ok(mut proxy) => {
-                let outcome = proxy.stand(&mut stand).await;
+                let outcome = proxy.serve(&mut config).await;
                 (Some(proxy), outcome)
             }
             Err(error) => (None, Err(error)),
@@ -123,14 +123,14 @@ impl Proxy {
             Ok(reason) => Message::End(reason),
             Err(error) => {
                 let reason = error_chain(&error);
-                tracing::warn!(job = %stand.job, worker = ?stand.name, "the worker's proxy leaves: {reason}");
+                tracing::warn!(job = %config.job, worker = ?config.name, "the worker's proxy leaves: {reason}");
                 // Its peers need not wait.
                 proxy = None;
                 Message::Bye { last: true, reason }
             }
         };
-        stand.wires.close();
-        while let Ok(next) = stand.wires.try_recv() {
+        config.wires.close();
+        while let Ok(next) = config.wires.try_recv() {
             wire = Some(next);
         }
         farewell(wire, &last_word).await;
@@ -138,10 +138,10 @@ impl Proxy {
     }
 
     /// Gives the reason of an end that is none of the proxy's making.
-    async fn stand(&mut self, stand: &mut Stand) -> Result<String, ProxyError> {
+    async fn serve(&mut self, config: &mut ProxyConfig) -> Result<String, ProxyError> {
         let mut patience = Patience::new();
         loop {
-            let given_up = patience.ends(stand.grace);
+            let given_up = patience.ends(config.grace);
             tokio::select! {
                 incoming = self.link.next() => match incoming? {
                     Incoming::Frame(frame) => self.protocol.handle(Input::Frame(frame)),
@@ -149,8 +149,8 @@ impl Proxy {
                     Incoming::Undelivered(letter) => self.protocol.handle(Input::Undelivered(letter.to)),
                     Incoming::Ended(reason) => return Ok(reason),
                 },
-                Some(mut wire) = stand.wires.recv() => {
-                    wire.count_in(Arc::clone(&stand.traffic));
+                Some(mut wire) = config.wires.recv() => {
+                    wire.count_in(Arc::clone(&config.traffic));
                     if self.wire.take().is_some() {
                         patience.broken(&self.exchange);
                     }
@@ -168,32 +168,32 @@ impl Proxy {
                     }
                 }
                 () = tokio::time::sleep_until(given_up), if self.wire.is_none() => {
-                    return Err(ProxyError::GivenUp(stand.grace));
+                    return Err(ProxyError::GivenUp(config.grace));
                 }
-                () = stand.leave.cancelled() => return Ok("the worker's place is taken away".to_owned()),
+                () = config.leave.cancelled() => return Ok("the worker's place is taken away".to_owned()),
             }
             self.advance().await?;
         }
     }
 
-    async fn join(stand: &Stand) -> Result<Self, ProxyError> {
-        let line = stand.lobby.enter(stand.uid).await.map_err(ProxyError::Lobby)?;
+    async fn join(config: &ProxyConfig) -> Result<Self, ProxyError> {
+        let line = config.lobby.enter(config.uid).await.map_err(ProxyError::Lobby)?;
         let client = Client::over(line).await?;
-        let name = proxy_name(&stand.name);
-        let mut link = NodeLink::register(client, stand.job, &stand.role, &name).await?;
-        let layout = Layout::for_objects(1, stand.object_bytes);
-        let layout = layout.ok_or(ProxyError::NoSlot(stand.object_bytes))?;
+        let name = proxy_name(&config.name);
+        let mut link = NodeLink::register(client, config.job, &config.role, &name).await?;
+        let layout = Layout::for_objects(1, config.object_bytes);
+        let layout = layout.ok_or(ProxyError::NoSlot(config.object_bytes))?;
         let arena = link.create_arena(layout).await?.arena;
         Ok(Self {
             protocol: Trainer::new(link.id(), link.coordinator()),
             link,
             arena,
-            uid: stand.uid,
-            name: stand.name.clone(),
-            exchange: Exchange::with_grace(stand.grace),
+            uid: config.uid,
+            name: config.name.clone(),
+            exchange: Exchange::with_grace(config.grace),
             wire: None,
             schema: None,
-            shared_schema: Arc::clone(&stand.schema),
+            shared_schema: Arc::clone(&config.schema),
             coming: None,
             verdict: None,
         })

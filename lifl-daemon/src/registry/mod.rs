@@ -13,7 +13,7 @@
 
 mod arenas;
 mod counted;
-mod door;
+mod gateway_requests;
 pub(crate) mod quota;
 pub(crate) mod reattach;
 mod status;

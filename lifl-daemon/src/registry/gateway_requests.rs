@@ -11,7 +11,7 @@ use lifl_common::session::reach::Reach;
 use lifl_common::session::{MAX_NAME_BYTES as MAX_REMOTE_NAME_BYTES, Traffic};
 
 use super::{Answer, ConnId, Denial, HELLO_FIRST, Outgoing, Registry, check_name, deny};
-use crate::gateway::{Door, Opened};
+use crate::gateway::{OpenRequest, Opened};
 
 impl Registry {
     /// Has the gateway opened; [`gateway_opened`](Self::gateway_opened) answers.
@@ -70,7 +70,7 @@ impl Registry {
         let uid = job.uid;
         let traffic = Arc::new(Traffic::default());
         job.traffic = Some(Arc::clone(&traffic));
-        self.gateway.open(Door {
+        self.gateway.open(OpenRequest {
             conn: id,
             job: job_id,
             uid,
