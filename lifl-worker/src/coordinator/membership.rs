@@ -313,17 +313,16 @@ impl Membership {
         frames
     }
 
-    /// Whether that is a trainer on this node whose parent is the one that it was told last.
+    /// Whether that is a trainer, or its proxy, whose parent is the one that it was told last.
     fn is_told_by_parent(&self, index: usize) -> bool {
         let round = &self.round;
         let parent = round.pairs.get(&index).and_then(|pair| pair.parent);
         let parent = parent.and_then(|parent| round.own.get(&parent));
-        let own = round.own.get(&index);
-        let own = own.filter(|_| !round.proxies.contains_key(&index));
-        let (Some(own), Some(parent)) = (own, parent) else {
+        let child = round.proxies.get(&index).or(round.own.get(&index));
+        let (Some(child), Some(parent)) = (child, parent) else {
             return false;
         };
-        self.job.workers[index].kind == Kind::Trainer && self.parents.get(own) == Some(parent)
+        self.job.workers[index].kind == Kind::Trainer && self.parents.get(child) == Some(parent)
     }
 
     /// A successor can begin: if its place in the round waits for it, it, its parent and its children hear of it.
