@@ -1,8 +1,7 @@
 //! The worker processes: what all roles share, the aggregator, the trainer.
 
 mod aggregator;
-mod ground;
-mod link;
+mod join;
 mod remote_trainer;
 mod trainer;
 mod uplink;
@@ -10,21 +9,14 @@ mod uplink;
 use std::io;
 use std::os::fd::AsFd;
 use std::path::PathBuf;
-use std::time::Duration;
 
 use anyhow::Context;
-use lifl_common::arena::Layout;
 use lifl_common::config::{Kind, Transport, WorkerSpec};
-use lifl_common::frame::{Frame, FrameKind};
 use lifl_common::id::JobId;
 use lifl_common::session::{SECRET_VARIABLE, Secret};
-use lifl_common::update::Schema;
 
 use crate::dir::Dir;
-use crate::memory;
 use crate::task::Task;
-use crate::work::ground::Ground;
-use crate::work::link::Link;
 use crate::work::uplink::{Dial, Uplink};
 
 /// Where a worker of a run belongs.
@@ -85,25 +77,4 @@ fn uplink(place: &Place, spec: &WorkerSpec) -> anyhow::Result<Option<Uplink>> {
     let secret = Secret::from_text(&secret).with_context(|| format!("{SECRET_VARIABLE} is no secret"))?;
     let dial = Dial::new(spec.transport, address, place.insecure)?;
     Ok(Some(Uplink::new(dial, secret, &spec.name)))
-}
-
-/// Registers with the daemon and makes the arena.
-async fn join(place: &Place, task: &Task, schema: &Schema) -> anyhow::Result<Link> {
-    let (job, spec) = (&task.job, &task.worker);
-    let layout = Layout::for_objects(task.slots, memory::object_bytes(schema));
-    let layout = layout.context("the model is larger than this machine's address space")?;
-    let state = memory::state_layout(job, spec, schema);
-    let mut link = Link::join(&place.socket, place.job, spec, layout, state).await?;
-    link.set_spin(Duration::from_micros(job.spin_us.into()));
-    if let Some(note) = link.arena_note() {
-        tracing::info!("the arena has ordinary pages: {note}");
-    }
-    Ok(link)
-}
-
-/// Tells the coordinator that this worker can begin.
-async fn ready(link: &mut Link) -> anyhow::Result<()> {
-    let coordinator = link.coordinator();
-    link.post(coordinator, FrameKind::Ready, Frame::default());
-    link.flush().await
 }

@@ -8,18 +8,18 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::Context;
-use lifl_common::arena::{PeerArena, WritableSlot};
+use lifl_common::arena::{OwnedArena, PeerArena, WritableSlot};
 use lifl_common::config::UpdateKind;
 use lifl_common::frame::Refusal;
 use lifl_common::update::{Cover, Schema, Tensors, TensorsMut, image};
+use lifl_worker::node_link::{Incoming, NodeLink};
 use lifl_worker::parent::LentModel;
 use lifl_worker::trainer::{Input, Output, Trainer};
 use lifl_worker::update_info::UpdateInfo;
 use tokio::task::JoinHandle;
 
-use super::ground::Ground;
-use super::link::Incoming;
-use super::{Place, join};
+use super::Place;
+use super::join::{Joined, join, log};
 use crate::clock::monotonic_ns;
 use crate::task::Task;
 use lifl_aggregate::{Threads, subtract};
@@ -35,7 +35,7 @@ pub(super) struct Shared {
 }
 
 /// One round's training, handed to the training thread.
-pub(super) struct Lesson {
+struct Lesson {
     learner: Box<dyn Learner>,
     slot: WritableSlot,
     arena: Arc<PeerArena>,
@@ -43,7 +43,7 @@ pub(super) struct Lesson {
 }
 
 /// What comes back from it.
-pub(super) struct Learned {
+struct Learned {
     learner: Box<dyn Learner>,
     slot: WritableSlot,
     round: u32,
@@ -59,10 +59,11 @@ const BRIEF: Duration = Duration::from_millis(1);
 /// The log tells of training no oftener; of every round with `RUST_LOG=debug`.
 const TELL_EVERY: Duration = Duration::from_secs(1);
 
-pub(super) struct TrainerProcess<G> {
-    pub(super) ground: G,
-    pub(super) shared: Arc<Shared>,
-    pub(super) protocol: Trainer,
+struct TrainerProcess {
+    link: NodeLink,
+    arena: OwnedArena,
+    shared: Arc<Shared>,
+    protocol: Trainer,
     /// `None` while it is with the training thread.
     learner: Option<Box<dyn Learner>>,
     /// Whether the last training was [brief](BRIEF).
@@ -74,8 +75,16 @@ pub(super) struct TrainerProcess<G> {
 /// Plays the role until the job ends.
 pub(super) async fn play(place: Place, task: Task, schema: Schema) -> anyhow::Result<()> {
     let (shared, learner) = prepare(&task, schema.clone()).await?;
-    let link = join(&place, &task, &schema).await?;
-    let mut trainer = TrainerProcess::new(link, shared, learner);
+    let Joined { link, arena, .. } = join(&place, &task, &schema).await?;
+    let mut trainer = TrainerProcess {
+        protocol: Trainer::new(link.id(), link.coordinator()),
+        link,
+        arena,
+        shared: Arc::new(shared),
+        learner: Some(learner),
+        brief: false,
+        told: None,
+    };
     trainer.protocol.handle(Input::Ready);
     let mut training: Option<JoinHandle<anyhow::Result<Learned>>> = None;
     loop {
@@ -89,13 +98,13 @@ pub(super) async fn play(place: Place, task: Task, schema: Schema) -> anyhow::Re
                 Ok(learn_one(&shared, lesson))
             }));
         }
-        trainer.ground.flush().await?;
+        trainer.link.flush().await?;
         tokio::select! {
             learned = finished(&mut training) => {
                 training = None;
                 trainer.deliver(learned?);
             }
-            incoming = trainer.ground.next() => if trainer.take(incoming?) {
+            incoming = trainer.link.next() => if trainer.take(incoming?) {
                 return Ok(());
             },
         }
@@ -134,44 +143,30 @@ pub(super) fn tell_refused(round: u32, refusal: Option<Refusal>) {
     }
 }
 
-impl<G: Ground> TrainerProcess<G> {
-    pub(super) fn new(ground: G, shared: Shared, learner: Box<dyn Learner>) -> Self {
-        Self {
-            protocol: Trainer::new(ground.id(), ground.coordinator()),
-            ground,
-            shared: Arc::new(shared),
-            learner: Some(learner),
-            brief: false,
-            told: None,
-        }
-    }
-
+impl TrainerProcess {
     /// Deals with one thing that came; says whether it was the job's end.
-    pub(super) fn take(&mut self, incoming: Incoming) -> bool {
+    fn take(&mut self, incoming: Incoming) -> bool {
+        log(&incoming);
         let input = match incoming {
-            Incoming::Frame(_, frame) => Input::Frame(frame),
-            Incoming::Lost(worker) => Input::PeerLost(worker),
+            Incoming::Frame(frame) => Input::Frame(frame),
+            Incoming::Lost { worker, .. } => Input::PeerLost(worker),
             Incoming::Undelivered(letter) => Input::Undelivered(letter.to),
-            Incoming::Asked => return false,
-            Incoming::Ended(reason) => {
-                tracing::info!("the job has ended: {reason}");
-                return true;
-            }
+            Incoming::Ended(_) => return true,
         };
         self.protocol.handle(input);
         false
     }
 
     /// Does what the protocol wants done; gives the training that it asks for, if it does.
-    pub(super) async fn advance(&mut self) -> anyhow::Result<Option<Lesson>> {
+    async fn advance(&mut self) -> anyhow::Result<Option<Lesson>> {
         let mut lesson = None;
         while let Some(output) = self.protocol.poll_output() {
             match output {
-                Output::Send(frame) => self.ground.outbox().push(frame),
+                Output::Send(frame) => self.link.post(frame),
                 Output::Overtaken(_) => {}
                 Output::Settled { round, key, refusal } => {
                     tell_refused(round, refusal);
-                    self.ground.arena().free(key);
+                    self.arena.free(key);
                 }
                 Output::Train(model) => lesson = self.lesson(model).await?,
             }
@@ -180,7 +175,7 @@ impl<G: Ground> TrainerProcess<G> {
     }
 
     async fn lesson(&mut self, model: LentModel) -> anyhow::Result<Option<Lesson>> {
-        let arena = match self.ground.peer(model.key.arena).await {
+        let arena = match self.link.peer_arena(model.key.arena).await {
             Ok(Some(arena)) => arena,
             Ok(None) => {
                 // The top's that has just died; its successor's is on its way.
@@ -189,11 +184,14 @@ impl<G: Ground> TrainerProcess<G> {
                 return Ok(None);
             }
             Err(error) => {
-                self.fail(model.round, &error.context("cannot read the model"));
+                self.fail(
+                    model.round,
+                    &anyhow::Error::from(error).context("cannot read the model"),
+                );
                 return Ok(None);
             }
         };
-        let slot = self.ground.arena().begin();
+        let slot = self.arena.begin();
         Ok(Some(Lesson {
             learner: self.learner.take().context("two trainings at a time")?,
             slot: slot.context("the last update's slot is not free")?,
@@ -208,7 +206,7 @@ impl<G: Ground> TrainerProcess<G> {
     }
 
     /// What came of training goes to the parent.
-    pub(super) fn deliver(&mut self, learned: Learned) {
+    fn deliver(&mut self, learned: Learned) {
         let Learned {
             learner,
             slot,
@@ -233,7 +231,7 @@ impl<G: Ground> TrainerProcess<G> {
         } else {
             tracing::debug!(round, samples, loss, "trained");
         }
-        let key = self.ground.arena().publish(slot);
+        let key = self.arena.publish(slot);
         let update = info.frame(round, key, &self.shared.schema);
         self.protocol.handle(Input::Trained(update));
     }
@@ -267,7 +265,7 @@ pub(super) fn learn_round(
 }
 
 /// Learns a lesson. What goes wrong in that is part of the result.
-pub(super) fn learn_one(shared: &Shared, lesson: Lesson) -> Learned {
+fn learn_one(shared: &Shared, lesson: Lesson) -> Learned {
     let Lesson {
         mut learner,
         mut slot,

@@ -1,21 +1,22 @@
-//! A round's children: who has answered, and how. Each has its place in folding order for all of the round; who sits in it
-//! may change, when a child dies and a successor takes over.
+//! A round's children: who has answered, and how. Each has its place in folding order for all of the round; when a child
+//! dies, a successor may take its place.
 //!
 //! ```text
-//!             ┌── give ────▶ given ──▶ folded
+//!             ┌── take ─────▶ taken ──▶ folded
 //!   waiting ──┼── nothing ─▶ gone
-//!             ├── refuse ──▶ gone            (also from given and folded, when an update turns out not finite)
+//!             ├── refuse ──▶ gone            (also from taken and folded, when an update turns out not finite)
 //!             └── close, or the place is empty now ──▶ gone
 //!
 //!   a successor takes the place:   waiting: it answers instead
-//!                                  given, folded: that update stays, it lies whole in the dead one's arena; the verdict on
+//!                                  taken, folded: that update stays, it lies whole in the dead one's arena; the verdict on
 //!                                  it goes to the successor
 //! ```
 //!
-//! That is the one decision on a child's update in a round, and it is made here: the first that comes is taken, if it says
-//! no more than the coordinator has said of that place ([`Bound`]), and what was taken stays taken until the verdict. Since
-//! nobody stands below two places, nobody's work is taken twice.
+//! That is the one decision on a child's update in a round: the first that comes is taken, if it says no more than the
+//! coordinator has said of that place ([`Bound`]), and stays taken until the verdict. Since no trainer stands below two
+//! places, no trainer's work is taken twice.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use lifl_common::arena::PeerArena;
@@ -25,8 +26,8 @@ use lifl_common::update::{Cover, Metadata};
 
 /// An update that a child has lent, checked but for its numbers.
 #[derive(Clone, Debug)]
-pub(super) struct Given {
-    /// Its place among the round's updates in the order of their arrival; set when it is [taken](Children::give).
+pub(super) struct TakenUpdate {
+    /// Its place among the round's updates in the order of their arrival; set when it is [taken](Children::take).
     pub(super) arrival: u64,
     /// The frame that brought it; `from` is who is to hear the verdict.
     pub(super) frame: Frame,
@@ -41,7 +42,7 @@ pub(super) struct Given {
 /// What an update from one place may say at most, as the coordinator knows it.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(super) struct Bound {
-    /// Who stands below the place.
+    /// The trainers below the place.
     pub(super) cover: Cover,
     /// The training samples that they have.
     pub(super) samples: u64,
@@ -69,8 +70,7 @@ enum Answer {
     Waiting,
     /// An update has come.
     Taken {
-        /// The update.
-        given: Box<Given>,
+        update: Box<TakenUpdate>,
         /// Whether it is in the aggregate.
         folded: bool,
     },
@@ -80,7 +80,7 @@ enum Answer {
 
 /// What a successor finds in its place.
 #[derive(Clone, Debug, PartialEq)]
-pub(super) enum Found {
+pub(super) enum InPlace {
     /// Its update is awaited.
     Waiting,
     /// Its predecessor's was taken.
@@ -92,72 +92,85 @@ pub(super) enum Found {
 /// The children in folding order.
 #[derive(Debug)]
 pub(super) struct Children {
-    answers: Vec<(WorkerId, Answer)>,
-    /// Of each of their places.
+    answers: Vec<Answer>,
+    /// In which place each child is.
+    places: BTreeMap<WorkerId, usize>,
+    /// Of each place.
     bounds: Arc<[Bound]>,
+    /// Places that wait.
+    waiting: usize,
     /// Updates that have come.
     arrivals: u64,
 }
 
 impl Children {
-    /// [`WorkerId::NONE`] is a place that nobody sits in.
+    /// [`WorkerId::NONE`] is a place that nobody has.
     pub(super) fn new(children: &[WorkerId], bounds: Arc<[Bound]>) -> Self {
         let answer = |&child: &WorkerId| match child {
-            WorkerId::NONE => (child, Answer::Gone),
-            child => (child, Answer::Waiting),
+            WorkerId::NONE => Answer::Gone,
+            _ => Answer::Waiting,
         };
+        let places = children.iter().enumerate();
+        let places = places.filter(|(_, child)| **child != WorkerId::NONE);
+        let places = places.map(|(place, &child)| (child, place));
         Self {
             answers: children.iter().map(answer).collect(),
+            places: places.collect(),
             bounds,
+            waiting: children.iter().filter(|child| **child != WorkerId::NONE).count(),
             arrivals: 0,
         }
     }
 
     /// Whether an update of that worker is awaited.
     pub(super) fn is_waiting(&self, worker: WorkerId) -> bool {
-        self.answers
-            .iter()
-            .any(|(child, answer)| *child == worker && matches!(answer, Answer::Waiting))
+        let place = self.places.get(&worker);
+        place.is_some_and(|&place| matches!(self.answers[place], Answer::Waiting))
     }
 
     /// Whether nobody is waited for any more.
     pub(super) fn answered(&self) -> bool {
-        !self
-            .answers
-            .iter()
-            .any(|(_, answer)| matches!(answer, Answer::Waiting))
+        self.waiting == 0
     }
 
     /// Whether this very update has been taken.
-    pub(super) fn has(&self, update: &Frame) -> bool {
-        self.taken()
-            .any(|given| (given.frame.from, given.frame.key) == (update.from, update.key))
+    pub(super) fn has(&self, frame: &Frame) -> bool {
+        let place = self.places.get(&frame.from);
+        place.is_some_and(
+            |&place| matches!(&self.answers[place], Answer::Taken { update, .. } if update.frame.key == frame.key),
+        )
     }
 
     /// Takes an awaited child's update.
     ///
     /// # Errors
     /// If it says more than it may.
-    pub(super) fn give(&mut self, mut given: Given) -> Result<(), Refusal> {
-        let from = given.frame.from;
-        let place = self.answers.iter().position(|(child, _)| *child == from);
-        let bound = place.and_then(|place| self.bounds.get(place));
-        bound.ok_or(Refusal::NotExpected)?.admits(&given.metadata)?;
-        given.arrival = self.arrivals;
+    pub(super) fn take(&mut self, mut update: TakenUpdate) -> Result<(), Refusal> {
+        let from = update.frame.from;
+        let bound = self.places.get(&from).and_then(|&place| self.bounds.get(place));
+        bound.ok_or(Refusal::NotExpected)?.admits(&update.metadata)?;
+        update.arrival = self.arrivals;
         self.arrivals += 1;
-        let given = Box::new(given);
-        self.waiting(from, Answer::Taken { given, folded: false });
+        let update = Box::new(update);
+        self.end_waiting(
+            from,
+            Answer::Taken {
+                update,
+                folded: false,
+            },
+        );
         Ok(())
     }
 
     /// A child has nothing, or is not waited for any more.
     pub(super) fn nothing(&mut self, worker: WorkerId) {
-        self.waiting(worker, Answer::Gone);
+        self.end_waiting(worker, Answer::Gone);
     }
 
     /// Nobody is waited for any more.
     pub(super) fn close(&mut self) {
-        for (_, answer) in &mut self.answers {
+        self.waiting = 0;
+        for answer in &mut self.answers {
             if matches!(answer, Answer::Waiting) {
                 *answer = Answer::Gone;
             }
@@ -166,70 +179,68 @@ impl Children {
 
     /// An update is out, whether or not it had been folded.
     pub(super) fn refuse(&mut self, worker: WorkerId) {
-        for (child, answer) in &mut self.answers {
-            if *child == worker {
-                *answer = Answer::Gone;
-            }
+        self.nothing(worker);
+        if let Some(&place) = self.places.get(&worker) {
+            self.answers[place] = Answer::Gone;
         }
     }
 
-    /// Somebody else sits in a child's place now; with [`WorkerId::NONE`] nobody does.
-    pub(super) fn replace(&mut self, old: WorkerId, new: WorkerId) -> Found {
+    /// A successor has a child's place now; with [`WorkerId::NONE`] nobody has.
+    pub(super) fn replace(&mut self, old: WorkerId, new: WorkerId) -> InPlace {
         if new == WorkerId::NONE {
             self.nothing(old);
-            return Found::Gone;
+            return InPlace::Gone;
         }
-        let Some((child, answer)) = self.answers.iter_mut().find(|(child, _)| *child == old) else {
-            return Found::Gone;
+        let Some(place) = self.places.remove(&old) else {
+            return InPlace::Gone;
         };
-        *child = new;
-        match answer {
-            Answer::Waiting => Found::Waiting,
-            Answer::Taken { given, .. } => {
-                given.frame.from = new;
-                Found::Taken(given.frame, given.metadata.cover.clone())
+        self.places.insert(new, place);
+        match &mut self.answers[place] {
+            Answer::Waiting => InPlace::Waiting,
+            Answer::Taken { update, .. } => {
+                update.frame.from = new;
+                InPlace::Taken(update.frame, update.metadata.cover.clone())
             }
-            Answer::Gone => Found::Gone,
+            Answer::Gone => InPlace::Gone,
         }
     }
 
-    fn waiting(&mut self, worker: WorkerId, becomes: Answer) {
-        let waiting =
-            |(child, answer): &&mut (WorkerId, Answer)| *child == worker && matches!(answer, Answer::Waiting);
-        if let Some((_, answer)) = self.answers.iter_mut().find(waiting) {
-            *answer = becomes;
+    fn end_waiting(&mut self, worker: WorkerId, becomes: Answer) {
+        if self.is_waiting(worker) {
+            self.answers[self.places[&worker]] = becomes;
+            self.waiting -= 1;
         }
     }
 
     /// What has come and is not in the aggregate yet, in folding order.
-    pub(super) fn unfolded(&self) -> impl Iterator<Item = &Given> {
-        self.given(false)
+    pub(super) fn unfolded(&self) -> impl Iterator<Item = &TakenUpdate> {
+        self.updates(false)
     }
 
     /// Of what has come and is not in the aggregate yet, so many that came first, in folding order.
-    pub(super) fn first_unfolded(&self, most: usize) -> Vec<&Given> {
-        let mut given: Vec<&Given> = self.unfolded().collect();
-        if given.len() > most {
-            let mut arrivals: Vec<u64> = given.iter().map(|given| given.arrival).collect();
+    pub(super) fn first_unfolded(&self, most: usize) -> Vec<&TakenUpdate> {
+        let mut updates: Vec<&TakenUpdate> = self.unfolded().collect();
+        if updates.len() > most {
+            let mut arrivals: Vec<u64> = updates.iter().map(|update| update.arrival).collect();
             arrivals.sort_unstable();
             let first = &arrivals[..most];
-            given.retain(|given| first.binary_search(&given.arrival).is_ok());
+            updates.retain(|update| first.binary_search(&update.arrival).is_ok());
         }
-        given
+        updates
     }
 
     /// What came until this arrival is in the aggregate now.
     pub(super) fn mark_folded(&mut self, last: u64) {
-        for (_, answer) in &mut self.answers {
-            if let Answer::Taken { given, folded } = answer {
-                *folded |= given.arrival <= last;
+        for answer in &mut self.answers {
+            if let Answer::Taken { update, folded } = answer {
+                *folded |= update.arrival <= last;
             }
         }
     }
 
     /// The aggregate has to be made again.
     pub(super) fn mark_unfolded(&mut self) {
-        for (_, answer) in &mut self.answers {
+        for answer in &mut self.answers {
             if let Answer::Taken { folded, .. } = answer {
                 *folded = false;
             }
@@ -237,21 +248,21 @@ impl Children {
     }
 
     /// What the aggregate contains.
-    pub(super) fn folded(&self) -> impl Iterator<Item = &Given> {
-        self.given(true)
+    pub(super) fn folded(&self) -> impl Iterator<Item = &TakenUpdate> + Clone {
+        self.updates(true)
     }
 
-    fn given(&self, in_aggregate: bool) -> impl Iterator<Item = &Given> {
-        self.answers.iter().filter_map(move |(_, answer)| match answer {
-            Answer::Taken { given, folded } if *folded == in_aggregate => Some(&**given),
+    fn updates(&self, in_aggregate: bool) -> impl Iterator<Item = &TakenUpdate> + Clone {
+        self.answers.iter().filter_map(move |answer| match answer {
+            Answer::Taken { update, folded } if *folded == in_aggregate => Some(&**update),
             _ => None,
         })
     }
 
     /// Every update that is still lent to this aggregator.
-    pub(super) fn taken(&self) -> impl Iterator<Item = &Given> {
-        self.answers.iter().filter_map(|(_, answer)| match answer {
-            Answer::Taken { given, .. } => Some(&**given),
+    pub(super) fn taken(&self) -> impl Iterator<Item = &TakenUpdate> {
+        self.answers.iter().filter_map(|answer| match answer {
+            Answer::Taken { update, .. } => Some(&**update),
             Answer::Waiting | Answer::Gone => None,
         })
     }

@@ -1,0 +1,423 @@
+//! One aggregator, its inputs and outputs by hand.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::os::fd::AsFd;
+use std::sync::{Arc, Mutex};
+
+use lifl_aggregate::{Action, Input as Addend, WeightedMean};
+use lifl_common::arena::{Layout, memfd};
+use lifl_common::config::{Optimizer, Timing, UpdateKind};
+use lifl_common::update::{Cover, DType, TensorSpec};
+
+use super::*;
+use crate::update_info::UpdateInfo;
+
+const COORDINATOR: WorkerId = WorkerId(1);
+const PARENT: WorkerId = WorkerId(2);
+const OWN: WorkerId = WorkerId(3);
+const CHILDREN: [WorkerId; 3] = [WorkerId(4), WorkerId(5), WorkerId(6)];
+const STRANGER: WorkerId = WorkerId(9);
+
+/// A weighted mean that notes how many updates each call folds, and that finds fault with an update once, as if it had been
+/// written meanwhile.
+#[derive(Debug)]
+struct Watched {
+    mean: WeightedMean,
+    calls: Arc<Mutex<Vec<usize>>>,
+    changed_once: bool,
+}
+
+impl Watched {
+    fn note(&mut self, inputs: usize) -> Result<(), FoldError> {
+        self.calls.lock().expect("not poisoned").push(inputs);
+        if std::mem::take(&mut self.changed_once) {
+            return Err(FoldError::NotFinite { inputs: Vec::new() });
+        }
+        Ok(())
+    }
+}
+
+impl Rule for Watched {
+    fn action(&self, folded: usize, arrived: usize, complete: bool) -> Action {
+        self.mean.action(folded, arrived, complete)
+    }
+
+    fn fold(&mut self, out: &mut [u8], inputs: &[Addend<'_>]) -> Result<(), FoldError> {
+        self.note(inputs.len())?;
+        self.mean.fold(out, inputs)
+    }
+
+    fn finish(&mut self, out: &mut [u8], inputs: &[Addend<'_>]) -> Result<u64, FoldError> {
+        self.note(inputs.len())?;
+        self.mean.finish(out, inputs)
+    }
+
+    fn reset(&mut self) {
+        self.mean.reset();
+    }
+
+    fn samples(&self) -> u64 {
+        self.mean.samples()
+    }
+
+    fn is_finite(&self, data: &[u8]) -> bool {
+        self.mean.is_finite(data)
+    }
+}
+
+/// An aggregator above three children, with everybody's arenas.
+struct Bench {
+    aggregator: Aggregator,
+    schema: Arc<Schema>,
+    arenas: BTreeMap<ArenaId, (File, Layout)>,
+    calls: Arc<Mutex<Vec<usize>>>,
+}
+
+fn arena(id: ArenaId, slots: u32, schema: &Schema) -> (OwnedArena, (File, Layout)) {
+    let layout = Layout::for_objects(slots, image::image_bytes(schema) as u64).expect("a layout");
+    let file = memfd::create("test", layout.memfd_bytes(false).expect("small"), false).expect("memfd");
+    let arena = OwnedArena::new(&file, id, layout).expect("mapped");
+    memfd::seal(file.as_fd()).expect("sealed");
+    (arena, (file, layout))
+}
+
+fn arena_of(worker: WorkerId) -> ArenaId {
+    ArenaId::of(worker, 0).expect("few workers")
+}
+
+impl Bench {
+    fn new(top: bool, timing: Timing, changed_once: bool) -> Self {
+        let schema = Schema::new(vec![TensorSpec::new("w", DType::F32, [2])]);
+        let schema = Arc::new(schema.expect("a schema"));
+        let threads = Threads::new(1).expect("one thread");
+        let calls = Arc::new(Mutex::new(Vec::new()));
+        let rule = Watched {
+            mean: WeightedMean::new(Arc::clone(&schema), UpdateKind::Weights, timing, threads.clone()),
+            calls: Arc::clone(&calls),
+            changed_once,
+        };
+        let config = Config {
+            name: "leaf".to_owned(),
+            worker: OWN,
+            coordinator: COORDINATOR,
+            schema: Arc::clone(&schema),
+            goal: None,
+            most_held: None,
+            via_gateway: false,
+            threads,
+        };
+        let top = top.then(|| Top {
+            optimizer: ServerOptimizer::new(Arc::clone(&schema), Optimizer::FedAvg, UpdateKind::Weights),
+            state_arena: None,
+            quorum: 1,
+            rounds: 10,
+        });
+        let (own, file) = arena(arena_of(OWN), 2, &schema);
+        Self {
+            aggregator: Aggregator::new(config, top, Box::new(rule), own).expect("a free slot"),
+            schema,
+            arenas: BTreeMap::from([(arena_of(OWN), file)]),
+            calls,
+        }
+    }
+
+    /// Gives inputs as one batch, answers what is asked for, and gives the frames.
+    fn batch(&mut self, inputs: impl IntoIterator<Item = Input>) -> Vec<Frame> {
+        let mut inputs: VecDeque<Input> = inputs.into_iter().collect();
+        let (mut frames, mut now) = (Vec::new(), Duration::ZERO);
+        loop {
+            while let Some(output) = self.aggregator.poll_output() {
+                match output {
+                    Output::Send(frame) => frames.push(frame),
+                    Output::OpenArena(arena) => {
+                        let opened = self.arenas.get(&arena).map(|(file, layout)| {
+                            PeerArena::new(file, arena, arena.owner(), *layout).expect("mapped")
+                        });
+                        let opened = Ok(opened.map(Arc::new));
+                        inputs.push_front(Input::ArenaOpened { arena, opened });
+                    }
+                    Output::LoadModel { model: slot, .. } => {
+                        let loaded = LoadedModel {
+                            slot,
+                            metadata: Metadata::default(),
+                            state: None,
+                        };
+                        inputs.push_front(Input::ModelLoaded(Box::new(loaded)));
+                    }
+                    other => panic!("no gateway here: {other:?}"),
+                }
+            }
+            let due = self.aggregator.timeout().map(|_| Input::Timeout);
+            let Some(input) = inputs.pop_front().or(due) else {
+                return frames;
+            };
+            now += Duration::from_nanos(1);
+            self.aggregator.handle(now, input).expect("handled");
+        }
+    }
+
+    fn frames(&mut self, frames: &[Frame]) -> Vec<Frame> {
+        self.batch(frames.iter().copied().map(Input::Frame))
+    }
+
+    /// A child's update of round 1, in its own arena.
+    fn update(&mut self, child: usize, samples: u64, value: f32) -> Frame {
+        let worker = CHILDREN[child];
+        let (mut owned, file) = arena(arena_of(worker), 1, &self.schema);
+        self.arenas.insert(arena_of(worker), file);
+        let mut slot = owned.begin().expect("free");
+        let offset = image::data_offset(&self.schema);
+        for place in slot.bytes_mut()[offset..offset + 8].as_chunks_mut().0 {
+            *place = value.to_le_bytes();
+        }
+        let info = UpdateInfo {
+            samples,
+            cover: Cover::of(child as u32),
+            made: vec![0],
+            ..UpdateInfo::default()
+        };
+        let metadata = info.metadata("trainer", 1, slot.key().generation);
+        image::write_header(slot.bytes_mut(), &self.schema, &metadata);
+        let frame = info.frame(1, owned.publish(slot), &self.schema);
+        Frame {
+            to: OWN,
+            from: worker,
+            ..frame
+        }
+    }
+
+    /// The aggregate, or model, that a frame lends.
+    fn object(&self, frame: &Frame) -> (Metadata, Vec<f32>) {
+        let (file, layout) = &self.arenas[&frame.key.arena];
+        let peer = PeerArena::new(file, frame.key.arena, OWN, *layout).expect("mapped");
+        let bytes = peer.object(frame.key, frame.length).expect("there");
+        let (metadata, offset) = image::check(bytes, &self.schema).expect("an image");
+        let chunks = bytes[offset..].as_chunks::<4>().0.iter();
+        (metadata, chunks.map(|bytes| f32::from_le_bytes(*bytes)).collect())
+    }
+}
+
+/// The coordinator announces round 1: each child has up to 10 samples.
+fn announced(parent: WorkerId) -> Vec<Frame> {
+    let child = |(at, id): (usize, &WorkerId)| {
+        let frame = Frame {
+            kind: FrameKind::Child as u16,
+            value: u64::from(id.0),
+            samples: 10,
+            ..Frame::default()
+        };
+        frame.with_cover_word(0, 1 << at)
+    };
+    let begin = Frame {
+        kind: FrameKind::Begin as u16,
+        value: u64::from(parent.0),
+        covers: CHILDREN.len() as u32,
+        ..Frame::default()
+    };
+    let frames = CHILDREN.iter().enumerate().map(child).chain([begin]);
+    let from_coordinator = |frame| Frame {
+        to: OWN,
+        from: COORDINATOR,
+        round: 1,
+        ..frame
+    };
+    frames.map(from_coordinator).collect()
+}
+
+fn model_of(parent: WorkerId) -> Frame {
+    Frame {
+        to: OWN,
+        from: parent,
+        kind: FrameKind::Model as u16,
+        round: 1,
+        key: Key {
+            arena: arena_of(parent),
+            ..Key::default()
+        },
+        length: 64,
+        ..Frame::default()
+    }
+}
+
+fn of_kind(frames: &[Frame], kind: FrameKind) -> Vec<Frame> {
+    let of_kind = frames.iter().filter(|frame| frame.kind == kind as u16);
+    of_kind.copied().collect()
+}
+
+fn refusals(frames: &[Frame]) -> Vec<(WorkerId, Option<Refusal>)> {
+    let refused = of_kind(frames, FrameKind::Refuse).into_iter();
+    refused
+        .map(|frame| (frame.to, Refusal::from_number(frame.refusal)))
+        .collect()
+}
+
+/// A leaf whose round has begun.
+fn folding(timing: Timing, changed_once: bool) -> Bench {
+    let mut bench = Bench::new(false, timing, changed_once);
+    let mut frames = announced(PARENT);
+    frames.push(model_of(PARENT));
+    let sent = bench.frames(&frames);
+    let models = of_kind(&sent, FrameKind::Model);
+    assert_eq!(models.iter().map(|frame| frame.to).collect::<Vec<_>>(), CHILDREN);
+    bench
+}
+
+#[test]
+fn what_is_ready_at_once_is_folded_in_one_pass() {
+    for timing in [Timing::Lazy, Timing::Eager] {
+        let mut bench = folding(timing, false);
+        let updates = [
+            bench.update(0, 1, 1.0),
+            bench.update(1, 2, 4.0),
+            bench.update(2, 1, 3.0),
+        ];
+        let sent = bench.frames(&updates);
+        assert_eq!(bench.calls.lock().expect("not poisoned")[0], 3);
+        let aggregate = of_kind(&sent, FrameKind::Update);
+        assert_eq!(
+            (aggregate.len(), aggregate[0].to, aggregate[0].samples),
+            (1, PARENT, 4)
+        );
+        let (metadata, values) = bench.object(&aggregate[0]);
+        assert_eq!(values, [3.0, 3.0]);
+        assert_eq!(
+            (metadata.samples, metadata.folded, metadata.cover.count()),
+            (4, 3, 3)
+        );
+        let dated = metadata.made.last().is_some_and(|&made| made > 0);
+        assert!(
+            dated,
+            "the aggregate is dated when it is made: {:?}",
+            metadata.made
+        );
+        let release = Frame {
+            to: OWN,
+            from: PARENT,
+            kind: FrameKind::Release as u16,
+            key: aggregate[0].key,
+            ..Frame::default()
+        };
+        let sent = bench.frames(&[release]);
+        let told = of_kind(&sent, FrameKind::Release);
+        assert_eq!(told.iter().map(|frame| frame.to).collect::<Vec<_>>(), CHILDREN);
+    }
+}
+
+#[test]
+fn the_coordinator_is_told_of_a_model_before_anybody_else_hears_of_the_round() {
+    let mut bench = Bench::new(true, Timing::Lazy, false);
+    bench.frames(&announced(WorkerId::NONE));
+    let updates = [bench.update(1, 2, 4.0), bench.update(2, 1, 3.0)];
+    let stranger = Frame {
+        from: STRANGER,
+        ..updates[0]
+    };
+    let nothing = Frame {
+        to: OWN,
+        from: CHILDREN[0],
+        kind: FrameKind::Nothing as u16,
+        round: 1,
+        ..Frame::default()
+    };
+    let sent = bench.frames(&[stranger, updates[0], updates[1], nothing]);
+    let model = of_kind(&sent, FrameKind::Model);
+    assert_eq!((model.len(), model[0].to, model[0].covers), (1, COORDINATOR, 2));
+    let first_other = sent.iter().position(|frame| frame.to != COORDINATOR);
+    let last_coordinators = sent.iter().rposition(|frame| frame.to == COORDINATOR);
+    assert!(last_coordinators < first_other, "{sent:?}");
+    assert!(
+        of_kind(&sent, FrameKind::Release).is_empty(),
+        "that comes with the next round"
+    );
+}
+
+#[test]
+fn an_update_that_says_what_it_may_not_is_refused_by_name_and_the_others_count() {
+    let mut bench = folding(Timing::Lazy, false);
+    let honest = bench.update(2, 1, 3.0);
+    let too_many = bench.update(0, 11, 1.0);
+    let foreign = Frame {
+        from: CHILDREN[1],
+        ..honest
+    };
+    let sent = bench.frames(&[too_many, foreign, honest]);
+    let refused = refusals(&sent);
+    assert_eq!(
+        refused,
+        [
+            (COORDINATOR, Some(Refusal::BadSamples)),
+            (COORDINATOR, Some(Refusal::BadKey)),
+            (CHILDREN[0], Some(Refusal::BadSamples)),
+            (CHILDREN[1], Some(Refusal::BadKey)),
+        ]
+    );
+    let aggregate = of_kind(&sent, FrameKind::Update);
+    assert_eq!(bench.object(&aggregate[0]).1, [3.0, 3.0]);
+}
+
+#[test]
+fn an_update_that_is_written_while_it_is_read_is_folded_from_a_copy() {
+    let mut bench = folding(Timing::Lazy, true);
+    let updates = [0, 1, 2].map(|child| bench.update(child, 1, child as f32));
+    let sent = bench.frames(&updates);
+    assert!(refusals(&sent).is_empty(), "{sent:?}");
+    let calls = bench.calls.lock().expect("not poisoned").clone();
+    assert_eq!(calls[..4], [3, 1, 1, 1], "all at once, then each from its copy");
+    let aggregate = of_kind(&sent, FrameKind::Update);
+    assert_eq!(bench.object(&aggregate[0]).1, [1.0, 1.0]);
+}
+
+#[test]
+fn nobody_but_coordinator_and_parent_decides_anything() {
+    let mut bench = Bench::new(false, Timing::Lazy, false);
+    let forged = |frame: Frame| Frame {
+        from: STRANGER,
+        ..frame
+    };
+    let frames: Vec<Frame> = announced(PARENT).into_iter().map(forged).collect();
+    assert!(bench.frames(&frames).is_empty());
+    assert!(
+        bench.frames(&announced(PARENT)).is_empty(),
+        "its model is not there"
+    );
+    let sent = bench.frames(&[forged(model_of(STRANGER))]);
+    assert_eq!(
+        of_kind(&sent, FrameKind::Release)[0].to,
+        STRANGER,
+        "it is given back"
+    );
+    let sent = bench.frames(&[model_of(PARENT)]);
+    assert_eq!(of_kind(&sent, FrameKind::Model).len(), CHILDREN.len());
+}
+
+#[test]
+fn of_one_workers_early_answers_a_few_are_kept() {
+    let mut bench = Bench::new(false, Timing::Lazy, false);
+    let early = |round| Frame {
+        to: OWN,
+        from: STRANGER,
+        kind: FrameKind::Update as u16,
+        round,
+        ..Frame::default()
+    };
+    let frames: Vec<Frame> = (1..100).map(early).collect();
+    let refused = refusals(&bench.frames(&frames));
+    assert!(refused.len() > 90, "{}", refused.len());
+    assert!(refused.contains(&(STRANGER, Some(Refusal::NotExpected))));
+}
+
+#[test]
+fn a_ping_is_answered_with_the_last_round_that_the_parent_has_an_answer_of() {
+    let mut bench = folding(Timing::Lazy, false);
+    let ping = Frame {
+        to: OWN,
+        from: COORDINATOR,
+        kind: FrameKind::Ping as u16,
+        ..Frame::default()
+    };
+    assert_eq!(of_kind(&bench.frames(&[ping]), FrameKind::Pong)[0].round, 0);
+    let updates = [0, 1, 2].map(|child| bench.update(child, 1, 1.0));
+    bench.frames(&updates);
+    assert_eq!(of_kind(&bench.frames(&[ping]), FrameKind::Pong)[0].round, 1);
+}
