@@ -2,10 +2,12 @@
 //!
 //! Each takes inputs (a frame, a lost peer, an object that can be read now, a timer) and gives outputs (send this frame, open
 //! that arena, start that worker). Time is a value that is passed in. No socket, clock, file, process or environment is
-//! touched there: shells do that, over the [`node_link`], and the session with the gateway.
+//! touched there: shells do that, over the [`node_link`], the session with the gateway, or in one
+//! process ([`local`]).
 
 pub mod aggregator;
 pub mod coordinator;
+pub mod local;
 pub mod node_link;
 pub mod parent;
 pub mod trainer;

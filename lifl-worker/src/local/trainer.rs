@@ -1,0 +1,113 @@
+//! The shell of a trainer in one process with its parent.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use lifl_common::arena::{OwnedArena, PeerArena};
+use lifl_common::update::{Schema, image};
+
+use super::{Event, Requests, Worker, WorkerError};
+use crate::parent::LentModel;
+use crate::trainer::{Input, Output, Trainer};
+use crate::update_info::UpdateInfo;
+
+/// Trains in a round, from a model's data into an update's; `None` if nothing comes of it.
+pub type Learn = Box<dyn FnMut(u32, &[u8], &mut [u8]) -> Option<UpdateInfo>>;
+
+/// A trainer with an arena of one slot.
+pub struct LocalTrainer {
+    trainer: Trainer,
+    name: String,
+    schema: Arc<Schema>,
+    arena: OwnedArena,
+    learn: Learn,
+    /// The model of the training that was asked for, and its arena as soon as that is open.
+    training: Option<(LentModel, Option<Arc<PeerArena>>)>,
+}
+
+/// The trainer was asked to train before its last update was settled.
+#[derive(Debug, thiserror::Error)]
+#[error("the last update's slot is not free")]
+struct NoFreeSlot;
+
+impl LocalTrainer {
+    /// A trainer that can begin.
+    pub fn new(trainer: Trainer, name: String, schema: Arc<Schema>, arena: OwnedArena, learn: Learn) -> Self {
+        Self {
+            trainer,
+            name,
+            schema,
+            arena,
+            learn,
+            training: None,
+        }
+    }
+
+    /// Trains on the model that is open.
+    fn train(&mut self) -> Result<(), WorkerError> {
+        let Some((model, Some(arena))) = self.training.take() else {
+            return Ok(());
+        };
+        let (round, schema) = (model.round, &*self.schema);
+        let bytes = arena.object(model.key, model.length)?;
+        let (_, start) = image::check(bytes, schema)?;
+        let mut slot = self.arena.begin().ok_or(NoFreeSlot)?;
+        let offset = image::data_offset(schema);
+        let out = &mut slot.bytes_mut()[offset..][..schema.data_bytes()];
+        let Some(info) = (self.learn)(round, &bytes[start..][..schema.data_bytes()], out) else {
+            self.trainer.handle(Input::Nothing(round));
+            return Ok(());
+        };
+        let metadata = info.metadata(&self.name, round, slot.key().generation);
+        image::write_header(slot.bytes_mut(), schema, &metadata);
+        let key = self.arena.publish(slot);
+        self.trainer
+            .handle(Input::Trained(info.frame(round, key, schema)));
+        Ok(())
+    }
+}
+
+impl Worker for LocalTrainer {
+    fn handle(&mut self, _now: Duration, event: Event, requests: &mut Requests) -> Result<(), WorkerError> {
+        match event {
+            Event::Frame(frame) => self.trainer.handle(Input::Frame(frame)),
+            Event::PeerLost(worker) => self.trainer.handle(Input::PeerLost(worker)),
+            Event::Undelivered(worker, _) => self.trainer.handle(Input::Undelivered(worker)),
+            Event::ArenaOpened(_, None) => {
+                if let Some((model, _)) = self.training.take() {
+                    self.trainer.handle(Input::GivenUp(model.round));
+                }
+            }
+            Event::ArenaOpened(_, Some(opened)) => {
+                if let Some((_, arena)) = &mut self.training {
+                    *arena = Some(opened);
+                    requests.work = true;
+                }
+            }
+            Event::Work => self.train()?,
+            Event::Timeout => {}
+        }
+        while let Some(output) = self.trainer.poll_output() {
+            match output {
+                Output::Send(frame) => requests.frames.push(frame),
+                Output::Overtaken(_) => {}
+                Output::Train(model) => {
+                    self.training = Some((model, None));
+                    requests.open_now = Some(model.key.arena);
+                }
+                Output::Settled { key, .. } => {
+                    self.arena.free(key);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn timeout(&self) -> Option<Duration> {
+        None
+    }
+
+    fn is_idle(&mut self) -> bool {
+        self.trainer.update().is_none() && self.training.is_none() && self.arena.begin().is_some()
+    }
+}
