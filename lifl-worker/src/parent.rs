@@ -60,7 +60,8 @@ impl OfferedModels {
     /// Keeps a model; gives the one of the same lender that it replaces and that is to be given back.
     pub fn offer(&mut self, model: LentModel) -> Option<LentModel> {
         let before = self.0.insert(model.lender, model);
-        before.filter(|before| before.key != model.key)
+        // The same object for another round is another loan.
+        before.filter(|before| (before.round, before.key) != (model.round, model.key))
     }
 
     /// Takes the model of that round which the parent lends.
@@ -191,6 +192,15 @@ mod tests {
             offered.offer(model(2, 3, LEAF)),
             None,
             "the same object is one loan"
+        );
+        let unchanged = model(3, 3, LEAF);
+        let again = OfferedModels::default().offer(unchanged);
+        assert_eq!(again, None);
+        let mut twice = offered.clone();
+        assert_eq!(
+            twice.offer(unchanged),
+            Some(model(2, 3, LEAF)),
+            "one loan a round"
         );
         assert_eq!(offered.take(1, LEAF), None, "it is the next round's");
         assert_eq!(offered.take(2, SUCCESSOR), None);

@@ -239,6 +239,10 @@ impl Trainer {
             }
             return;
         }
+        if model.round == self.answered && model.lender == self.parent && self.update.is_none() {
+            // A parent that begins the round anew, after our update was refused: it need not wait.
+            self.send_round(model.lender, FrameKind::Nothing, model.round);
+        }
         let before = if model.round < self.round || model.round <= self.answered {
             Some(model)
         } else {

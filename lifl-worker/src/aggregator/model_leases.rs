@@ -2,7 +2,8 @@
 //!
 //! A model is one object, the top's, whoever hands it on; a new top's is another object with the same bytes. An aggregator
 //! gives a model back when the last of its children has, and keeps it as long as it folds: a successor of a child may
-//! still want it.
+//! still want it. A round that changes nothing has the model of the round before: that is another lease of the same object,
+//! and given back by itself.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -20,6 +21,12 @@ use crate::parent::LentModel;
 pub(super) struct ModelLease {
     model: LentModel,
     holders: BTreeSet<WorkerId>,
+}
+
+impl ModelLease {
+    fn is_of(&self, round: u32, key: Key) -> bool {
+        (self.model.round, self.model.key) == (round, key)
+    }
 }
 
 impl Aggregator {
@@ -57,7 +64,7 @@ impl Aggregator {
             // The parent's successor hands down what its predecessor had.
             Stage::Folding(fold) if fold.model.key == model.key => {
                 fold.model.lender = model.lender;
-                if let Some(lease) = self.lease(model.key) {
+                if let Some(lease) = self.lease(&model) {
                     lease.model.lender = model.lender;
                 }
             }
@@ -71,7 +78,7 @@ impl Aggregator {
                     .collect();
                 self.hold_own_lease(model);
                 self.hand_down(model, &waiting)?;
-                self.end_own_lease(before.key);
+                self.end_own_lease(&before);
             }
             Stage::Over => self.release_model(model),
         }
@@ -125,12 +132,14 @@ impl Aggregator {
         self.hand_down(model, &free)
     }
 
-    fn lease(&mut self, key: Key) -> Option<&mut ModelLease> {
-        self.leases.iter_mut().find(|lease| lease.model.key == key)
+    fn lease(&mut self, model: &LentModel) -> Option<&mut ModelLease> {
+        self.leases
+            .iter_mut()
+            .find(|lease| lease.is_of(model.round, model.key))
     }
 
     fn add_holders(&mut self, model: LentModel, holders: &[WorkerId]) {
-        if let Some(lease) = self.lease(model.key) {
+        if let Some(lease) = self.lease(&model) {
             return lease.holders.extend(holders);
         }
         let holders = holders.iter().copied().collect();
@@ -143,15 +152,15 @@ impl Aggregator {
     }
 
     /// The round's model is not kept for children any more.
-    pub(super) fn end_own_lease(&mut self, key: Key) {
-        self.end_leases(self.config.worker, |held| held == key);
+    pub(super) fn end_own_lease(&mut self, model: &LentModel) {
+        self.end_leases(self.config.worker, |lease| lease.is_of(model.round, model.key));
     }
 
     /// Somebody holds no model any more, of those that are asked for.
-    pub(super) fn end_leases(&mut self, holder: WorkerId, which: impl Fn(Key) -> bool) {
+    pub(super) fn end_leases(&mut self, holder: WorkerId, which: impl Fn(&ModelLease) -> bool) {
         let mut unread = Vec::new();
         self.leases.retain_mut(|lease| {
-            let ended = which(lease.model.key) && lease.holders.remove(&holder) && lease.holders.is_empty();
+            let ended = which(lease) && lease.holders.remove(&holder) && lease.holders.is_empty();
             if ended {
                 unread.push(lease.model);
             }
@@ -184,12 +193,15 @@ impl Aggregator {
         {
             return;
         }
-        let lease = self.leases.iter().find(|lease| lease.model.key == frame.key);
+        let lease = self
+            .leases
+            .iter()
+            .find(|lease| lease.is_of(frame.round, frame.key));
         if let Some(own) = lease.map(|lease| lease.model.lender == WorkerId::NONE) {
             if own {
                 self.release_own(frame);
             }
-            return self.end_leases(frame.from, |key| key == frame.key);
+            return self.end_leases(frame.from, |lease| lease.is_of(frame.round, frame.key));
         }
         let undecided =
             |pending: &PendingAggregate| pending.lent.key() == frame.key && pending.verdict.is_none();
@@ -229,7 +241,7 @@ impl Aggregator {
     fn free_model(&mut self, key: Key) {
         let current = self.top.as_ref().and_then(|top| top.current);
         let current = current.is_some_and(|current| current.key == key);
-        if !current && self.lease(key).is_none() {
+        if !current && self.leases.iter().all(|lease| lease.model.key != key) {
             self.arena.free(key);
         }
     }

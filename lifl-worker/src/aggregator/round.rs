@@ -86,7 +86,7 @@ impl Aggregator {
         }
         if let Stage::Folding(fold) = left.stage {
             tracing::warn!(round = left.number, "ended without having been finished");
-            self.end_own_lease(fold.model.key);
+            self.end_own_lease(&fold.model);
             let taken: Vec<Frame> = fold.children.taken().map(|update| update.frame).collect();
             self.send_verdicts(&taken, (FrameKind::Refuse, Refusal::Late as u16));
         }
@@ -333,11 +333,11 @@ impl Aggregator {
             for late in late {
                 self.refuse(&late, Refusal::Late);
             }
-            let model = fold.model.key;
+            let model = fold.model;
             self.unpublished = self.make(*fold)?;
             if self.unpublished.is_none() {
                 self.nothing(self.round.number)?;
-                self.end_own_lease(model);
+                self.end_own_lease(&model);
             }
         }
         Ok(())
@@ -442,7 +442,7 @@ impl Aggregator {
             self.send_up(&pending.lent, &info);
             self.pending.push(pending);
         }
-        self.end_own_lease(model.key);
+        self.end_own_lease(&model);
         Ok(())
     }
 

@@ -421,3 +421,38 @@ fn a_ping_is_answered_with_the_last_round_that_the_parent_has_an_answer_of() {
     bench.frames(&updates);
     assert_eq!(of_kind(&bench.frames(&[ping]), FrameKind::Pong)[0].round, 1);
 }
+
+#[test]
+fn the_same_model_in_two_rounds_is_two_loans() {
+    let mut bench = folding(Timing::Lazy, false);
+    let of_round = |frame: Frame, round| Frame { round, ..frame };
+    let second = announced(PARENT).into_iter().chain([model_of(PARENT)]);
+    let second: Vec<Frame> = second.map(|frame| of_round(frame, 2)).collect();
+    bench.frames(&second);
+    let back = |round| Frame {
+        to: OWN,
+        from: CHILDREN[0],
+        kind: FrameKind::Release as u16,
+        round,
+        key: model_of(PARENT).key,
+        ..Frame::default()
+    };
+    let nothing = |child| Frame {
+        to: OWN,
+        from: child,
+        kind: FrameKind::Nothing as u16,
+        round: 2,
+        ..Frame::default()
+    };
+    let others = CHILDREN[1..]
+        .iter()
+        .flat_map(|&from| [1, 2].map(|round| Frame { from, ..back(round) }));
+    let others: Vec<Frame> = others.chain(CHILDREN.map(nothing)).collect();
+    bench.frames(&others);
+    let given_back = |sent: &[Frame]| -> Vec<(WorkerId, u32)> {
+        let back = of_kind(sent, FrameKind::Release).into_iter();
+        back.map(|frame| (frame.to, frame.round)).collect()
+    };
+    assert_eq!(given_back(&bench.frames(&[back(1)])), [(PARENT, 1)]);
+    assert_eq!(given_back(&bench.frames(&[back(2)])), [(PARENT, 2)]);
+}

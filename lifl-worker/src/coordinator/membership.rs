@@ -303,7 +303,8 @@ impl Membership {
     pub fn announce(&mut self) -> Vec<Frame> {
         let hear = self.round.pairs.keys().copied();
         let hear = hear.filter(|&index| !self.is_told_by_parent(index));
-        let frames: Vec<Frame> = hear.flat_map(|index| self.announcement(index)).collect();
+        let mut frames: Vec<Frame> = hear.flat_map(|index| self.announcement(index)).collect();
+        frames.extend(self.bystanders());
         let begins = frames
             .iter()
             .filter(|frame| frame.kind == FrameKind::Begin as u16);
@@ -311,6 +312,17 @@ impl Membership {
         let parents = begins.map(|frame| (frame.to, WorkerId(frame.value as u32)));
         self.parents.extend(parents);
         frames
+    }
+
+    /// Aggregators that are there and have nobody to aggregate in the round are told that it begins: they give back what they
+    /// have of a round before, if nobody above will decide on it any more.
+    fn bystanders(&self) -> impl Iterator<Item = Frame> {
+        let workers = self.job.workers.iter().enumerate();
+        let away = workers.filter(|(index, spec)| {
+            spec.kind != Kind::Trainer && !self.round.pairs.contains_key(index) && self.is_present(*index)
+        });
+        let ids = away.filter_map(|(index, _)| self.members[index].own);
+        ids.map(|own| self.frame(own.id, FrameKind::Begin, WorkerId::NONE, 0))
     }
 
     /// Whether that is a trainer, or its proxy, whose parent is the one that it was told last.

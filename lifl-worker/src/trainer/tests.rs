@@ -217,6 +217,20 @@ fn the_parents_successor_is_lent_the_same_update_and_decides_alone() {
 }
 
 #[test]
+fn a_parent_that_begins_the_round_anew_after_a_refusal_hears_that_nothing_comes() {
+    let mut stage = Stage::pending();
+    let late = Refusal::Late;
+    assert_eq!(
+        stage.after(refuse(LEAF, 1, late as u16)),
+        [Settled(1, Some(late))]
+    );
+    assert_eq!(
+        stage.after(model(1, LEAF)),
+        [Send(LEAF, Nothing, 1, 0), Send(LEAF, Release, 1, 1)]
+    );
+}
+
+#[test]
 fn a_parent_that_dies_unheard_of_is_lent_nothing_any_more() {
     let mut stage = Stage::pending();
     assert_eq!(stage.after(begin(1, SUCCESSOR)), [Send(SUCCESSOR, Update, 1, 1)]);
