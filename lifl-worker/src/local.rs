@@ -32,6 +32,8 @@ pub use self::trainer::{Learn, LocalTrainer};
 /// What happens to a worker.
 #[derive(Debug)]
 pub enum Event {
+    /// It begins.
+    Start,
     /// A frame has come.
     Frame(Frame),
     /// Another worker is gone.
@@ -138,6 +140,8 @@ enum Due {
 /// What one worker has to do with the network.
 #[derive(Debug, Default)]
 struct Mailbox {
+    /// Frames that it has sent.
+    sent: u64,
     /// Frames that it has sent and that are not there yet.
     stream: VecDeque<Frame>,
     /// When the last of them will be.
@@ -216,8 +220,17 @@ impl LocalNetwork {
     }
 
     /// Lets a worker begin.
-    pub fn start(&mut self, id: WorkerId, worker: Box<dyn Worker>) {
+    ///
+    /// # Errors
+    /// If it cannot.
+    pub fn start(&mut self, id: WorkerId, worker: Box<dyn Worker>) -> Result<(), Error> {
         self.workers.insert(id, worker);
+        self.deliver(id, [Event::Start])
+    }
+
+    /// How many frames a worker has sent.
+    pub fn sent(&self, id: WorkerId) -> u64 {
+        self.mailboxes.get(&id).map_or(0, |mailbox| mailbox.sent)
     }
 
     /// Those that live.
@@ -230,6 +243,7 @@ impl LocalNetwork {
         let delay = self.delay(self.delays.frame);
         let mailbox = self.mailboxes.entry(frame.from).or_default();
         mailbox.stream.push_back(frame);
+        mailbox.sent += 1;
         mailbox.stream_ends = mailbox.stream_ends.max(self.now + delay);
         let at = mailbox.stream_ends;
         self.decide(at, Due::Carry(frame.from));
@@ -301,7 +315,7 @@ impl LocalNetwork {
         let failed = |source| Error::Worker { worker: to, source };
         for event in events {
             worker.handle(self.now, event, &mut requests).map_err(failed)?;
-            if let Some(arena) = requests.open_now.take() {
+            while let Some(arena) = requests.open_now.take() {
                 let opened = open(&self.arenas, arena)?;
                 let opened = Event::ArenaOpened(arena, opened);
                 worker.handle(self.now, opened, &mut requests).map_err(failed)?;

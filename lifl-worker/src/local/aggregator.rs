@@ -57,6 +57,7 @@ impl LocalAggregator {
 impl Worker for LocalAggregator {
     fn handle(&mut self, now: Duration, event: Event, requests: &mut Requests) -> Result<(), WorkerError> {
         let input = match event {
+            Event::Start => Input::Ready,
             Event::Frame(frame) => Input::Frame(frame),
             Event::PeerLost(worker) => Input::PeerLost(worker),
             Event::Undelivered(worker, refusal) => Input::Undelivered(worker, refusal),

@@ -70,6 +70,7 @@ impl LocalTrainer {
 impl Worker for LocalTrainer {
     fn handle(&mut self, _now: Duration, event: Event, requests: &mut Requests) -> Result<(), WorkerError> {
         match event {
+            Event::Start => self.trainer.handle(Input::Ready),
             Event::Frame(frame) => self.trainer.handle(Input::Frame(frame)),
             Event::PeerLost(worker) => self.trainer.handle(Input::PeerLost(worker)),
             Event::Undelivered(worker, _) => self.trainer.handle(Input::Undelivered(worker)),
