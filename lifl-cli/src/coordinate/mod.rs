@@ -1,12 +1,10 @@
-//! The coordinator: finds a daemon, starts the workers, pairs children with parents, drives the rounds, ends the job.
+//! The coordinator's process: finds a daemon, starts the workers, does what the [coordinator](lifl_worker::coordinator) decides,
+//! ends the job.
 //!
 //! ```text
 //!   find or start the daemon ─▶ check that everything fits ─▶ make the job, register ─▶ start the workers
-//!     ─▶ all ready ─▶ round 1 … n ─▶ end the job ─▶ workers leave ─▶ own daemon stops
+//!     ─▶ drive the coordinator to its end ─▶ end the job ─▶ workers leave ─▶ own daemon stops
 //! ```
-//!
-//! A round: each worker that takes part is told its children and its parent; the top lends the new model, which is
-//! written out and evaluated while the next round runs.
 
 mod awake;
 pub mod daemon;

@@ -40,18 +40,13 @@ enum Examined {
     Written(Option<String>),
 }
 
-/// When models are written out.
-struct Plan {
-    rounds: u32,
-    checkpoint_every: u32,
-    keep_checkpoints: Option<NonZeroU32>,
-}
-
 /// The models of a run.
 pub(super) struct Models {
     schema: Schema,
     folder: RunFolder,
-    plan: Plan,
+    rounds: u32,
+    checkpoint_every: u32,
+    keep_checkpoints: Option<NonZeroU32>,
     evaluator: Option<Evaluator>,
     /// Of the tops, the dead ones' too: what they made last is still wanted.
     arenas: HashMap<ArenaId, Arc<PeerArena>>,
@@ -68,11 +63,9 @@ impl Models {
         Self {
             schema: run.schema.clone(),
             folder: run.folder.clone(),
-            plan: Plan {
-                rounds: run.job.rounds,
-                checkpoint_every: run.checkpoint_every,
-                keep_checkpoints: run.keep_checkpoints,
-            },
+            rounds: run.job.rounds,
+            checkpoint_every: run.checkpoint_every,
+            keep_checkpoints: run.keep_checkpoints,
             evaluator,
             arenas: HashMap::new(),
             checked: None,
@@ -178,14 +171,9 @@ impl Models {
         let Some(model) = self.examined.clone() else {
             return;
         };
-        let Plan {
-            rounds,
-            checkpoint_every: every,
-            keep_checkpoints: keep,
-        } = self.plan;
-        let last = useful && round == rounds;
-        let due = every > 0 && (round.is_multiple_of(every) || round == rounds);
-        let checkpoint = useful && due;
+        let (every, keep) = (self.checkpoint_every, self.keep_checkpoints);
+        let last = useful && round == self.rounds;
+        let checkpoint = useful && every > 0 && (round.is_multiple_of(every) || last);
         let folder = self.folder.clone();
         self.task = Some(spawn_blocking(move || {
             let mut failed = None;

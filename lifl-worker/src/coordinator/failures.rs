@@ -91,8 +91,8 @@ pub struct Failures {
 }
 
 impl Failures {
-    /// Of workers whose processes have all been started; by worker whether it is [remote](super#failures), which is not
-    /// started again.
+    /// Of workers whose processes have all been started; by worker whether it is
+    /// [remote](lifl_common::config::WorkerSpec::is_remote): such a one is not started again.
     pub fn new(remote: impl Iterator<Item = bool>, grace: Duration) -> Self {
         let life = |remote| Life {
             remote,
