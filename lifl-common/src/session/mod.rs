@@ -6,7 +6,7 @@
 //!
 //! # Messages
 //!
-//! Little endian. Over TCP a message is `u32` length, `u8` kind, fields, tag; over MQTT one publish is `u64` session,
+//! Little endian. Over TCP a message is `u32` length (of all that follows, the tag too), `u8` kind, fields, tag; over MQTT one publish is `u64` session,
 //! `u32` sequence, `u8` kind, fields, tag. No length is believed before it has been held against the kind's own maximum. The
 //! tag has 16 bytes and seals what is before it and the message's number: [`handshake`] says where its key comes from, and
 //! has the messages before the first sealed one, 1, 13 and 14.
