@@ -239,7 +239,8 @@ impl Trainer {
             }
             return;
         }
-        if model.round == self.answered && model.lender == self.parent && self.update.is_none() {
+        let answered = (self.round, self.answered) == (model.round, model.round);
+        if answered && model.lender == self.parent && self.update.is_none() {
             // A parent that begins the round anew, after our update was refused: it need not wait.
             self.send_round(model.lender, FrameKind::Nothing, model.round);
         }

@@ -338,7 +338,11 @@ fn where_training_fails_parent_and_coordinator_hear_of_it() {
         [Send(SUCCESSOR, Nothing, 1, 0)],
         "the coordinator knows"
     );
-    assert_eq!(stage.after(model(1, SUCCESSOR)), [Send(SUCCESSOR, Release, 1, 1)]);
+    assert_eq!(
+        stage.after(model(1, SUCCESSOR)),
+        [Send(SUCCESSOR, Nothing, 1, 0), Send(SUCCESSOR, Release, 1, 1)],
+        "it asks again"
+    );
     assert_eq!(
         stage.after(trained(1, 1)),
         [Settled(1, Some(Refusal::NotExpected))],
