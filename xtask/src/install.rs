@@ -27,6 +27,22 @@ pub(crate) struct Options {
     destdir: Option<PathBuf>,
 }
 
+/// What to take away.
+#[derive(Args)]
+pub(crate) struct Removal {
+    #[command(flatten)]
+    options: Options,
+    /// Take away the settings, the user and group lifl and /run/lifl too
+    #[arg(long)]
+    purge: bool,
+}
+
+/// Where the daemon's maps are pinned, a filesystem of its own.
+const PINS: &str = "/run/lifl/pins";
+
+/// The user of the unit, and the group whose members may connect.
+const USER: &str = "lifl";
+
 /// Where an administrator's settings are, whatever the prefix.
 const SETTINGS: &str = "/etc/lifl/daemon.toml";
 
@@ -221,11 +237,41 @@ fn disable() -> Result<()> {
             Err(error) => return Err(error).context("cannot start systemctl"),
         }
     }
+    unmount(Path::new(PINS))
+}
+
+/// Unmounts what no unit has: without systemd, or where somebody still has it open.
+fn unmount(pins: &Path) -> Result<()> {
+    let mounts = fs::read_to_string("/proc/self/mounts").unwrap_or_default();
+    let mut targets = mounts.lines().filter_map(|line| line.split(' ').nth(1));
+    if targets.any(|target| Path::new(target) == pins) {
+        println!("umount --lazy {}", pins.display());
+        let status = Command::new("umount").arg("--lazy").arg(pins).status();
+        let status = status.context("cannot start umount")?;
+        ensure!(status.success(), "{} cannot be unmounted", pins.display());
+    }
     Ok(())
 }
 
-/// Takes away what [`install`] has put there. Settings that somebody has changed stay.
-pub(crate) fn uninstall(options: &Options) -> Result<()> {
+/// Takes away the user and the group, which have no other files.
+fn remove_user() {
+    for (command, database) in [("userdel", "passwd"), ("groupdel", "group")] {
+        let there = Command::new("getent")
+            .args([database, USER])
+            .stdout(Stdio::null())
+            .status();
+        if there.is_ok_and(|status| status.success()) {
+            println!("{command} {USER}");
+            let done = Command::new(command).arg(USER).status();
+            if !done.is_ok_and(|status| status.success()) {
+                println!("{command} has failed; going on");
+            }
+        }
+    }
+}
+
+/// Takes away what [`install`] has put there. Settings that somebody has changed stay, unless all is to go.
+pub(crate) fn uninstall(Removal { options, purge }: &Removal) -> Result<()> {
     options.check()?;
     let installed = options.prefix.join("lib/systemd/system/lifl-daemon.service");
     if options.destdir.is_none() && installed.exists() {
@@ -248,8 +294,9 @@ pub(crate) fn uninstall(options: &Options) -> Result<()> {
         remove(&options.placed(&options.program(name)))?;
     }
     let settings = options.placed(Path::new(SETTINGS));
-    if fs::read(&settings)
-        .is_ok_and(|found| read("lifl-daemon/systemd/daemon.toml").is_ok_and(|own| own == found))
+    if *purge
+        || fs::read(&settings)
+            .is_ok_and(|found| read("lifl-daemon/systemd/daemon.toml").is_ok_and(|own| own == found))
     {
         remove(&settings)?;
     }
@@ -270,10 +317,17 @@ pub(crate) fn uninstall(options: &Options) -> Result<()> {
             println!("systemctl daemon-reload");
             let _ = Command::new("systemctl").arg("daemon-reload").status();
         }
-        println!(
-            "The user and group lifl stay, as does what you have put into /etc/systemd/system:\n  \
-             sudo userdel lifl"
-        );
+        if *purge {
+            remove_user();
+            let folder = Path::new("/run/lifl");
+            if folder.exists() {
+                fs::remove_dir_all(folder).with_context(|| format!("cannot remove {}", folder.display()))?;
+                println!("removed {}", folder.display());
+            }
+        } else {
+            println!("The user and group lifl stay: --purge takes them too.");
+        }
+        println!("What you have put into /etc/systemd/system stays.");
     }
     Ok(())
 }
@@ -445,13 +499,24 @@ mod tests {
             }
             let settings = options.placed(Path::new(SETTINGS));
             write(&settings, b"max_workers = 7", 0o644).expect("written");
-            uninstall(&options).expect("uninstalled");
+            let mut removal = Removal {
+                options,
+                purge: false,
+            };
+            uninstall(&removal).expect("uninstalled");
             assert!(settings.exists(), "somebody's own settings stay");
             let own = read("lifl-daemon/systemd/daemon.toml").expect("the settings");
             write(&settings, &own, 0o644).expect("written");
-            uninstall(&options).expect("uninstalled");
-            assert!(uninstall(&options).is_err(), "nothing is there");
-            let placed = |path: &str| options.placed(Path::new(path));
+            uninstall(&removal).expect("uninstalled");
+            assert!(
+                !settings.exists() && uninstall(&removal).is_err(),
+                "nothing is there"
+            );
+            write(&settings, b"max_workers = 7", 0o644).expect("written");
+            removal.purge = true;
+            uninstall(&removal).expect("purged");
+            assert!(!settings.exists(), "a purge takes them");
+            let placed = |path: &str| removal.options.placed(Path::new(path));
             assert!(!placed("/etc/lifl").exists() && !placed(prefix).join("share/doc/lifl-daemon").exists());
             assert_eq!(
                 placed(prefix).exists(),
@@ -483,6 +548,86 @@ mod tests {
         for asked in [disabling(true), disabling(false)] {
             let last = asked.last().expect("something is asked");
             assert!(last.starts_with(&["disable"]), "{last:?}");
+        }
+    }
+
+    /// What a maintainer script of the package calls, in a root of its own where `mountpoint` finds the pins mounted.
+    fn script(name: &str, action: &str, root: &Path) -> Vec<String> {
+        let stubs = root.join("stubs");
+        fs::create_dir_all(&stubs).expect("a folder");
+        let calls = root.join("calls");
+        for stub in [
+            "systemctl",
+            "deb-systemd-helper",
+            "mountpoint",
+            "umount",
+            "userdel",
+            "groupdel",
+            "getent",
+        ] {
+            let text = format!("#!/bin/sh\necho \"${{0##*/}} $*\" >> {}\n", calls.display());
+            write(&stubs.join(stub), text.as_bytes(), 0o755).expect("written");
+        }
+        let path = workspace().join("lifl-daemon/debian").join(name);
+        let text = fs::read_to_string(&path).expect("a script");
+        assert_eq!(text.matches("\n#DEBHELPER#\n").count(), 1, "{name}");
+        assert_eq!(
+            fs::metadata(&path).expect("there").permissions().mode() & 0o111,
+            0o111
+        );
+        let path = format!("{}:/usr/bin:/bin", stubs.display());
+        let status = Command::new("sh")
+            .args(["-c", &text, name, action])
+            .env("PATH", path)
+            .env("DPKG_ROOT", root)
+            .status();
+        assert!(status.expect("a shell").success(), "{name} {action}");
+        let calls = fs::read_to_string(calls).unwrap_or_default();
+        calls.lines().map(str::to_owned).collect()
+    }
+
+    #[test]
+    fn a_removed_package_leaves_no_unit_and_no_mount_and_a_purged_one_no_user_and_no_folder() {
+        let called = |name: &str, action: &str| {
+            let root = tempfile::tempdir().expect("a folder");
+            for folder in ["run/systemd/system", "run/lifl/pins", "etc/lifl", "etc/other"] {
+                fs::create_dir_all(root.path().join(folder)).expect("a folder");
+            }
+            let calls = script(name, action, root.path());
+            let left = ["run/lifl", "etc/lifl", "etc/other"].map(|folder| root.path().join(folder).exists());
+            (calls.join("\n"), left)
+        };
+        let (calls, _) = called("prerm", "remove");
+        for unit in UNITS {
+            assert!(calls.contains(unit), "{unit}: {calls}");
+        }
+        assert!(
+            calls.contains("umount") && calls.contains("run/lifl/pins"),
+            "{calls}"
+        );
+        let (calls, left) = called("postrm", "remove");
+        assert!(
+            calls.starts_with("deb-systemd-helper purge lifl-daemon.service"),
+            "{calls}"
+        );
+        assert!(!calls.contains("userdel"), "{calls}");
+        assert_eq!(left, [true, true, true]);
+        let (calls, left) = called("postrm", "purge");
+        assert!(
+            calls.contains("userdel lifl") && calls.contains("groupdel lifl"),
+            "{calls}"
+        );
+        assert_eq!(left, [false, false, true]);
+        for (name, action) in [
+            ("prerm", "upgrade"),
+            ("postrm", "upgrade"),
+            ("prerm", "deconfigure"),
+        ] {
+            assert_eq!(
+                called(name, action),
+                (String::new(), [true, true, true]),
+                "{name} {action}"
+            );
         }
     }
 

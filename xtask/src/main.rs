@@ -27,7 +27,7 @@ enum Task {
     /// Build, and install the programs, systemd's units and the settings.
     Install(install::Options),
     /// Take away what `install` has put there.
-    Uninstall(install::Options),
+    Uninstall(install::Removal),
     /// Kill, stop and delay the workers of jobs, and the daemon, at random: nothing may be lost, nothing left.
     Chaos(chaos::Options),
     /// Run what depends on the kernel under other kernels, in QEMU.
