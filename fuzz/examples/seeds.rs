@@ -6,13 +6,20 @@
 use std::fs;
 use std::io::{Cursor, Write};
 use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
 
 use flate2::Compression;
 use flate2::write::GzEncoder;
+use lifl_common::arena::Layout;
 use lifl_common::control::packet;
-use lifl_common::control::{DeadLetter, ErrorCode, Event, PeerLost, RemoteWorker, Reply, Request};
+use lifl_common::control::{
+    Amounts, ArenaStatus, DeadLetter, ErrorCode, Event, JobStatus, PROTOCOL, PeerLost, RemoteWorker, Reply,
+    Request, Status, UserStatus, Welcome, WorkerStatus,
+};
 use lifl_common::frame::{Frame, FrameKind, Refusal};
 use lifl_common::id::{ArenaId, Generation, JobId, Key, WorkerId};
+use lifl_common::kernel::Counters;
+use lifl_common::plane::PlaneKind;
 use lifl_common::session::handshake::{GatewayHandshake, Hello, Participant, WorkerHandshake};
 use lifl_common::session::{JobToken, Message, Object, UpdateHeader};
 use lifl_common::update::image::{data_offset, image_bytes, write_header};
@@ -23,6 +30,18 @@ use zip::ZipWriter;
 use zip::write::SimpleFileOptions;
 
 fn main() {
+    write_all(&root().join("corpus"));
+}
+
+/// Where the corpora are.
+static CORPUS: OnceLock<PathBuf> = OnceLock::new();
+
+/// Writes all of them to a folder.
+///
+/// # Panics
+/// If it is called again, a file cannot be written, or what is to be one is not what a target reads.
+pub(crate) fn write_all(corpus: &Path) {
+    CORPUS.set(corpus.to_owned()).expect("called once");
     config();
     control_packet();
     flame_wire();
@@ -38,7 +57,7 @@ fn root() -> &'static Path {
 }
 
 fn seed(target: &str, name: &str, bytes: impl AsRef<[u8]>) {
-    let folder = root().join("corpus").join(target);
+    let folder = CORPUS.get().expect("a folder").join(target);
     fs::create_dir_all(&folder).expect("a folder");
     fs::write(folder.join(format!("seed-{name}")), bytes).expect("a file");
 }
@@ -146,15 +165,69 @@ fn control_packet() {
     for (n, request) in requests.iter().enumerate() {
         seed("control_packet", &format!("request-{n}"), json(request));
     }
-    let welcome = r#"{"reply":"welcome","protocol":2,"version":"0.1.0","pid":7,"plane":"sockmap","plane_reason":"r","pool_bytes":1,"pool_used_bytes":0,"huge_pages":true,"max_workers":4096,"workers":0}"#;
-    serde_json::from_str::<Reply>(welcome).expect("a reply");
-    seed("control_packet", "welcome", welcome);
-    let status = format!(
-        r#"{{"reply":"status","daemon":{},"jobs":[],"workers":[{{"worker":1,"job":1,"name":"n","role":"r","pid":1,"counters":{{"frames":1,"referenced_bytes":2,"refused":3,"last_ns":4}},"arenas":[{{"arena":1,"slots":2,"slot_bytes":4096,"page_bytes":4096,"note":null,"sealed":true}}]}}],"more":false}}"#,
-        welcome.replacen(r#""reply":"welcome","#, "", 1)
-    );
-    serde_json::from_str::<Reply>(&status).expect("a reply");
-    seed("control_packet", "status", status);
+    let welcome = Welcome {
+        protocol: PROTOCOL,
+        version: "0.1.0".into(),
+        pid: 7,
+        plane: PlaneKind::Sockmap,
+        plane_reason: "r".into(),
+        pinned: true,
+        pool_bytes: 1,
+        pool_used_bytes: 0,
+        huge_pages: true,
+        max_workers: 4096,
+        workers: 0,
+        awaited: 0,
+        uid: 990,
+        capabilities: vec!["CAP_SYS_PTRACE".into()],
+    };
+    let amounts = Amounts {
+        pool_bytes: 1,
+        workers: 2,
+        jobs: 3,
+        connections: 4,
+    };
+    let status = Status {
+        daemon: welcome.clone(),
+        jobs: vec![JobStatus {
+            job: JobId(1),
+            name: Some("j".into()),
+            uid: 1000,
+            workers: 1,
+            arena_bytes: 8192,
+            arena_peak_bytes: 8192,
+            gateway: None,
+        }],
+        workers: vec![WorkerStatus {
+            worker: WorkerId(1),
+            job: JobId(1),
+            name: "n".into(),
+            role: "r".into(),
+            pid: 1,
+            counters: Counters {
+                frames: 1,
+                referenced_bytes: 2,
+                refused: 3,
+                last_ns: 4,
+            },
+            idle_ns: Some(5),
+            arenas: vec![ArenaStatus {
+                arena: ArenaId::of(WorkerId(1), 0).expect("an arena"),
+                layout: Layout::for_objects(2, 4096).expect("a layout"),
+                page_bytes: 4096,
+                note: None,
+                sealed: true,
+            }],
+        }],
+        more: false,
+        users: vec![UserStatus {
+            uid: 1000,
+            used: amounts,
+            quota: amounts,
+        }],
+    };
+    seed("control_packet", "welcome", json(&Reply::Welcome(welcome)));
+    seed("control_packet", "status", json(&Reply::Status(status)));
     let replies = [
         Reply::JobCreated { job: JobId(1) },
         Reply::GatewayOpened {

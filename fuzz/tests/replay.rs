@@ -3,6 +3,10 @@
 //!
 //! Each input has a time and a memory that it may take. The memory is counted here, since no sanitizer does it.
 
+#[expect(dead_code, reason = "it is a program too, whose `main` is not called here")]
+#[path = "../examples/seeds.rs"]
+mod seeds;
+
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::collections::BTreeSet;
 use std::fs;
@@ -142,3 +146,19 @@ macro_rules! replays {
 }
 
 replays!(config control_packet flame_wire frame idx image npz session);
+
+/// The messages are made from their types, so that a field more is missed by the compiler; the rest is read back as it is made.
+#[test]
+fn what_the_corpora_begin_with_can_be_made_anew() {
+    let _alone = ONE_AT_A_TIME
+        .lock()
+        .unwrap_or_else(|poisoned| poisoned.into_inner());
+    let folder = tempfile::tempdir().expect("a folder");
+    seeds::write_all(folder.path());
+    for target in TARGETS {
+        let made = fs::read_dir(folder.path().join(target.name))
+            .expect("a corpus")
+            .count();
+        assert!(made > 0, "{}", target.name);
+    }
+}
