@@ -240,7 +240,7 @@ pub(super) fn from_worker_files(
             );
             findings
                 .add(ProblemKind::Conflict, &place.key("taskid"), found)
-                .expected("one file for each worker");
+                .expected("one file for each worker: remove one of the two, or give it a taskid of its own");
             draft.whole = false;
             continue;
         }
@@ -263,7 +263,39 @@ pub(super) fn from_worker_files(
             rounds: Rounds::new(raw),
         });
     }
+    note_colliding_taskids(&workers, findings);
     draft
+}
+
+/// Notes workers that Flame's SDK cannot tell apart: on its `shm` channels a worker is the last two bytes of its taskid.
+fn note_colliding_taskids(workers: &BTreeMap<(&str, &str), &Place>, findings: &mut Findings) {
+    let mut same: BTreeMap<String, Vec<String>> = BTreeMap::new();
+    for ((role, task_id), place) in workers {
+        if let Some(end) = flame_id(task_id) {
+            let worker = format!("{} in {}", shorten(role), place.file_name());
+            same.entry(end).or_default().push(worker);
+        }
+    }
+    for (end, workers) in same {
+        let [first, second, others @ ..] = workers.as_slice() else {
+            continue;
+        };
+        let others = match others.len() {
+            0 => String::new(),
+            more => format!(", and {more} more,"),
+        };
+        findings.note(format!(
+            "the taskids of {first} and {second}{others} end with the same four digits, {end}: `lifl run` tells these workers \
+             apart by their roles and taskids, Flame's own workers take one for the other; for those, give each a taskid \
+             whose last four digits no other has"
+        ));
+    }
+}
+
+/// The last two bytes of a hexadecimal taskid.
+fn flame_id(task_id: &str) -> Option<String> {
+    let digits = task_id.len() >= 4 && task_id.bytes().all(|byte| byte.is_ascii_hexdigit());
+    digits.then(|| task_id[task_id.len() - 4..].to_ascii_lowercase())
 }
 
 /// Whether a file is of the kind that it is read as, beyond what the schema says.

@@ -133,12 +133,54 @@ fn files_of_different_jobs_are_refused() {
 }
 
 #[test]
+fn workers_whose_taskids_flame_confuses_are_named_with_their_files_and_what_to_do() {
+    let with_taskids = |taskids: [&str; 4]| {
+        let mut files = files();
+        for (file, taskid) in files.iter_mut().zip(taskids) {
+            file["taskid"] = json!(taskid);
+        }
+        let loaded = load_all(&files, &Overrides::default()).unwrap_or_else(|error| panic!("{error}"));
+        let notes = loaded.notes.into_iter();
+        notes.filter(|note| note.contains("taskids")).collect::<Vec<_>>()
+    };
+    let [a, b, c] = [
+        "505f9fc483cf4df68a2409257b5fad7d3c580370",
+        "605f9fc483cf4df68a2409257b5fad7d3c58037A",
+        "705f9fc483cf4df68a2409257b5fad7d3c58047a",
+    ];
+    assert_eq!(with_taskids([a, b, c, "0001"]), [""; 0]);
+    // The same taskid in two roles, and another one with the same end.
+    let notes = with_taskids([a, "00037a", b, c]);
+    assert_eq!(notes.len(), 1, "{notes:?}");
+    for part in [
+        "0.json",
+        "1.json",
+        "2.json",
+        "037a",
+        "trainer in ",
+        "give each a taskid",
+    ] {
+        let named = part != "0.json";
+        assert_eq!(notes[0].contains(part), named, "{part}: {}", notes[0]);
+    }
+    // No taskids of Flame's.
+    assert_eq!(with_taskids(["04", "03", "02", "01"]), [""; 0]);
+    assert_eq!(
+        with_taskids(["trainer-4", "trainer-3", "leaf-3", "top-3"]),
+        [""; 0]
+    );
+}
+
+#[test]
 fn a_worker_is_named_by_role_and_taskid() {
     let mut files = files();
     files[1]["taskid"] = json!("03");
     assert_problems(
         &files,
-        &["1.json: taskid: role trainer with taskid 03 is in 0.json too; expected one file for each worker"],
+        &[
+            "1.json: taskid: role trainer with taskid 03 is in 0.json too; expected one file for each worker: remove \
+           one of the two, or give it a taskid of its own",
+        ],
     );
 }
 
