@@ -63,7 +63,10 @@ pub enum DataError {
         expected: String,
     },
     /// Fewer samples than the job asks for.
-    #[error("the dataset has {have} {part} samples, the job asks for {asked}")]
+    #[error(
+        "the dataset has {have} {part} samples, the job asks for {asked}: lower lifl.{}, or leave it out to take all",
+        if *part == "test" { "testSamples" } else { "trainSamples" }
+    )]
     TooFew {
         /// `training` or `test`.
         part: &'static str,
@@ -74,7 +77,8 @@ pub enum DataError {
     },
     /// More trainers than samples.
     #[error(
-        "{samples} training samples cannot be divided among {trainers} trainers: each needs at least one"
+        "{samples} training samples cannot be divided among {trainers} trainers, of whom each needs at least one: use fewer \
+         trainers, or raise lifl.trainSamples"
     )]
     TooManyTrainers {
         /// Samples to divide.
@@ -83,7 +87,7 @@ pub enum DataError {
         trainers: u32,
     },
     /// A division that is none.
-    #[error("the partition's {what} is {found}, expected {expected}")]
+    #[error("lifl.partition: the {what} is {found}, expected {expected}")]
     Partition {
         /// Which number.
         what: &'static str,
@@ -124,7 +128,7 @@ pub enum DataError {
     },
     /// A download that is not the file that the job names.
     #[error(
-        "{url} has the SHA-256 {found}, the job expects {expected}: the file has changed, or the job is wrong"
+        "{url} has the SHA-256 {found}, the job expects {expected} (lifl.sha256): the file has changed, or the job is wrong"
     )]
     Checksum {
         /// From where.

@@ -88,6 +88,24 @@ fn one_lot_is_divided_four_to_one() {
 }
 
 #[test]
+fn what_is_asked_too_much_is_named_as_in_the_job_file() {
+    let too_few = |part| DataError::TooFew {
+        part,
+        asked: 2,
+        have: 1,
+    };
+    assert!(too_few("test").to_string().contains("lifl.testSamples"));
+    assert!(too_few("training").to_string().contains("lifl.trainSamples"));
+    let shards = partition::check(Partition::Shards { per_trainer: 3 }, 4, 2);
+    assert!(
+        shards
+            .expect_err("too many")
+            .to_string()
+            .contains("lifl.partition")
+    );
+}
+
+#[test]
 fn shares_of_generated_digits_are_the_whole_set() {
     let source = DataSource {
         train_samples: Some(60),
