@@ -280,6 +280,7 @@ fn daemon_choice(text: &str) -> Result<DaemonChoice, String> {
 
 /// Reads the command line and does what it says.
 pub fn main() -> ExitCode {
+    signals::unblock();
     signals::survive_writes();
     program::name_process();
     logging::tell_panics(output::log().clone());

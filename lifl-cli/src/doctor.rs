@@ -318,8 +318,8 @@ fn socket_folder() -> Check {
 
 /// A daemon that listens: what it runs as, and whether it has kept more than it needs.
 fn daemon() -> Check {
-    // A busy daemon is tried for 10 s.
-    const PATIENCE: Duration = Duration::from_secs(15);
+    // A daemon that is busy or does not answer is tried for 10 s, at two places at most.
+    const PATIENCE: Duration = Duration::from_secs(25);
     let asked = on_thread(|| {
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_all()
@@ -328,10 +328,19 @@ fn daemon() -> Check {
         let ask = async {
             for socket in paths::daemon_sockets() {
                 match Client::connect(&socket).await {
-                    Ok(mut client) => {
-                        let flame = client.flame().await.is_ok_and(|page| page.is_some());
-                        return listening(&socket, client.welcome(), flame);
-                    }
+                    Ok(mut client) => match client.flame().await {
+                        Err(error @ ClientError::Silent { .. }) => {
+                            return Check::warn(
+                                DAEMON,
+                                error.to_string(),
+                                "sudo systemctl restart lifl-daemon",
+                            );
+                        }
+                        flame => {
+                            let flame = flame.is_ok_and(|page| page.is_some());
+                            return listening(&socket, client.welcome(), flame);
+                        }
+                    },
                     Err(ClientError::Connect { source, .. })
                         if source.kind() == std::io::ErrorKind::PermissionDenied =>
                     {
@@ -343,6 +352,9 @@ fn daemon() -> Check {
                     }
                     Err(error @ ClientError::Busy { .. }) => {
                         return Check::warn(DAEMON, error.to_string(), "lifl status");
+                    }
+                    Err(error @ ClientError::Silent { .. }) => {
+                        return Check::warn(DAEMON, error.to_string(), "sudo systemctl restart lifl-daemon");
                     }
                     // Nobody there, or of another version.
                     Err(_) => {}

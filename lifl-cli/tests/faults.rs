@@ -447,6 +447,38 @@ fn another_time_namespace_kills_nobody_through_the_kernel() {
     }
 }
 
+/// A daemon in another time namespace than the plane and whoever asks.
+#[test]
+fn a_workers_last_frame_is_as_old_as_it_is_in_every_time_namespace() {
+    for plane in ["relay", "sockmap"] {
+        if !can_have(plane) {
+            continue;
+        }
+        let place = Place::new(&slow().file());
+        let plain = place.command(&["--checkpoint-every", "0", "--plane", plane]);
+        let mut command = std::process::Command::new("unshare");
+        command.args(["-T", "--monotonic", "100000", "--fork", "--kill-child"]);
+        command.arg(plain.get_program()).args(plain.get_args());
+        let mut run = Started::new(command, place.run(), &place.folder.path().join("ahead"));
+        let started = run.wait_for("job_started");
+        let socket = started["daemon"].as_str().expect("a path").to_owned();
+        let output = support::lifl()
+            .args(["status", "--json", "--daemon", &socket])
+            .output()
+            .expect("started");
+        let text = String::from_utf8_lossy(&output.stdout);
+        let status: serde_json::Value = serde_json::from_str(text.trim()).expect("JSON");
+        let workers = status["status"]["workers"].as_array().expect("workers");
+        let ages: Vec<u64> = workers
+            .iter()
+            .filter_map(|worker| worker["idle_ns"].as_u64())
+            .collect();
+        assert!(!ages.is_empty(), "{plane}: {text}");
+        assert!(ages.iter().all(|&age| age < 300_000_000_000), "{plane}: {ages:?}");
+        run.kill_everything();
+    }
+}
+
 #[test]
 #[ignore = "it is the daemon of the other tests"]
 fn daemon_of_the_other_tests() {

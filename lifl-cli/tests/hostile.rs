@@ -756,3 +756,47 @@ async fn through_the_relay_eager() {
 async fn through_the_relay_lazy() {
     children_that_misbehave("relay", "lazy").await;
 }
+
+/// Nobody but another process of the same user may do that, and it does not play the worker's role.
+#[tokio::test]
+async fn a_stranger_that_takes_a_dead_workers_name_is_named_and_the_job_goes_on_without_that_worker() {
+    let mut file = Job::synthetic(&[1, 3], 1000, "F32");
+    file.rounds = 1_000_000;
+    let place = Place::new(&file.file());
+    let mut run = place.start(&["--checkpoint-every", "0"]);
+    let started = run.wait_for("job_started");
+    run.wait_for_round(2);
+    let socket = std::path::PathBuf::from(started["daemon"].as_str().expect("a path"));
+    let mut stranger = Client::connect(&socket).await.expect("connected");
+    let job = stranger.status(None).await.expect("a status").jobs[0].job;
+    support::signal(
+        run.wait_for_worker("trainer-2"),
+        nix::sys::signal::Signal::SIGKILL,
+    );
+    let taken = within(async {
+        loop {
+            if let Ok(registered) = stranger.register(job, "trainer", "trainer-2").await {
+                return registered;
+            }
+        }
+    });
+    let _taken = taken.await;
+    // The worker's death, its successor's, and that there can be none.
+    run.wait_for_several("worker_lost", 3);
+    let round = run
+        .events()
+        .iter()
+        .rev()
+        .find_map(|event| event["round"].as_u64());
+    run.wait_for_round(round.expect("a round") + 2);
+    support::signal(run.pid(), nix::sys::signal::Signal::SIGINT);
+    let finished = run.wait();
+    assert_eq!(finished.code(), Some(130), "{}", finished.stderr);
+    let last = *finished.all("worker_lost").last().expect("lost");
+    let holder = format!("process {}, which is not of this run", std::process::id());
+    assert!(last["how"].to_string().contains(&holder), "{last}");
+    assert_eq!(
+        (&last["worker"], &last["restarting"]),
+        (&"trainer-2".into(), &false.into())
+    );
+}

@@ -12,6 +12,7 @@ use std::{fs, process};
 
 use cgroup::Group;
 use serde_json::Value;
+use support::node::{Node, be_the_daemon};
 use support::{Job, Place, Started, lifl};
 
 fn digits() -> Place {
@@ -207,6 +208,43 @@ fn huge_pages_beyond_the_groups_limit_are_ordinary_ones() {
         }
         group.set(v1, v2, 1_u64 << 40);
     }
+}
+
+/// A system's daemon knows nothing of the workers' group.
+#[test]
+fn huge_pages_that_the_workers_group_does_not_allow_are_found_out_before_they_are_used() {
+    let Some(group) = Group::new("hugetlb") else {
+        return;
+    };
+    for (always, mib) in [(false, 0_u64), (false, 10), (true, 0)] {
+        group.set("hugetlb.2MB.limit_in_bytes", "hugetlb.2MB.max", mib << 20);
+        let mut node = Node::start_with(None, always);
+        node.wait_until_it_listens();
+        let place = Place::new(&Job::synthetic(&[1, 3], 2_000_000, "F32").file());
+        let command = group.command("", &place.command_at(&node.socket(), &[]));
+        let finished = Started::new(command, place.run(), &place.folder.path().join("start")).wait();
+        let said = format!("{always} {mib} MiB: {:#?} {}", finished.events, finished.stderr);
+        if always {
+            // A worker's own end, before the first round.
+            assert_eq!(finished.code(), Some(3), "{said}");
+            for part in ["before the first round", "hugetlb.2MB", "--huge-pages auto"] {
+                assert!(said.contains(part), "{part}: {said}");
+            }
+        } else {
+            assert_eq!(finished.code(), Some(0), "{said}");
+            let why = finished.one("job_started")["page_note"].to_string();
+            assert!(why.contains("hugetlb.2MB"), "{said}");
+        }
+        assert!(!said.contains("SIGBUS"), "{said}");
+        node.wait_until_nothing_is_registered();
+        node.end();
+    }
+}
+
+#[test]
+#[ignore = "it is the daemon of the other tests"]
+fn daemon_of_the_other_tests() {
+    be_the_daemon();
 }
 
 #[test]

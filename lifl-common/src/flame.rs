@@ -90,7 +90,8 @@ pub struct Worker {
     pub held: u64,
     /// References refused.
     pub refused: u64,
-    /// `CLOCK_MONOTONIC` nanoseconds of the last reference, 0 for none.
+    /// Nanoseconds of the last reference by `bpf_ktime_get_ns` (the initial time namespace's `CLOCK_MONOTONIC`), 0 for
+    /// none.
     pub last_ns: u64,
     /// 1 while it is registered, 0 when it is gone.
     pub live: u64,

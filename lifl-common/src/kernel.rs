@@ -231,7 +231,8 @@ pub struct Counters {
     pub referenced_bytes: u64,
     /// Frames sent to the dead-letter socket.
     pub refused: u64,
-    /// `CLOCK_MONOTONIC` nanoseconds of the last frame, 0 for none.
+    /// Nanoseconds of the last frame by `bpf_ktime_get_ns` (the initial time namespace's `CLOCK_MONOTONIC`), 0 for
+    /// none.
     pub last_ns: u64,
 }
 

@@ -2,7 +2,9 @@
 //! them, making an arena's memory.
 //!
 //! ```text
-//!   run, close ──▶ the user's errands, in order ──▶ its threads, at most 4 ── idle for 1 s ──▶ ended
+//!   run, ask, close ──▶ the user's errands, in order ──▶ its threads, at most 4 ── idle for 1 s ──▶ ended
+//!                          │ no thread for 3 s
+//!                          └── what was asked is refused, the rest waits
 //! ```
 //!
 //! `close(2)` waits for the linger time of a socket (`SO_LINGER`), for the server of a FUSE or NFS file, and for whoever holds
@@ -13,12 +15,15 @@ use std::collections::{HashMap, VecDeque};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::{Arc, Condvar, LazyLock, Mutex, MutexGuard, PoisonError};
 use std::thread::Builder;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use lifl_common::control::packet::recv_with_fds;
+use lifl_common::limits;
 use nix::sys::socket::{setsockopt, sockopt};
+use tokio::sync::oneshot;
 
 use crate::accounts;
+use crate::refusals::may_log;
 
 /// Threads of one user.
 const THREADS_OF_USER: usize = 4;
@@ -32,13 +37,28 @@ const IDLE: Duration = Duration::from_secs(1);
 /// Descriptors of one user that wait to be closed, above which nothing more is read from it.
 const CLOSING: usize = 512;
 
-type Errand = Box<dyn FnOnce() + Send>;
+/// How long what somebody waits for stays without a thread.
+const BEGIN: Duration = Duration::from_secs(3);
+
+type Work = Box<dyn FnOnce() + Send>;
+
+/// What is told to whoever waits for an errand that no thread can be had for.
+type Refused = Box<dyn FnOnce(String) + Send>;
+
+struct Errand {
+    work: Work,
+    /// `None` where nobody waits for it.
+    refused: Option<Refused>,
+    since: Instant,
+}
 
 /// All users' errands.
 #[derive(Default)]
 struct Table {
     users: HashMap<u32, User>,
     threads: usize,
+    /// Whether the system has refused the last thread that was asked for.
+    starved: bool,
 }
 
 #[derive(Default)]
@@ -60,7 +80,42 @@ fn table() -> MutexGuard<'static, Table> {
 
 /// Does something on a thread of that user's. It must not panic.
 pub(crate) fn run(uid: u32, errand: impl FnOnce() + Send + 'static) {
-    submit(accounts::owner_of(uid), Box::new(errand), 0);
+    submit(accounts::owner_of(uid), Box::new(errand), None, 0);
+}
+
+/// Does something that somebody waits for on a thread of that user's; where none can be had for a while, `refused` is called
+/// instead, with the reason and the remedy. Neither may panic, and the latter may not wait.
+pub(crate) fn ask(
+    uid: u32,
+    errand: impl FnOnce() + Send + 'static,
+    refused: impl FnOnce(String) + Send + 'static,
+) {
+    let refused: Refused = Box::new(refused);
+    submit(accounts::owner_of(uid), Box::new(errand), Some(refused), 0);
+}
+
+/// Does something on a thread of that user's, and waits for what comes of it.
+///
+/// # Errors
+/// Why no thread can be had, and what to do.
+pub(crate) async fn answer<T: Send + 'static>(
+    uid: u32,
+    errand: impl FnOnce() -> T + Send + 'static,
+) -> Result<T, String> {
+    let (tell, told) = oneshot::channel();
+    let (refuse, refused) = oneshot::channel();
+    let work = move || {
+        let _ = tell.send(errand());
+    };
+    ask(uid, work, move |why| {
+        let _ = refuse.send(why);
+    });
+    match told.await {
+        Ok(answer) => Ok(answer),
+        Err(_) => Err(refused
+            .await
+            .unwrap_or_else(|_| "the daemon is stopping".to_owned())),
+    }
 }
 
 /// Closes a descriptor on a thread of that user's.
@@ -84,7 +139,7 @@ fn close_with(uid: u32, closing: impl FnOnce() + Send + 'static) {
             user.closing = user.closing.saturating_sub(1);
         }
     };
-    submit(account, Box::new(errand), 1);
+    submit(account, Box::new(errand), None, 1);
 }
 
 /// Waits while so many of a user's descriptors are still to be closed that it may pass no more.
@@ -101,7 +156,8 @@ fn closing(account: u32) -> usize {
     table().users.get(&account).map_or(0, |user| user.closing)
 }
 
-/// Starts threads for what could not have one before. To be called now and then.
+/// Starts threads for what could not have one before, and refuses what has been asked and has waited too long for one. To be
+/// called now and then.
 pub(crate) fn retry() {
     let waiting: Vec<u32> = {
         let table = table();
@@ -111,6 +167,43 @@ pub(crate) fn retry() {
     };
     for account in waiting {
         start_if_needed(account);
+        refuse_stuck(account);
+    }
+}
+
+/// Refuses what a user without a thread has asked a while ago.
+fn refuse_stuck(account: u32) {
+    let (stuck, starved) = {
+        let mut table = table();
+        let starved = table.starved;
+        let Some(user) = table.users.get_mut(&account).filter(|user| user.threads == 0) else {
+            return;
+        };
+        let is_stuck = |errand: &Errand| errand.refused.is_some() && errand.since.elapsed() >= BEGIN;
+        let (stuck, rest) = user.waiting.drain(..).partition::<VecDeque<_>, _>(is_stuck);
+        user.waiting = rest;
+        (stuck, starved)
+    };
+    if stuck.is_empty() {
+        return;
+    }
+    let why = match starved {
+        true => format!(
+            "the daemon can have no thread more: {}",
+            limits::explain_threads()
+        ),
+        false => format!(
+            "the daemon has all {THREADS} threads that it may for its users' requests: try again later"
+        ),
+    };
+    if let Some(dropped) = may_log(account) {
+        tracing::warn!(uid = account, dropped, requests = stuck.len(), "refused: {why}");
+    }
+    // Dropped without the lock: what an errand has is closed by another.
+    for Errand { refused, .. } in stuck {
+        if let Some(refused) = refused {
+            refused(why.clone());
+        }
     }
 }
 
@@ -146,11 +239,15 @@ fn empty(socket: BorrowedFd<'_>) {
     }
 }
 
-fn submit(account: u32, errand: Errand, closing: usize) {
+fn submit(account: u32, work: Work, refused: Option<Refused>, closing: usize) {
     {
         let mut table = table();
         let user = table.users.entry(account).or_default();
-        user.waiting.push_back(errand);
+        user.waiting.push_back(Errand {
+            work,
+            refused,
+            since: Instant::now(),
+        });
         user.closing += closing;
         if user.idle >= user.waiting.len() {
             user.wake.notify_one();
@@ -175,9 +272,17 @@ fn start_if_needed(account: u32) {
         table.threads += 1;
     }
     let thread = Builder::new().name("errands".into()).stack_size(256 << 10);
-    if let Err(error) = thread.spawn(move || work(account)) {
-        tracing::warn!(uid = account, "no thread for this user's descriptors: {error}");
-        let mut table = table();
+    let spawned = thread.spawn(move || work(account));
+    let mut table = table();
+    table.starved = spawned.is_err();
+    if let Err(error) = spawned {
+        if let Some(dropped) = may_log(account) {
+            tracing::warn!(
+                uid = account,
+                dropped,
+                "no thread for this user's descriptors: {error}"
+            );
+        }
         table.threads -= 1;
         if let Some(user) = table.users.get_mut(&account) {
             user.threads -= 1;
@@ -191,7 +296,7 @@ fn work(account: u32) {
     while let Some(user) = all.users.get_mut(&account) {
         if let Some(errand) = user.waiting.pop_front() {
             drop(all);
-            errand();
+            (errand.work)();
             all = table();
             continue;
         }
@@ -312,6 +417,44 @@ mod tests {
         while closing(uid) > 0 {
             assert!(begun.elapsed() < PATIENCE, "still counted");
             std::thread::yield_now();
+        }
+    }
+
+    #[test]
+    fn what_was_asked_is_refused_where_no_thread_comes_and_what_nobody_waits_for_stays() {
+        let uid = 4_300_004;
+        let long_ago = Instant::now()
+            .checked_sub(BEGIN)
+            .expect("a machine that runs a while");
+        let (tell, told) = mpsc::channel();
+        let errand = |name: &'static str, asked: bool, since: Instant| {
+            let (done, refused) = (tell.clone(), tell.clone());
+            let refused: Refused = Box::new(move |why| {
+                let _ = refused.send((name, Some(why)));
+            });
+            Errand {
+                work: Box::new(move || {
+                    let _ = done.send((name, None));
+                }),
+                refused: asked.then_some(refused),
+                since,
+            }
+        };
+        {
+            let mut table = table();
+            let user = table.users.entry(uid).or_default();
+            user.waiting.push_back(errand("old", true, long_ago));
+            user.waiting.push_back(errand("closing", false, long_ago));
+            user.waiting.push_back(errand("new", true, Instant::now()));
+        }
+        refuse_stuck(uid);
+        let (name, why) = told.try_recv().expect("refused");
+        assert_eq!(name, "old");
+        assert!(why.is_some_and(|why| why.contains("thread")));
+        assert!(told.try_recv().is_err(), "the others wait");
+        retry();
+        for expected in ["closing", "new"] {
+            assert_eq!(told.recv_timeout(PATIENCE), Ok((expected, None)));
         }
     }
 }

@@ -9,6 +9,7 @@
 
 mod accounts;
 mod chain;
+mod clock;
 mod ebpf;
 mod errands;
 pub mod flame;

@@ -79,6 +79,7 @@ fn main() -> ExitCode {
     if let Some(code) = user::cleaner() {
         return code;
     }
+    signals::unblock();
     signals::survive_writes();
     let log = Sink::new(io::stderr(), logging::LOG_BYTES, |lost| {
         format!("{lost} lines of this log could not be written")

@@ -61,6 +61,9 @@ pub enum PoolError {
     /// `--huge-pages always`, and there are none.
     #[error("{0}")]
     NoHugePages(String),
+    /// Nobody to make it.
+    #[error("{0}")]
+    NoThread(String),
     /// Its user's quota.
     #[error(transparent)]
     Quota(#[from] QuotaError),
@@ -141,6 +144,7 @@ impl Pool {
         &mut self,
         name: String,
         layout: Layout,
+        pages: Pages,
         admit: impl Fn(u64) -> Result<(), QuotaError>,
     ) -> Result<Plan, PoolError> {
         let Layout { slots, slot_bytes } = layout;
@@ -150,7 +154,19 @@ impl Pool {
         }
         let plain_bytes = layout.memfd_bytes(false).ok_or_else(bad_layout)?;
         let (mut huge_bytes, mut note) = (None, None);
-        if self.huge_pages != HugePages::Never && layout.suits_huge_pages() {
+        if pages == Pages::Ordinary {
+            if self.huge_pages == HugePages::Always {
+                return Err(PoolError::NoHugePages(
+                    "the daemon gives huge pages only (--huge-pages always), which this worker cannot use: start it with \
+                     --huge-pages auto, or raise the worker's hugetlb limit"
+                        .to_owned(),
+                ));
+            }
+            note = Some(
+                "its worker could not use huge pages: its control group allows fewer (hugetlb.2MB.max)"
+                    .to_owned(),
+            );
+        } else if self.huge_pages != HugePages::Never && layout.suits_huge_pages() {
             let bytes = layout.memfd_bytes(true).ok_or_else(bad_layout)?;
             let room = admit(bytes).map_err(PoolError::from);
             match room.and_then(|()| self.check_room(bytes)) {
@@ -189,7 +205,7 @@ impl Pool {
         layout: Layout,
         admit: impl Fn(u64) -> Result<(), QuotaError>,
     ) -> Result<Allocation, PoolError> {
-        let plan = self.plan(name.to_owned(), layout, admit)?;
+        let plan = self.plan(name.to_owned(), layout, Pages::Usual, admit)?;
         let made = plan.make();
         self.free(plan.bytes() - made.as_ref().map_or(0, |made| made.bytes));
         made
@@ -234,6 +250,15 @@ impl Pool {
             ceiling_mib: mib(self.ceiling_bytes),
         })
     }
+}
+
+/// Which pages an arena is to have.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Pages {
+    /// Huge ones, where they are wanted and to be had.
+    Usual,
+    /// Ordinary ones, for a worker that has been given huge ones and cannot use them.
+    Ordinary,
 }
 
 /// An arena whose bytes are set aside.

@@ -33,7 +33,7 @@ use nix::sys::socket::{
 use nix::sys::stat::{Mode, SFlag, fstat};
 use nix::unistd::fchownat;
 use tokio::io::unix::AsyncFd;
-use tokio::sync::{OwnedSemaphorePermit, mpsc, oneshot};
+use tokio::sync::{OwnedSemaphorePermit, mpsc};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
@@ -735,23 +735,28 @@ async fn next_packet(socket: &PacketSocket, peer: Peer, account: &Account) -> io
 
 /// Has the first descriptor looked at, a worker's socket, on a thread of its user's. Of one that comes back only the identity is
 /// needed.
-async fn examined(plane: PlaneKind, peer: Peer, request: &Request, mut fds: Vec<Foreign>) -> Beside {
+///
+/// # Errors
+/// Why there is no thread for that.
+async fn examined(
+    plane: PlaneKind,
+    peer: Peer,
+    request: &Request,
+    mut fds: Vec<Foreign>,
+) -> Result<Beside, String> {
     if fds.is_empty() {
-        return Beside::default();
+        return Ok(Beside::default());
     }
     let socket = fds.remove(0);
-    let (tell, told) = oneshot::channel();
     let look = match request {
         Request::Reattach { .. } => plane::identify,
         _ => plane::examine,
     };
-    errands::run(peer.uid, move || {
-        let _ = tell.send(look(plane, socket));
-    });
-    Beside {
-        socket: told.await.ok(),
+    let socket = errands::answer(peer.uid, move || look(plane, socket)).await?;
+    Ok(Beside {
+        socket: Some(socket),
         fds,
-    }
+    })
 }
 
 /// Whether descriptors belong beside a request.
@@ -787,15 +792,15 @@ async fn converse(
                 Ok(Some((Ok(request), fds, under_way))) => {
                     silent = false;
                     unanswered = true;
+                    let refused = |code, message| Command::Answer(id, Reply::Error { code, message });
                     let command = match takes_descriptors(&request) || fds.is_empty() {
-                        true => {
-                            let beside = examined(plane, peer, &request, fds).await;
-                            Command::Request(id, request, beside, under_way)
-                        }
+                        true => match examined(plane, peer, &request, fds).await {
+                            Ok(beside) => Command::Request(id, request, beside, under_way),
+                            Err(why) => refused(ErrorCode::Full, why),
+                        },
                         false => {
-                            let code = ErrorCode::BadRequest;
                             let message = "this request takes no descriptor beside it".to_owned();
-                            Command::Answer(id, Reply::Error { code, message })
+                            refused(ErrorCode::BadRequest, message)
                         }
                     };
                     if commands.push(peer.account, command).is_err() {

@@ -1,14 +1,15 @@
 //! Signals that ask a process to end, and those that must not end it.
 //!
 //! A signal that was ignored when this program was started stays ignored: `nohup` ignores SIGHUP, and a shell without job
-//! control ignores SIGINT and SIGQUIT for `command &`. A handler would undo what whoever started the program asked for.
+//! control ignores SIGINT and SIGQUIT for `command &`. A handler would undo what whoever started the program asked for. One that
+//! was blocked is another matter: nobody asks for that, a starter forgets it.
 
 use std::io;
 use std::mem::MaybeUninit;
 use std::ptr;
 
 use nix::libc;
-use nix::sys::signal::{SigHandler, Signal as Number, signal as set_disposition};
+use nix::sys::signal::{SigHandler, SigSet, Signal as Number, signal as set_disposition};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
 /// SIGINT, SIGTERM and SIGHUP, each unless it was inherited as ignored.
@@ -85,6 +86,17 @@ pub fn survive_writes() {
         // It fails for signals that cannot be ignored only.
         let _ = unsafe { set_disposition(number, SigHandler::SigIgn) };
     }
+}
+
+/// Unblocks the signals that this program handles: blocked by whoever started it, they would wait for ever, SIGCHLD and with it
+/// the end of a child too. To be called first in `main`, before there are threads, which inherit that.
+pub fn unblock() {
+    let mut handled = SigSet::empty();
+    for number in [Number::SIGINT, Number::SIGTERM, Number::SIGHUP, Number::SIGCHLD] {
+        handled.add(number);
+    }
+    // It fails for a wrong argument only.
+    let _ = handled.thread_unblock();
 }
 
 /// Has SIGTERM end this process, or be watched, though it was inherited as ignored.

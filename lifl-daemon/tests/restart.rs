@@ -611,7 +611,15 @@ impl Raw {
 
     /// A sealed arena.
     async fn arena(&mut self) -> (ArenaId, OwnedFd) {
-        let (reply, fds) = ask(&self.socket, &Request::CreateArena { layout: layout() }, &[]).await;
+        let (reply, fds) = ask(
+            &self.socket,
+            &Request::CreateArena {
+                layout: layout(),
+                instead_of: None,
+            },
+            &[],
+        )
+        .await;
         let Reply::ArenaCreated { arena, .. } = reply else {
             panic!("{reply:?}")
         };

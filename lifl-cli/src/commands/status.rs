@@ -5,33 +5,38 @@ use std::path::Path;
 use anyhow::anyhow;
 use comfy_table::presets::NOTHING;
 use comfy_table::{CellAlignment, Table};
+use lifl_common::client::{Client, ClientError};
 use lifl_common::control::{FlamePage, Status, UserStatus};
 use lifl_common::plane::is_warning;
-use nix::time::{ClockId, clock_gettime};
 use serde_json::json;
 
 use super::{SMALL, log, runtime};
 use crate::cli::StatusArgs;
 use crate::coordinate::daemon::reachable;
 use crate::coordinate::report::human_bytes;
-use crate::exit::{Because, Cause, Failure, Outcome};
-use crate::output::outln;
+use crate::exit::{Cause, Failure, Outcome};
+use crate::output::{self, outln};
 
-/// Shows what every daemon has. Fails if there is none.
+/// Shows what every daemon has. Fails if there is none, or one that listens cannot be asked.
 pub(crate) fn status(args: &StatusArgs) -> Outcome {
     log("warn");
     let runtime = runtime(SMALL)?;
     runtime.block_on(async {
-        let daemons = reachable(args.daemon.as_deref()).await?;
-        if daemons.is_empty() {
+        let (daemons, mut unreachable) = reachable(args.daemon.as_deref()).await?;
+        if daemons.is_empty() && unreachable.is_empty() {
             let error = anyhow!(
                 "no daemon that this user can reach: start one with `sudo lifl-daemon`, or run a job"
             );
             return Err(Failure::new(Cause::Machine, error));
         }
         for (socket, mut client) in daemons {
-            let status = client.status(None).await.because(Cause::Machine)?;
-            let flame = client.flame().await.because(Cause::Machine)?;
+            let (status, flame) = match ask(&mut client).await {
+                Ok(answers) => answers,
+                Err(error) => {
+                    unreachable.push(error);
+                    continue;
+                }
+            };
             if args.report.json {
                 outln!(
                     "{}",
@@ -44,8 +49,17 @@ pub(crate) fn status(args: &StatusArgs) -> Outcome {
                 }
             }
         }
-        Ok(())
+        let last = unreachable.pop();
+        for error in unreachable {
+            output::told().line(format!("lifl: {:#}\n", anyhow!(error)));
+        }
+        last.map_or(Ok(()), |error| Err(Failure::new(Cause::Machine, error)))
     })
+}
+
+/// What a daemon has, of jobs and of Flame's workers.
+async fn ask(client: &mut Client) -> Result<(Status, Option<FlamePage>), ClientError> {
+    Ok((client.status(None).await?, client.flame().await?))
 }
 
 fn print(socket: &Path, status: &Status) -> Outcome {
@@ -124,7 +138,7 @@ fn print(socket: &Path, status: &Status) -> Outcome {
             worker.counters.frames.to_string(),
             human_bytes(worker.counters.referenced_bytes),
             worker.counters.refused.to_string(),
-            since(worker.counters.last_ns),
+            ago(worker.counters.last_ns, worker.idle_ns),
             arena
                 .and_then(|arena| arena.layout.bytes())
                 .map_or_else(|| "-".to_owned(), human_bytes),
@@ -193,7 +207,7 @@ fn print_flame(page: &FlamePage) -> Outcome {
             worker.sent.to_string(),
             worker.held.to_string(),
             worker.refused.to_string(),
-            since(worker.last_ns),
+            ago(worker.last_ns, worker.idle_ns),
         ]);
     }
     for numbers in [2, 3, 5, 6, 7, 8] {
@@ -204,14 +218,13 @@ fn print_flame(page: &FlamePage) -> Outcome {
     outln!("{table}")
 }
 
-/// How long ago a moment of `CLOCK_MONOTONIC` was.
-fn since(last_ns: u64) -> String {
-    let now = clock_gettime(ClockId::CLOCK_MONOTONIC).map_or(0, |now| {
-        now.tv_sec().unsigned_abs() * 1_000_000_000 + now.tv_nsec().unsigned_abs()
-    });
-    match last_ns {
-        0 => "never".to_owned(),
-        last => format!("{:.1} s", now.saturating_sub(last) as f64 / 1e9),
+/// How long ago the last frame was, which the daemon says: its clock may be another than this process's.
+fn ago(last_ns: u64, idle_ns: Option<u64>) -> String {
+    match (last_ns, idle_ns) {
+        (0, _) => "never".to_owned(),
+        // A daemon of before does not say.
+        (_, None) => "-".to_owned(),
+        (_, Some(idle)) => format!("{:.1} s", idle as f64 / 1e9),
     }
 }
 

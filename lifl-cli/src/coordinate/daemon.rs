@@ -209,27 +209,31 @@ fn connect_error(error: &ClientError) -> Option<io::ErrorKind> {
     }
 }
 
-/// A connection for `lifl status`: every daemon that this user can reach.
+/// Connections for `lifl status`: to every daemon that this user can reach; and what is wrong with those that listen and
+/// cannot be asked.
 ///
 /// # Errors
-/// If the one that was named cannot be reached, or those that there are.
-pub async fn reachable(named: Option<&Path>) -> Outcome<Vec<(PathBuf, Client)>> {
+/// If the one that was named cannot be reached.
+pub async fn reachable(named: Option<&Path>) -> Outcome<(Vec<(PathBuf, Client)>, Vec<ClientError>)> {
     if let Some(socket) = named {
         let client = Client::connect(socket).await.because(Cause::Machine)?;
-        return Ok(vec![(socket.to_owned(), client)]);
+        return Ok((vec![(socket.to_owned(), client)], Vec::new()));
     }
-    let mut found = Vec::new();
-    let mut unreachable = None;
-    for socket in paths::candidates() {
-        match Client::connect(&socket).await {
-            Ok(client) => found.push((socket, client)),
-            Err(error) if nobody_there(&error) || not_allowed(&error) => {}
-            Err(error) => unreachable = Some(error),
+    // At a time: each that does not answer takes as long as it may.
+    let asked = paths::candidates().into_iter().map(|socket| {
+        tokio::spawn(async move {
+            let client = Client::connect(&socket).await;
+            (socket, client)
+        })
+    });
+    let asked: Vec<_> = asked.collect();
+    let (mut found, mut unreachable) = (Vec::new(), Vec::new());
+    for asked in asked {
+        match asked.await.because(Cause::Machine)? {
+            (socket, Ok(client)) => found.push((socket, client)),
+            (_, Err(error)) if nobody_there(&error) || not_allowed(&error) => {}
+            (_, Err(error)) => unreachable.push(error),
         }
     }
-    match unreachable {
-        // One is there, which is not the same as none.
-        Some(error) if found.is_empty() => Err(Failure::new(Cause::Machine, error)),
-        _ => Ok(found),
-    }
+    Ok((found, unreachable))
 }

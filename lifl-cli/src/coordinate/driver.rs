@@ -1,5 +1,6 @@
 //! Drives the coordinator's state machine: passes it what comes from frames, daemon and processes, and does what it wants done.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
 
 use anyhow::anyhow;
@@ -31,6 +32,9 @@ const MOST_UNREAD: usize = 1 << 16;
 /// How often the clock and the memory that is in use are looked at, at the least.
 const PAUSE: Duration = Duration::from_millis(100);
 
+/// How long a dead worker's name may be registered: the daemon notices a death at once.
+const VACANT: Duration = Duration::from_secs(5);
+
 /// What an input may take for each worker.
 const PAUSE_A_WORKER: Duration = Duration::from_millis(2);
 
@@ -46,6 +50,10 @@ pub(super) struct Driver<'r, 'j> {
     round_begun_ns: u64,
     moved_before: JobTraffic,
     peak: Peak,
+    /// Whose process has ended and has no successor yet, and since when.
+    vacant: BTreeMap<usize, Duration>,
+    /// Who has left because the machine, or its daemon, lacks something.
+    lacking: BTreeSet<usize>,
 }
 
 impl<'r, 'j> Driver<'r, 'j> {
@@ -70,6 +78,8 @@ impl<'r, 'j> Driver<'r, 'j> {
             round_begun_ns: monotonic_ns(),
             moved_before: JobTraffic::default(),
             peak: Peak::default(),
+            vacant: BTreeMap::new(),
+            lacking: BTreeSet::new(),
         }
     }
 
@@ -91,6 +101,7 @@ impl<'r, 'j> Driver<'r, 'j> {
             if self.do_outputs().await? {
                 return self.finish().await;
             }
+            self.look_for_strangers().await?;
             self.peak.sample(self.workers.pids());
         }
     }
@@ -106,7 +117,13 @@ impl<'r, 'j> Driver<'r, 'j> {
                 _ => return Err(self.daemon_gone().await),
             },
             event = self.run.client.event() => Input::Daemon(event.because(Cause::Job)?),
-            (worker, how) = self.workers.exited() => Input::Exited { worker, how },
+            (worker, exit) = self.workers.exited() => {
+                self.vacant.insert(worker, self.awake.time());
+                if exit.code == Some(Cause::Machine as i32) {
+                    self.lacking.insert(worker);
+                }
+                Input::Exited { worker, how: exit.how }
+            }
             examined = self.models.examined() => examined.because(Cause::Job)?,
             () = tokio::time::sleep(pause) => Input::Timeout,
         };
@@ -241,7 +258,61 @@ impl<'r, 'j> Driver<'r, 'j> {
         {
             self.workers.begin_from(round);
         }
-        self.workers.start_one(worker)
+        self.workers.start_one(worker)?;
+        self.vacant.remove(&worker);
+        Ok(())
+    }
+
+    /// Looks whether a dead worker's name is held by a process that is none of this run's: another of this user, since nobody
+    /// else may register. Its successor cannot have the name then. The job goes on without a trainer, and without an
+    /// aggregator it cannot.
+    async fn look_for_strangers(&mut self) -> Outcome {
+        let now = self.awake.time();
+        let is_old = |(_, since): &(&usize, &Duration)| now.saturating_sub(**since) > VACANT;
+        let old: Vec<usize> = self
+            .vacant
+            .iter()
+            .filter(is_old)
+            .map(|(&worker, _)| worker)
+            .collect();
+        if old.is_empty() {
+            return Ok(());
+        }
+        // A daemon that is away has not noticed the deaths yet.
+        let Some(status) = self.status_now().await? else {
+            self.vacant.values_mut().for_each(|since| *since = now);
+            return Ok(());
+        };
+        for worker in old {
+            self.vacant.remove(&worker);
+            let spec = &self.run.job.workers[worker];
+            let mut registered = status.workers.iter();
+            // The gateway's proxy of a remote worker is the daemon's.
+            let Some(holder) = registered.find(|other| other.name == spec.name && !spec.is_remote()) else {
+                continue;
+            };
+            let how = format!(
+                "process {}, which is not of this run, has registered under its name",
+                holder.pid
+            );
+            if spec.kind != Kind::Trainer {
+                let error = anyhow!(
+                    "{} cannot be replaced: {how}; end that process, and go on with lifl run --resume {}",
+                    spec.name,
+                    self.run.folder.path().display()
+                );
+                return Err(Failure::new(Cause::Job, error));
+            }
+            let event = Event::WorkerLost {
+                worker: spec.name.clone(),
+                round: self.coordinator.round(),
+                how,
+                last_words: self.run.folder.last_words(&spec.name),
+                restarting: false,
+            };
+            self.reporter.event(&event).because(Cause::Job)?;
+        }
+        Ok(())
     }
 
     /// On the relay plane the frame socket closes with the daemon: what the control connection says tells more.
@@ -380,6 +451,13 @@ impl<'r, 'j> Driver<'r, 'j> {
     /// A failure in words.
     fn failure(&mut self, failure: JobFailure) -> Failure {
         self.reporter.end();
+        let cause = match &failure {
+            // What the machine lacks for the first round, it lacks for another run too.
+            JobFailure::WorkerGone { worker, round: 0, .. } if self.lacking.contains(worker) => {
+                Cause::Machine
+            }
+            _ => Cause::Job,
+        };
         let error = match failure {
             JobFailure::WorkerGone { worker, round, how } => {
                 let name = self.name(worker);
@@ -409,7 +487,7 @@ impl<'r, 'j> Driver<'r, 'j> {
             ),
             JobFailure::JobEnded { reason } => anyhow!("the daemon ended the job: {reason}"),
         };
-        Failure::new(Cause::Job, error)
+        Failure::new(cause, error)
     }
 
     /// What the logs of some trainers end with, each end once.

@@ -156,7 +156,7 @@ impl Workers {
     }
 
     /// Waits for the next process to end: its index, and what its end was; for ever when none is left. Cancel-safe.
-    pub(super) async fn exited(&mut self) -> (usize, String) {
+    pub(super) async fn exited(&mut self) -> (usize, Exit) {
         loop {
             match self.processes.join_next().await {
                 Some(Ok((index, status))) => {
@@ -164,12 +164,13 @@ impl Workers {
                         .running
                         .remove(&index)
                         .is_some_and(|(_, kill)| kill.is_cancelled());
+                    let code = status.as_ref().ok().and_then(ExitStatus::code);
                     let how = match status {
                         Ok(status) if by_us => explain(status),
                         Ok(status) => explain(status) + self.oom.explain(status, &OomKills::so_far()),
                         Err(error) => error.to_string(),
                     };
-                    return (index, how);
+                    return (index, Exit { how, code });
                 }
                 Some(Err(error)) => tracing::error!("a process's watcher failed: {error}"),
                 None => std::future::pending().await,
@@ -207,6 +208,14 @@ impl Workers {
         while self.processes.join_next().await.is_some() {}
         left
     }
+}
+
+/// A process's end.
+pub(super) struct Exit {
+    /// In words.
+    pub(super) how: String,
+    /// Its exit code, if it has left by itself.
+    pub(super) code: Option<i32>,
 }
 
 /// What the end of a process was.

@@ -7,13 +7,16 @@ mod support;
 
 use std::env;
 use std::fs::{self, File};
-use std::io::Read;
+use std::io::{self, Read};
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::PermissionsExt;
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
-use nix::sys::signal::Signal;
+use nix::sys::signal::{SigSet, Signal};
+use nix::sys::socket::{AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, listen, socket};
 
 use support::{Job, PATIENCE, Place, Started, lifl, signal};
 
@@ -72,6 +75,29 @@ fn a_hangup_that_nobody_has_ignored_ends_the_run_in_order() {
     let finished = started.wait();
     assert_eq!(finished.code(), Some(130), "{}", finished.stderr);
     assert_eq!(finished.one("job_failed")["exit_code"], 130);
+}
+
+/// Has a command start with all signals blocked, as some supervisors leave them.
+fn block_signals(command: &mut Command) {
+    let block = || SigSet::all().thread_block().map_err(io::Error::from);
+    // SAFETY: between fork and exec it makes nothing but a system call.
+    unsafe { command.pre_exec(block) };
+}
+
+#[test]
+fn signals_that_were_blocked_when_it_was_started_end_a_run_in_order_and_its_workers_ends_are_noticed() {
+    for number in [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP] {
+        let place = long();
+        let mut command = place.command(&["--checkpoint-every", "0"]);
+        block_signals(&mut command);
+        let mut started = Started::new(command, place.run(), &place.folder.path().join("start"));
+        started.wait_for_round(1);
+        signal(started.wait_for_worker("trainer-1"), Signal::SIGKILL);
+        started.wait_for("worker_replaced");
+        signal(started.pid(), number);
+        let finished = started.wait();
+        assert_eq!(finished.code(), Some(130), "{number}: {}", finished.stderr);
+    }
 }
 
 #[test]
@@ -258,6 +284,64 @@ fn doctor_names_the_variable_behind_a_folder_that_cannot_be_had() {
             "{check}"
         );
     }
+}
+
+/// A socket at which somebody listens who never answers: a daemon that is stopped.
+fn deaf(path: &Path) -> OwnedFd {
+    let listener = socket(
+        AddressFamily::Unix,
+        SockType::SeqPacket,
+        SockFlag::SOCK_CLOEXEC,
+        None,
+    );
+    let listener = listener.expect("a socket");
+    bind(listener.as_raw_fd(), &UnixAddr::new(path).expect("short")).expect("bound");
+    listen(&listener, Backlog::new(16).expect("in range")).expect("listens");
+    listener
+}
+
+#[test]
+fn a_daemon_that_does_not_answer_is_named_by_every_command_that_asks_one() {
+    let place = short();
+    let folder = place.folder.path().join("lifl");
+    fs::create_dir(&folder).expect("made");
+    fs::set_permissions(&folder, fs::Permissions::from_mode(0o700)).expect("set");
+    let path = folder.join("lifl.sock");
+    let _listener = deaf(&path);
+    let socket = path.to_str().expect("text");
+    let job = place.job.to_str().expect("text");
+    let begun = Instant::now();
+    let start = |arguments: &[&str]| {
+        let mut command = lifl();
+        command
+            .args(arguments)
+            .env("XDG_RUNTIME_DIR", place.folder.path());
+        command.stdout(Stdio::piped()).stderr(Stdio::piped());
+        command.spawn().expect("started")
+    };
+    let asked = [
+        (start(&["status", "--daemon", socket]), Some(3)),
+        (start(&["status"]), Some(3)),
+        (start(&["run", job, "--daemon", socket]), Some(3)),
+        // Its state is that of all that is looked at.
+        (start(&["doctor"]), None),
+    ];
+    for (child, code) in asked {
+        let output = child.wait_with_output().expect("ended");
+        let text = [output.stdout, output.stderr].concat();
+        let text = String::from_utf8_lossy(&text);
+        assert!(
+            code.is_none() || output.status.code() == code,
+            "{:?}: {text}",
+            output.status
+        );
+        let says = |part: &str| text.contains(part);
+        assert!(
+            says(socket) && says("has not answered") && says("restart"),
+            "{text}"
+        );
+    }
+    assert!(begun.elapsed() < PATIENCE, "{:?}", begun.elapsed());
 }
 
 /// What a command does whose standard output or standard error is that file.

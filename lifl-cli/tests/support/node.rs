@@ -17,6 +17,9 @@ use super::{PATIENCE, lifl, signal};
 const SOCKET: &str = "LIFL_TEST_SOCKET";
 const PINS: &str = "LIFL_TEST_PINS";
 
+/// There if it is to give huge pages only.
+const ALWAYS_HUGE: &str = "LIFL_TEST_ALWAYS_HUGE";
+
 /// How long it waits for the workers of the daemon before it.
 pub(crate) const GRACE: Duration = Duration::from_secs(3);
 
@@ -37,7 +40,10 @@ pub(crate) fn be_the_daemon() {
                 Request::Relay
             },
             pool_bytes: 1 << 30,
-            huge_pages: HugePages::Auto,
+            huge_pages: match std::env::var_os(ALWAYS_HUGE) {
+                Some(_) => HugePages::Always,
+                None => HugePages::Auto,
+            },
             max_workers: 64,
             pin,
             grace: GRACE,
@@ -56,15 +62,22 @@ pub(crate) fn be_the_daemon() {
 /// A daemon in a process of its own.
 pub(crate) struct Node {
     folder: tempfile::TempDir,
+    always_huge: bool,
     pins: Option<PathBuf>,
     process: Option<Child>,
 }
 
 impl Node {
     pub(crate) fn start(pins: Option<&str>) -> Self {
+        Self::start_with(pins, false)
+    }
+
+    /// Starts one with --huge-pages always, or auto.
+    pub(crate) fn start_with(pins: Option<&str>, always_huge: bool) -> Self {
         let pins = pins.map(|name| format!("/sys/fs/bpf/lifl-test-{}-{name}", std::process::id()));
         let mut node = Self {
             folder: tempfile::tempdir().expect("a folder"),
+            always_huge,
             pins: pins.map(PathBuf::from),
             process: None,
         };
@@ -81,6 +94,9 @@ impl Node {
         let mut command = Command::new(std::env::current_exe().expect("this file"));
         command.args(["--exact", "daemon_of_the_other_tests", "--ignored", "--nocapture"]);
         command.env(SOCKET, self.socket()).env_remove(PINS);
+        if self.always_huge {
+            command.env(ALWAYS_HUGE, "1");
+        }
         if let Some(pins) = &self.pins {
             command.env(PINS, pins);
         }

@@ -18,6 +18,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
+use nix::sys::socket::{getsockopt, sockopt};
 use tokio::task::JoinHandle;
 use tokio::time::Instant;
 
@@ -29,8 +30,8 @@ use crate::id::WorkerId;
 /// How long a worker waits for the next daemon unless it is told otherwise.
 pub(super) const PATIENCE: Duration = Duration::from_secs(60);
 
-/// How long a new daemon has to answer.
-const ANSWER: Duration = Duration::from_secs(10);
+/// How long a daemon has to let a process in and to answer its greeting.
+pub(super) const ANSWER: Duration = Duration::from_secs(10);
 
 /// How long to wait for a place in the daemon's backlog before trying again.
 const SHORTEST_BUSY: Duration = Duration::from_millis(1);
@@ -106,12 +107,11 @@ async fn come_back(path: PathBuf, identity: Arc<Identity>, patience: Duration) -
     let given_up = Instant::now() + patience;
     let mut wait = SHORTEST_WAIT;
     loop {
-        let attempt = tokio::time::timeout(ANSWER, attempt(&path, &identity)).await;
-        let error = match attempt {
-            Ok(Ok(back)) => return Ok(back),
-            Ok(Err(error)) if error.is_passing() => error,
-            Ok(Err(error)) => return Err(error),
-            Err(_) => ClientError::Closed,
+        let error = match within(ANSWER, attempt(&path, &identity)).await {
+            Some(Ok(back)) => return Ok(back),
+            Some(Err(error)) if error.is_passing() => error,
+            Some(Err(error)) => return Err(error),
+            None => ClientError::silent(&path, ANSWER, None),
         };
         if Instant::now() + wait > given_up {
             return Err(ClientError::NotBack {
@@ -176,10 +176,35 @@ async fn connect(path: &Path) -> Result<PacketSocket, ClientError> {
     }
 }
 
-/// Connects and says hello.
+/// Connects and says hello. Whoever listens has [`ANSWER`] for the one and for the other.
 pub(super) async fn greet(path: &Path) -> Result<(PacketSocket, Welcome), ClientError> {
     let socket = connect(path).await?;
-    greet_over(socket).await
+    let listener = listener_of(&socket);
+    let greeted = within(ANSWER, greet_over(socket)).await;
+    greeted.unwrap_or_else(|| Err(ClientError::silent(path, ANSWER, listener)))
+}
+
+/// The process that listens at the other end, if this process can see it.
+pub(super) fn listener_of(socket: &PacketSocket) -> Option<i32> {
+    let listener = getsockopt(socket.get_ref(), sockopt::PeerCredentials).ok()?;
+    // 0 is a process of another pid namespace; 1 a service manager that listens for the daemon.
+    Some(listener.pid()).filter(|&pid| pid > 1)
+}
+
+/// A timeout that counts while this process runs: a time in which it was stopped, whoever was stopped with it, counts as one
+/// step. `None` when it is over.
+pub(super) async fn within<F: Future>(limit: Duration, future: F) -> Option<F::Output> {
+    const STEP: Duration = Duration::from_secs(1);
+    let mut future = std::pin::pin!(future);
+    let mut left = limit;
+    while !left.is_zero() {
+        let step = left.min(STEP);
+        if let Ok(output) = tokio::time::timeout(step, &mut future).await {
+            return Some(output);
+        }
+        left -= step;
+    }
+    None
 }
 
 /// Says hello.

@@ -1,6 +1,7 @@
 //! A process's connection to its daemon; and, where that can be, to the daemon after it.
 
 use std::collections::VecDeque;
+use std::error::Error;
 use std::fs::File;
 use std::io;
 use std::net::SocketAddr;
@@ -12,14 +13,15 @@ use std::time::Duration;
 use tokio::time::Instant;
 
 use super::FrameSocket;
-use super::comeback::{Back, ComingBack, Identity, PATIENCE, greet, greet_over};
-use crate::arena::{ArenaError, Layout, OwnedArena, PeerArena};
+use super::comeback::{ANSWER, Back, ComingBack, Identity, PATIENCE, greet, greet_over, listener_of, within};
+use crate::arena::{ArenaError, Layout, OwnedArena, PeerArena, memfd};
 use crate::control::packet::{PacketError, PacketSocket};
 use crate::control::{
     ErrorCode, Event, FlamePage, HeldArena, JobTraffic, Message, PROTOCOL, RemoteWorker, Reply, Request,
     Status, Welcome,
 };
 use crate::id::{ArenaId, JobId, WorkerId};
+use crate::limits::Cgroups;
 use crate::plane::PlaneKind;
 use crate::session::JobToken;
 
@@ -48,6 +50,22 @@ pub enum ClientError {
         path: PathBuf,
         /// How long it was tried.
         waited: Duration,
+    },
+    /// It is connected to, and says nothing: it is stopped, hangs, or is no daemon.
+    #[error(
+        "the daemon at {path}{} has not answered for {} s: it is stopped or hangs{}; or restart it \
+         (`sudo systemctl restart lifl-daemon`)",
+        listener.map(|pid| format!(" (process {pid})")).unwrap_or_default(),
+        waited.as_secs(),
+        listener.map(|pid| format!(", `kill -CONT {pid}` lets one that is stopped go on")).unwrap_or_default()
+    )]
+    Silent {
+        /// The socket.
+        path: PathBuf,
+        /// How long it was waited for.
+        waited: Duration,
+        /// The process that listens there, if it can be seen.
+        listener: Option<i32>,
     },
     /// The daemon is gone.
     #[error("the daemon closed the control socket")]
@@ -98,14 +116,32 @@ pub enum ClientError {
     /// An arena cannot be mapped.
     #[error(transparent)]
     Arena(#[from] ArenaError),
+    /// The daemon gives huge pages, and this process cannot use them.
+    #[error("{why}; and the daemon gives no ordinary pages instead")]
+    HugePages {
+        /// Why it cannot, and what to do.
+        why: String,
+        /// What the daemon says.
+        #[source]
+        source: Box<ClientError>,
+    },
 }
 
 impl ClientError {
+    pub(super) fn silent(path: &Path, waited: Duration, listener: Option<i32>) -> Self {
+        Self::Silent {
+            path: path.to_owned(),
+            waited,
+            listener,
+        }
+    }
+
     /// Whether it may be otherwise in a moment, with a daemon that is just being started.
     pub fn is_passing(&self) -> bool {
         match self {
             Self::Connect { .. }
             | Self::Busy { .. }
+            | Self::Silent { .. }
             | Self::Closed
             | Self::Gone { .. }
             | Self::Packet(PacketError::Io(_)) => true,
@@ -117,6 +153,17 @@ impl ClientError {
 
 /// How often something is asked again that the daemon does not have yet.
 const NOT_YET: Duration = Duration::from_millis(100);
+
+/// How long the daemon may take for what it does outside of its registry: a broker that is connected to, memory, a worker's
+/// socket.
+const LONG_ANSWER: Duration = Duration::from_secs(60);
+
+/// How long whoever does not wait for a daemon that is away waits for one that is there.
+const ANSWER_NOW: Duration = Duration::from_secs(2);
+
+/// How long a worker of a job under way waits for an answer: frames flow without the daemon, and one that was stopped for a while
+/// costs no job.
+const ANSWER_TO_WORKER: Duration = Duration::from_secs(300);
 
 /// A connection to the daemon. Requests are answered in order; events that come in between wait for
 /// [`event`](Self::event).
@@ -136,6 +183,11 @@ pub struct Client {
     identity: Option<Arc<Identity>>,
     /// Whether this process may come back to a daemon that is started next.
     returns: bool,
+    /// Whether this process is a worker, of a job under way.
+    is_worker: bool,
+    /// Requests that the daemon has and has not answered. It answers in their order: all but the last of these answers come too
+    /// late for whoever asked.
+    owed: u32,
     /// Why nothing of this process outlives the daemon.
     mortal: &'static str,
 }
@@ -221,6 +273,8 @@ impl Client {
             job_name: None,
             identity: None,
             returns: true,
+            is_worker: false,
+            owed: 0,
             mortal,
         }
     }
@@ -277,6 +331,7 @@ impl Client {
                 arenas: Vec::new(),
             }));
         }
+        self.is_worker = true;
         Ok(Registration {
             worker,
             owner,
@@ -299,21 +354,30 @@ impl Client {
     }
 
     async fn try_create_arena(&mut self, layout: Layout) -> Result<CreatedArena, ClientError> {
-        let (reply, fds) = self.request(&Request::CreateArena { layout }, &[]).await?;
-        let Reply::ArenaCreated {
-            arena: id,
+        let mut given = self.ask_for_arena(layout, None).await?;
+        let mut arena = given.map();
+        if let Err(error) = &arena
+            && given.page_bytes == memfd::HUGE_PAGE_BYTES
+        {
+            let why = why_unusable(error);
+            let refused = given.id;
+            drop(given);
+            let ordinary = self.ask_for_arena(layout, Some(refused)).await;
+            given = ordinary.map_err(|source| ClientError::HugePages {
+                why: why.clone(),
+                source: Box::new(source),
+            })?;
+            given.note = Some(why);
+            arena = given.map();
+        }
+        let arena = arena?;
+        let Given {
+            id,
+            file,
             page_bytes,
             note,
-        } = reply
-        else {
-            return Err(ClientError::Unexpected {
-                request: "create_arena",
-            });
-        };
-        let file = only(fds).ok_or(ClientError::Unexpected {
-            request: "create_arena",
-        })?;
-        let arena = OwnedArena::new(&file, id, layout)?;
+            ..
+        } = given;
         expect_reply!(self, Request::SealArena { arena: id }, &[], (Reply::Done {}, _) => ());
         self.hold(HeldArena { arena: id, layout }, file)?;
         Ok(CreatedArena {
@@ -321,6 +385,34 @@ impl Client {
             page_bytes,
             note,
         })
+    }
+
+    async fn ask_for_arena(
+        &mut self,
+        layout: Layout,
+        instead_of: Option<ArenaId>,
+    ) -> Result<Given, ClientError> {
+        let request = Request::CreateArena { layout, instead_of };
+        let (reply, fds) = self.request(&request, &[]).await?;
+        match (reply, only(fds)) {
+            (
+                Reply::ArenaCreated {
+                    arena: id,
+                    page_bytes,
+                    note,
+                },
+                Some(file),
+            ) => Ok(Given {
+                id,
+                layout,
+                file,
+                page_bytes,
+                note,
+            }),
+            _ => Err(ClientError::Unexpected {
+                request: "create_arena",
+            }),
+        }
     }
 
     /// Keeps an arena's memfd for the next daemon.
@@ -431,8 +523,8 @@ impl Client {
         }
     }
 
-    /// As [`status`](Self::status), but `None` instead of waiting while there is no daemon, or its workers are still coming
-    /// back.
+    /// As [`status`](Self::status), but `None` instead of waiting while there is no daemon, it does not answer, or its workers
+    /// are still coming back.
     ///
     /// # Errors
     /// If the connection fails for good.
@@ -457,7 +549,8 @@ impl Client {
         &mut self,
         ask: impl AsyncFnOnce(&mut Self) -> Result<T, ClientError>,
     ) -> Result<Option<T>, ClientError> {
-        if matches!(self.line, Line::ComingBack(_)) {
+        if matches!(self.line, Line::ComingBack(_)) || self.owed > 0 {
+            // What is late is taken by whoever waits for events.
             return Ok(None);
         }
         self.waits = false;
@@ -466,6 +559,8 @@ impl Client {
         match answer {
             Ok(answer) => Ok(Some(answer)),
             Err(ClientError::Closed) if self.may_come_back() => Ok(None),
+            // It is stopped, or very slow; the job goes on meanwhile.
+            Err(ClientError::Silent { .. }) => Ok(None),
             Err(error) => Err(error),
         }
     }
@@ -526,6 +621,7 @@ impl Client {
             };
             match received.map_err(ClientError::from) {
                 Ok(Some((Message::Event(event), _))) => return Ok(event),
+                Ok(Some((Message::Reply(_), _))) if self.owed > 0 => self.owed -= 1,
                 Ok(Some((Message::Reply(_), _))) => return Err(ClientError::Unexpected { request: "none" }),
                 Ok(None) => self.line_down()?,
                 Err(error) if error.is_passing() => self.line_down()?,
@@ -547,7 +643,10 @@ impl Client {
         let given_up = Instant::now() + self.patience;
         loop {
             self.line_up().await?;
-            match self.exchange(request, fds).await {
+            match self
+                .exchange_within(self.answer_within(request), request, fds)
+                .await
+            {
                 Err(ClientError::Refused {
                     code: ErrorCode::NotYet,
                     ..
@@ -555,6 +654,7 @@ impl Client {
                 Err(ClientError::Refused { code, message }) => {
                     return Err(ClientError::Refused { code, message });
                 }
+                Err(error @ ClientError::Silent { .. }) => return Err(error),
                 Err(error) if error.is_passing() => {
                     self.line_down()?;
                     if !repeatable || !self.waits {
@@ -566,6 +666,38 @@ impl Client {
         }
     }
 
+    /// How long the daemon may take to answer.
+    fn answer_within(&self, request: &Request) -> Duration {
+        match request {
+            // The daemon itself, in whose process this is.
+            _ if !self.returns => Duration::MAX,
+            Request::EndJob { .. } => ANSWER,
+            // Whoever asks does something else instead.
+            _ if !self.waits => ANSWER_NOW,
+            _ if self.is_worker => ANSWER_TO_WORKER,
+            Request::CreateArena { .. } | Request::OpenGateway { .. } | Request::Register { .. } => {
+                LONG_ANSWER
+            }
+            _ => ANSWER,
+        }
+    }
+
+    async fn exchange_within(
+        &mut self,
+        limit: Duration,
+        request: &Request,
+        fds: &[RawFd],
+    ) -> Result<(Reply, Vec<OwnedFd>), ClientError> {
+        if let Some(answer) = within(limit, self.exchange(request, fds)).await {
+            return answer;
+        }
+        let listener = match &self.line {
+            Line::Up(socket) => listener_of(socket),
+            _ => None,
+        };
+        Err(ClientError::silent(&self.path, limit, listener))
+    }
+
     async fn exchange(
         &mut self,
         request: &Request,
@@ -575,10 +707,15 @@ impl Client {
             return Err(ClientError::Closed);
         };
         socket.send(request, fds).await?;
+        self.owed += 1;
         loop {
             let (message, fds) = socket.recv::<Message>().await?.ok_or(ClientError::Closed)?;
+            if let Message::Reply(_) = message {
+                self.owed = self.owed.saturating_sub(1);
+            }
             match message {
                 Message::Event(event) => self.events.push_back(event),
+                Message::Reply(_) if self.owed > 0 => {}
                 Message::Reply(Reply::Error { code, message }) => {
                     return Err(ClientError::Refused { code, message });
                 }
@@ -616,6 +753,7 @@ impl Client {
             events,
         } = back?;
         self.line = Line::Up(socket);
+        self.owed = 0;
         self.welcome = welcome;
         self.events.extend(events);
         Ok(())
@@ -625,6 +763,47 @@ impl Client {
         match &self.identity {
             Some(_) => ClientError::Closed,
             None => ClientError::Gone { reason: self.mortal },
+        }
+    }
+}
+
+/// An arena's memory, as the daemon gives it.
+struct Given {
+    id: ArenaId,
+    layout: Layout,
+    file: File,
+    page_bytes: u64,
+    note: Option<String>,
+}
+
+impl Given {
+    /// Maps it. Huge pages are all given now: one that this process's control group does not allow is an error here, and would
+    /// be a `SIGBUS` when it is first written. (Ordinary ones have no limit of that kind.)
+    fn map(&self) -> Result<OwnedArena, ArenaError> {
+        let arena = OwnedArena::new(&self.file, self.id, self.layout)?;
+        if self.page_bytes == memfd::HUGE_PAGE_BYTES {
+            arena.touch()?;
+        }
+        Ok(arena)
+    }
+}
+
+/// Why this process cannot use the huge pages of its arena.
+fn why_unusable(error: &ArenaError) -> String {
+    match Cgroups::current().huge_pages() {
+        Some(limit) => format!(
+            "{} allows this worker {} huge pages of 2 MiB, and {} are in use: {}",
+            limit.by,
+            limit.allowed / memfd::HUGE_PAGE_BYTES,
+            limit.used.div_ceil(memfd::HUGE_PAGE_BYTES),
+            limit.remedy
+        ),
+        None => {
+            let cause = error.source().map(|source| format!(": {source}"));
+            format!(
+                "this worker cannot use huge pages: {error}{}",
+                cause.unwrap_or_default()
+            )
         }
     }
 }

@@ -3,6 +3,8 @@
 mod comeback;
 mod connection;
 mod socket;
+#[cfg(test)]
+mod tests;
 
 pub use connection::{Client, ClientError, CreatedArena, Registration};
 pub use socket::{FrameSocket, loopback_pair};

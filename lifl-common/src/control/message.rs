@@ -53,6 +53,10 @@ pub enum Request {
         /// Its slots.
         #[serde(flatten)]
         layout: Layout,
+        /// An arena that this worker has just been given and whose huge pages it cannot use: it goes, and the new one has
+        /// ordinary pages.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        instead_of: Option<ArenaId>,
     },
     /// The owner has mapped its arena: seal it. Answered by [`Reply::Done`].
     SealArena {
@@ -418,6 +422,9 @@ pub struct WorkerStatus {
     pub pid: u32,
     /// What it has sent, as the plane counts it.
     pub counters: Counters,
+    /// Nanoseconds since its last frame; `None` if it has sent none.
+    #[serde(default)]
+    pub idle_ns: Option<u64>,
     /// Its arenas.
     pub arenas: Vec<ArenaStatus>,
 }
@@ -458,8 +465,11 @@ pub struct FlameWorkerStatus {
     pub held: u64,
     /// References that were refused.
     pub refused: u64,
-    /// `CLOCK_MONOTONIC` nanoseconds of its last reference, 0 for none.
+    /// Nanoseconds of its last reference by the plane's clock, 0 for none.
     pub last_ns: u64,
+    /// Nanoseconds since then; `None` if there was none.
+    #[serde(default)]
+    pub idle_ns: Option<u64>,
 }
 
 /// An arena.

@@ -39,6 +39,7 @@ use super::server::{Event, Share};
 use super::wire::{Message, Registration};
 use crate::accounts;
 use crate::chain::error_chain;
+use crate::clock::{idle_ns, kernel_ns};
 use crate::errands::{self, Foreign};
 use crate::plane::connection;
 use crate::refusals::may_log;
@@ -596,7 +597,7 @@ impl Switch {
         let Some(conn) = self.conns.get_mut(&from) else {
             return;
         };
-        conn.relayed.last_ns = monotonic_ns();
+        conn.relayed.last_ns = kernel_ns();
         if let Some(to) = to {
             conn.relayed.sent += 1;
             self.hand_over(to, message);
@@ -749,6 +750,7 @@ impl Switch {
                 .as_ref()
                 .and_then(|kernel| kernel.counters(*address).ok());
             let (kernel, relayed) = (in_kernel.unwrap_or_default(), conn.relayed);
+            let last_ns = kernel.last_ns.max(relayed.last_ns);
             shown.push(FlameWorkerStatus {
                 uid: address.uid,
                 id: address.id,
@@ -758,7 +760,8 @@ impl Switch {
                 sent: kernel.sent + relayed.sent,
                 held: kernel.held + relayed.held,
                 refused: kernel.refused + relayed.refused,
-                last_ns: kernel.last_ns.max(relayed.last_ns),
+                last_ns,
+                idle_ns: idle_ns(last_ns),
             });
         }
         let held = self.held.iter().filter(|(address, _)| may_see(address));
@@ -853,12 +856,6 @@ fn log_refused(claim: &Claim, refusal: &Refusal) {
         dropped,
         "Flame registration refused: {refusal}"
     );
-}
-
-fn monotonic_ns() -> u64 {
-    nix::time::ClockId::CLOCK_MONOTONIC.now().map_or(0, |now| {
-        now.tv_sec() as u64 * 1_000_000_000 + now.tv_nsec() as u64
-    })
 }
 
 #[cfg(test)]

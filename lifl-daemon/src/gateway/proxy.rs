@@ -27,7 +27,7 @@ use lifl_worker::node_link::{Incoming, LinkError, NodeLink};
 use lifl_worker::parent::LentModel;
 use lifl_worker::trainer::{Input, Output, Trainer};
 use lifl_worker::update_info::{self, UpdateInfo};
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
 use super::FAREWELL;
@@ -81,8 +81,8 @@ enum ModelError {
     Link(#[from] LinkError),
     #[error("it cannot be read")]
     Arena(#[from] ArenaError),
-    #[error("the daemon has not read it")]
-    Unread,
+    #[error("the daemon cannot read it: {0}")]
+    Unread(String),
     #[error("it is not the job's")]
     Image(#[from] ImageError),
     #[error("the job's updates take {needed} bytes, but {announced} were announced")]
@@ -305,11 +305,8 @@ impl Proxy {
         let (known, shared) = (self.schema.clone(), Arc::clone(&self.shared_schema));
         let lent = Arc::clone(&arena);
         let (key, length) = (model.key, model.length);
-        let (tell, told) = oneshot::channel();
-        errands::run(self.uid, move || {
-            let _ = tell.send(look(&lent, (key, length), known, &shared));
-        });
-        let (schema, start) = told.await.map_err(|_| ModelError::Unread)??;
+        let looked = errands::answer(self.uid, move || look(&lent, (key, length), known, &shared)).await;
+        let (schema, start) = looked.map_err(ModelError::Unread)??;
         self.schema = Some(Arc::clone(&schema));
         let (needed, announced) = (image::image_bytes(&schema) as u64, self.arena.layout().slot_bytes);
         if needed > announced {

@@ -434,6 +434,9 @@ pub enum PlaneError {
         /// How many it holds.
         capacity: u32,
     },
+    /// Nobody to put a socket into the kernel's map.
+    #[error("{0}")]
+    NoThread(String),
     /// Pinned maps that may not be used.
     #[error(transparent)]
     Pins(#[from] PinError),

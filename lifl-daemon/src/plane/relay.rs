@@ -27,7 +27,6 @@ use lifl_common::kernel::{self, Counters, Member, Sender};
 use lifl_common::watch::watch;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::sys::socket::{MsgFlags, Shutdown, send, shutdown};
-use nix::time::ClockId;
 use tokio::io::unix::AsyncFd;
 use tokio::sync::mpsc;
 use tokio::sync::mpsc::error::TrySendError;
@@ -37,6 +36,7 @@ use zerocopy::{FromBytes, IntoBytes};
 
 use super::{DEAD_LETTERS, Examined, Identity, PlaneError, SocketError};
 use crate::accounts;
+use crate::clock::kernel_ns;
 use crate::errands::{self, Foreign};
 use crate::refusals;
 
@@ -421,7 +421,7 @@ impl Sent {
     fn take(&self, frame: &Frame) {
         self.frames.fetch_add(1, Relaxed);
         self.referenced_bytes.fetch_add(lent_bytes(frame), Relaxed);
-        self.last_ns.store(now_ns(), Relaxed);
+        self.last_ns.store(kernel_ns(), Relaxed);
     }
 
     fn untake(&self, frame: &Frame) {
@@ -432,7 +432,7 @@ impl Sent {
 
     fn refuse(&self) {
         self.refused.fetch_add(1, Relaxed);
-        self.last_ns.store(now_ns(), Relaxed);
+        self.last_ns.store(kernel_ns(), Relaxed);
     }
 
     fn counters(&self) -> Counters {
@@ -451,13 +451,4 @@ fn lent_bytes(frame: &Frame) -> u64 {
         Some(FrameKind::Model | FrameKind::Update) => frame.length,
         _ => 0,
     }
-}
-
-/// The clock of `bpf_ktime_get_ns`.
-fn now_ns() -> u64 {
-    let now = ClockId::CLOCK_MONOTONIC
-        .now()
-        .map(Duration::from)
-        .unwrap_or_default();
-    u64::try_from(now.as_nanos()).unwrap_or(u64::MAX)
 }

@@ -21,7 +21,7 @@ use super::{Answer, Arena, ConnId, Denial, Done, Registry, arenas_of, deny};
 use crate::chain::error_chain;
 use crate::errands;
 use crate::limits;
-use crate::pool::{Allocation, PoolError};
+use crate::pool::{Allocation, Pages, PoolError};
 
 /// How long a request for memory waits for that of workers who have left.
 const DEPARTURE: Duration = Duration::from_secs(1);
@@ -46,6 +46,7 @@ pub(super) struct Asking {
     id: ConnId,
     account: u32,
     layout: Layout,
+    pages: Pages,
     until: Instant,
 }
 
@@ -65,11 +66,43 @@ pub(crate) struct MadeArena {
 
 impl Registry {
     /// Has an arena made; [`arena_made`](Self::arena_made) answers.
-    pub(super) fn create_arena(&mut self, id: ConnId, layout: Layout) -> Result<(), Denial> {
-        self.plan_arena(id, layout, Instant::now() + DEPARTURE)
+    pub(super) fn create_arena(
+        &mut self,
+        id: ConnId,
+        layout: Layout,
+        instead_of: Option<ArenaId>,
+    ) -> Result<(), Denial> {
+        let pages = match instead_of {
+            None => Pages::Usual,
+            Some(arena) => {
+                self.take_back(id, arena)?;
+                Pages::Ordinary
+            }
+        };
+        self.plan_arena(id, layout, pages, Instant::now() + DEPARTURE)
     }
 
-    fn plan_arena(&mut self, id: ConnId, layout: Layout, until: Instant) -> Result<(), Denial> {
+    /// Takes an arena from its owner, who cannot use its pages; nobody else has it yet.
+    fn take_back(&mut self, id: ConnId, arena: ArenaId) -> Result<(), Denial> {
+        let (owner, _) = self.worker_of(id)?;
+        let unused = |entry: &Arena| entry.owner == owner && !entry.sealed;
+        if !self.arenas.get(&arena).is_some_and(unused) {
+            return deny(
+                ErrorCode::BadRequest,
+                format!("{owner} has no arena {arena} that is not sealed yet"),
+            );
+        }
+        if let Some(entry) = self.arenas.remove(&arena) {
+            if let Some(job) = self.jobs.get_mut(&entry.job) {
+                job.arena_bytes -= entry.bytes;
+            }
+            self.depart(entry.account, entry.bytes, entry.memfd);
+            self.note_arenas(owner);
+        }
+        Ok(())
+    }
+
+    fn plan_arena(&mut self, id: ConnId, layout: Layout, pages: Pages, until: Instant) -> Result<(), Denial> {
         let (owner, worker) = self.worker_of(id)?;
         let (job_id, uid) = (worker.job, worker.uid);
         let name = format!("lifl-{}-{}", job_id, worker.name);
@@ -86,7 +119,7 @@ impl Registry {
         self.admit_descriptors(account, &used, 1)?;
         let (quotas, pool) = (&self.quotas, &mut self.pool);
         let admit = |bytes| quotas.admit(account, &used, Want::Arena { bytes });
-        let plan = match pool.plan(name, layout, admit) {
+        let plan = match pool.plan(name, layout, pages, admit) {
             Ok(plan) => plan,
             Err(PoolError::Full { .. } | PoolError::Quota(_))
                 if !self.departed.is_empty()
@@ -102,6 +135,7 @@ impl Registry {
                     id,
                     account,
                     layout,
+                    pages,
                     until,
                 };
                 self.asking.push(asking);
@@ -114,7 +148,7 @@ impl Registry {
             job.arena_bytes += bytes;
         }
         let done = self.done.clone();
-        errands::run(uid, move || {
+        let tell = move |made| {
             let made = MadeArena {
                 id,
                 owner,
@@ -123,11 +157,17 @@ impl Registry {
                 arena,
                 layout,
                 bytes,
-                made: plan.make(),
+                made,
             };
             // It ends after the registry only, or with it.
             let _ = done.send(Done::Arena(made));
-        });
+        };
+        let refuse = tell.clone();
+        errands::ask(
+            uid,
+            move || tell(plan.make()),
+            move |why| refuse(Err(PoolError::NoThread(why))),
+        );
         Ok(())
     }
 
@@ -241,10 +281,14 @@ impl Registry {
             }
         }
         for Asking {
-            id, layout, until, ..
+            id,
+            layout,
+            pages,
+            until,
+            ..
         } in std::mem::take(&mut self.asking)
         {
-            if let Err(denial) = self.plan_arena(id, layout, until) {
+            if let Err(denial) = self.plan_arena(id, layout, pages, until) {
                 self.answered(id, Err(denial));
             }
         }
@@ -325,6 +369,7 @@ fn refused(error: &PoolError) -> Denial {
         PoolError::Full { .. }
         | PoolError::Quota(_)
         | PoolError::NoHugePages(_)
+        | PoolError::NoThread(_)
         | PoolError::Limit { .. } => ErrorCode::Full,
     };
     Denial(code, error_chain(error))

@@ -340,7 +340,7 @@ impl Registry {
                 mqtt,
             } => self.open_gateway(id, p2p, mqtt, object_bytes),
             Request::Register { job, role, name } => self.register(id, job, role, name, beside),
-            Request::CreateArena { layout } => self.create_arena(id, layout),
+            Request::CreateArena { layout, instead_of } => self.create_arena(id, layout, instead_of),
             request => {
                 let answer = self.answer(id, request, beside);
                 return self.answered(id, answer);
@@ -643,10 +643,15 @@ impl Registry {
             None => self.joined(id, worker, Ok(())),
             Some(joining) => {
                 let done = self.done.clone();
-                errands::run(peer.uid, move || {
-                    let inserted = joining.insert();
+                let tell = move |inserted| {
                     let _ = done.send(Done::Joined(id, worker, inserted));
-                });
+                };
+                let refuse = tell.clone();
+                errands::ask(
+                    peer.uid,
+                    move || tell(joining.insert()),
+                    move |why| refuse(Err(PlaneError::NoThread(why))),
+                );
             }
         }
         Ok(())
@@ -809,7 +814,7 @@ impl Registry {
 }
 
 fn not_registered(error: PlaneError) -> Denial {
-    let code = if matches!(error, PlaneError::Full { .. }) {
+    let code = if matches!(error, PlaneError::Full { .. } | PlaneError::NoThread(_)) {
         ErrorCode::Full
     } else {
         ErrorCode::BadRequest

@@ -15,6 +15,7 @@ use serde::Serialize;
 
 use super::{Answer, ConnId, Denial, Job, Peer, Registry, Worker, arenas_of, deny};
 use crate::Vitals;
+use crate::clock::idle_ns;
 use crate::errands;
 use crate::plane::support;
 
@@ -200,13 +201,15 @@ impl Registry {
                 note: entry.note.clone(),
                 sealed: entry.sealed,
             });
+        let counters = self.counters(worker_id)?;
         Ok(WorkerStatus {
             worker: worker_id,
             job: worker.job,
             name: worker.name.clone(),
             role: worker.role.clone(),
             pid: worker.pid.unsigned_abs(),
-            counters: self.counters(worker_id)?,
+            idle_ns: idle_ns(counters.last_ns),
+            counters,
             arenas: arenas.collect(),
         })
     }

@@ -300,7 +300,15 @@ async fn nothing_of_a_job_is_kept_once_all_have_left() {
         slots: 1,
         slot_bytes: 4096,
     };
-    bench.ask(2, Request::CreateArena { layout }).expect("an arena");
+    bench
+        .ask(
+            2,
+            Request::CreateArena {
+                layout,
+                instead_of: None,
+            },
+        )
+        .expect("an arena");
     bench.kept.clear();
     bench.registry.closed(ConnId(1));
     assert_eq!(bench.registry.jobs.len(), 1, "a worker is still there");
@@ -322,7 +330,13 @@ async fn only_its_owner_has_an_arena_sealed_and_nobody_reads_it_before() {
         slots: 1,
         slot_bytes: 4096,
     };
-    let Ok(Reply::ArenaCreated { arena, .. }) = bench.ask(1, Request::CreateArena { layout }) else {
+    let Ok(Reply::ArenaCreated { arena, .. }) = bench.ask(
+        1,
+        Request::CreateArena {
+            layout,
+            instead_of: None,
+        },
+    ) else {
         panic!("no arena")
     };
     assert_eq!(
@@ -341,6 +355,44 @@ async fn only_its_owner_has_an_arena_sealed_and_nobody_reads_it_before() {
     );
     bench.ask(1, Request::SealArena { arena }).expect("sealed");
     bench.ask(2, Request::OpenArena { arena }).expect("opened");
+}
+
+#[tokio::test]
+async fn an_arena_whose_pages_cannot_be_used_is_replaced_before_anybody_reads_it_and_counted_once() {
+    let quota = Quota {
+        pool_bytes: 12288,
+        ..Quota::UNLIMITED
+    };
+    let mut bench = Bench::with(Quotas {
+        default: quota,
+        ..Quotas::unlimited()
+    });
+    for conn in [1, 2] {
+        bench.user(conn, 1000);
+    }
+    let job = bench.job(1);
+    bench.ask(1, register(job, "a")).expect("registered");
+    bench.ask(2, register(job, "b")).expect("registered");
+    let layout = Layout {
+        slots: 1,
+        slot_bytes: 8192,
+    };
+    let create = |instead_of| Request::CreateArena { layout, instead_of };
+    let Ok(Reply::ArenaCreated { arena, .. }) = bench.ask(1, create(None)) else {
+        panic!("no arena")
+    };
+    // Its owner has let it go.
+    bench.kept.clear();
+    let (code, _) = bench.ask(2, create(Some(arena))).expect_err("not its own");
+    assert_eq!(code, ErrorCode::BadRequest);
+    let Ok(Reply::ArenaCreated { arena, note, .. }) = bench.ask(1, create(Some(arena))) else {
+        panic!("no other arena")
+    };
+    assert!(note.is_some_and(|note| note.contains("hugetlb")));
+    assert_eq!(bench.registry.used(1000).pool_bytes, 8192);
+    bench.ask(1, Request::SealArena { arena }).expect("sealed");
+    let (code, _) = bench.ask(1, create(Some(arena))).expect_err("others may read it");
+    assert_eq!(code, ErrorCode::BadRequest);
 }
 
 #[tokio::test]
@@ -363,7 +415,13 @@ async fn memory_counts_until_nobody_has_it_whoever_has_left() {
         bench.user(conn, 1000);
         let job = bench.job(conn);
         bench.ask(conn, register(job, "a")).expect("registered");
-        let made = bench.ask(conn, Request::CreateArena { layout });
+        let made = bench.ask(
+            conn,
+            Request::CreateArena {
+                layout,
+                instead_of: None,
+            },
+        );
         (conn, made)
     };
     let (first, made) = arena(&mut bench);
@@ -447,7 +505,15 @@ async fn descriptors_of_the_daemon_are_shared() {
         slot_bytes: 4096,
     };
     for _ in 0..4 {
-        bench.ask(1, Request::CreateArena { layout }).expect("an arena");
+        bench
+            .ask(
+                1,
+                Request::CreateArena {
+                    layout,
+                    instead_of: None,
+                },
+            )
+            .expect("an arena");
     }
     bench.user(3, 1000);
     let (code, message) = bench.ask(3, register(job, "b")).expect_err("too many");

@@ -2,10 +2,11 @@
 
 use lifl_common::arena::Layout;
 use lifl_common::client::Client;
+use lifl_common::control::ErrorCode;
 use nix::sys::signal::Signal;
 
 use crate::cgroup::Group;
-use crate::process::{Daemon, connect, job, within, worker};
+use crate::process::{Daemon, connect, is_root, job, refused, within, worker};
 
 /// The end of a daemon that is started by that command.
 fn end(daemon: &mut Daemon, command: std::process::Command) -> (Option<i32>, String) {
@@ -55,6 +56,62 @@ async fn one_that_runs_lives_on_where_no_thread_can_be_had() {
     // Again enough: whatever waited for a thread has one.
     group.set("pids.max", "pids.max", 9);
     within(child.create_arena(layout)).await.expect("an arena");
+    assert!(!daemon.log().contains("panicked"), "{}", daemon.log());
+    daemon.terminate();
+}
+
+#[tokio::test]
+async fn who_needs_a_thread_that_cannot_be_had_is_told_and_others_are_served() {
+    if !is_root() {
+        return;
+    }
+    let Some(group) = Group::new("pids") else { return };
+    let mut daemon = Daemon::new("");
+    // Room for both users' threads to begin with.
+    group.set("pids.max", "pids.max", 32);
+    let command = group.command("", &daemon.command("exec \"$@\"", &["--plane", "relay"]));
+    daemon.spawn(command);
+    daemon.listening().await;
+    let socket = daemon.socket();
+    let (_parent, id, _up) = job(&socket, "few").await;
+    let (mut child, _down) = worker(&socket, id, "trainer-1").await;
+    // Until threads without anything to do have ended.
+    let threads = format!("/proc/{}/task", daemon.pid());
+    let has_errands = || {
+        let tasks = std::fs::read_dir(&threads).expect("a process").flatten();
+        let names = tasks.filter_map(|task| std::fs::read_to_string(task.path().join("comm")).ok());
+        names.into_iter().any(|name| name.trim() == "errands")
+    };
+    within(async {
+        while has_errands() {
+            tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+        }
+    })
+    .await;
+    group.set("pids.max", "pids.max", 1);
+    let layout = Layout {
+        slots: 1,
+        slot_bytes: 4096,
+    };
+    let (code, why) = refused(within(child.create_arena(layout)).await);
+    assert_eq!(code, ErrorCode::Full, "{why}");
+    let by = format!("pids.max of cgroup {} allows 1", group.name());
+    assert!(why.contains("thread") && why.contains(&by), "{why}");
+    let mut other = within(connect(&socket)).await;
+    let (code, why) = refused(within(other.register(id, "trainer", "trainer-2")).await);
+    assert!(code == ErrorCode::Full && why.contains(&by), "{why}");
+    // What needs no thread is answered, to the same and to others.
+    within(child.status(None)).await.expect("answered");
+    within(connect(&socket))
+        .await
+        .status(None)
+        .await
+        .expect("answered");
+    group.set("pids.max", "pids.max", 32);
+    within(child.create_arena(layout)).await.expect("an arena");
+    within(other.register(id, "trainer", "trainer-2"))
+        .await
+        .expect("registered");
     assert!(!daemon.log().contains("panicked"), "{}", daemon.log());
     daemon.terminate();
 }

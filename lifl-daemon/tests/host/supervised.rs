@@ -15,7 +15,7 @@ use lifl_common::client::Client;
 use lifl_common::frame::{Frame, FrameKind};
 use lifl_common::plane::PlaneKind;
 use nix::libc;
-use nix::sys::signal::Signal;
+use nix::sys::signal::{SigSet, Signal};
 use nix::sys::socket::{AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, listen, socket};
 
 use crate::process::{Daemon, PATIENCE, connect, has, is_root, job, within, worker};
@@ -490,4 +490,16 @@ fn the_units_are_right_and_the_service_is_little_exposed() {
     let exposed = analyze(&exposure).expect("run");
     let said = String::from_utf8_lossy(&exposed.stdout);
     assert!(exposed.status.success(), "not below 3.0: {said}");
+}
+
+#[tokio::test]
+async fn a_signal_that_was_blocked_when_it_was_started_ends_it_in_order() {
+    let mut daemon = Daemon::new("");
+    let mut command = daemon.command("exec \"$@\"", &["--plane", "relay"]);
+    let block = || SigSet::all().thread_block().map_err(std::io::Error::from);
+    // SAFETY: between fork and exec it makes nothing but a system call.
+    unsafe { command.pre_exec(block) };
+    daemon.spawn(command);
+    daemon.listening().await;
+    daemon.terminate();
 }
