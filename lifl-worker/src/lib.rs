@@ -2,11 +2,14 @@
 //!
 //! Each takes inputs (a frame, a lost peer, an object that can be read now, a timer) and gives outputs (send this frame, open
 //! that arena, start that worker). Time is a value that is passed in. No socket, clock, file, process or environment is
-//! touched there: shells do that, over the [`node_link`], the session with the gateway, or in one
-//! process ([`local`]).
+//! touched there: shells do that, over the [`node_link`], the [`gateway_link`], or in one process (`local`).
 
+#[cfg(feature = "jobs")]
 pub mod aggregator;
+#[cfg(feature = "jobs")]
 pub mod coordinator;
+pub mod gateway_link;
+#[cfg(feature = "jobs")]
 pub mod local;
 pub mod node_link;
 pub mod parent;

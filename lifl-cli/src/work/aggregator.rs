@@ -14,12 +14,12 @@ use lifl_common::limits;
 use lifl_common::session::{Room, Source};
 use lifl_common::update::{Schema, image};
 use lifl_worker::aggregator::{Aggregator, Config, Input, Output, Top};
+use lifl_worker::gateway_link::{GatewayEvent, GatewayLink};
 use lifl_worker::node_link::{Incoming, NodeLink};
 
 use self::load_model::load_model;
 use super::join::{Joined, join, log};
-use super::uplink::{FromAbove, Uplink};
-use super::{Place, uplink};
+use super::{Place, gateway_link};
 use crate::clock::monotonic_ns;
 use crate::dir::Dir;
 use crate::task::Task;
@@ -28,7 +28,7 @@ struct Shell<'r> {
     aggregator: Aggregator,
     link: NodeLink,
     arena: ArenaId,
-    gateway: Option<Uplink>,
+    gateway: Option<GatewayLink>,
     schema: Arc<Schema>,
     job: JobSpec,
     name: String,
@@ -44,7 +44,7 @@ pub(super) async fn play(place: Place, run: &Dir, task: Task, schema: Schema) ->
         arena,
         state_arena,
     } = join(&place, &task, &schema).await?;
-    let gateway = uplink(&place, &task.worker)?;
+    let gateway = gateway_link(&place, &task.worker)?;
     let threads = Threads::up_to(Threads::useful(limits::cpus(), schema.elements()));
     let Task {
         job,
@@ -120,13 +120,13 @@ impl Shell<'_> {
                 }
                 event = next(&mut self.gateway) => {
                     let input = match event? {
-                        FromAbove::Offered => Input::ModelOffered,
-                        FromAbove::Model(object, Room::Slot { slot, .. }) => Input::ModelReceived(object, slot),
-                        FromAbove::Model(_, Room::Private(_)) => {
+                        GatewayEvent::Offered => Input::ModelOffered,
+                        GatewayEvent::Model(object, Room::Slot { slot, .. }) => Input::ModelReceived(object, slot),
+                        GatewayEvent::Model(_, Room::Private(_)) => {
                             anyhow::bail!("a model came into memory that is not a slot");
                         }
-                        FromAbove::Verdict(round, refusal) => Input::Verdict { round, refusal },
-                        FromAbove::Ended(reason) => {
+                        GatewayEvent::Verdict(round, refusal) => Input::Verdict { round, refusal },
+                        GatewayEvent::Ended(reason) => {
                             tracing::info!("the job has ended: {reason}");
                             return Ok(());
                         }
@@ -189,7 +189,7 @@ impl Shell<'_> {
         Ok(())
     }
 
-    fn gateway(&mut self) -> anyhow::Result<&mut Uplink> {
+    fn gateway(&mut self) -> anyhow::Result<&mut GatewayLink> {
         self.gateway
             .as_mut()
             .context("there is no session with the gateway")
@@ -197,9 +197,9 @@ impl Shell<'_> {
 }
 
 /// Waits for what comes from the gateway; for ever without one. Cancel-safe.
-async fn next(gateway: &mut Option<Uplink>) -> anyhow::Result<FromAbove> {
+async fn next(gateway: &mut Option<GatewayLink>) -> anyhow::Result<GatewayEvent> {
     match gateway {
         None => std::future::pending().await,
-        Some(gateway) => gateway.next().await,
+        Some(gateway) => Ok(gateway.next().await?),
     }
 }

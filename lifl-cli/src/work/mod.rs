@@ -4,7 +4,6 @@ mod aggregator;
 mod join;
 mod remote_trainer;
 mod trainer;
-mod uplink;
 
 use std::io;
 use std::os::fd::AsFd;
@@ -14,10 +13,10 @@ use anyhow::Context;
 use lifl_common::config::{Kind, Transport, WorkerSpec};
 use lifl_common::id::JobId;
 use lifl_common::session::{SECRET_VARIABLE, Secret};
+use lifl_worker::gateway_link::{GatewayAddress, GatewayLink};
 
 use crate::dir::Dir;
 use crate::task::Task;
-use crate::work::uplink::{Dial, Uplink};
 
 /// Where a worker of a run belongs.
 #[derive(Clone, Debug)]
@@ -59,22 +58,22 @@ pub async fn play(place: Place) -> anyhow::Result<()> {
     let task = Task::read(&run, &place.name)?;
     let schema = lifl_learn::schema(&task.job)?;
     match task.worker.kind {
-        Kind::Trainer => match uplink(&place, &task.worker)? {
-            Some(up) => remote_trainer::play(up, task, schema).await,
+        Kind::Trainer => match gateway_link(&place, &task.worker)? {
+            Some(gateway) => remote_trainer::play(gateway, task, schema).await,
             None => trainer::play(place, task, schema).await,
         },
         Kind::Top | Kind::Aggregator => aggregator::play(place, &run, task, schema).await,
     }
 }
 
-/// The way up of a worker beyond the node's shared memory; `None` for any other.
-fn uplink(place: &Place, spec: &WorkerSpec) -> anyhow::Result<Option<Uplink>> {
+/// The link of a worker beyond the node's shared memory; `None` for any other.
+fn gateway_link(place: &Place, spec: &WorkerSpec) -> anyhow::Result<Option<GatewayLink>> {
     if spec.transport == Transport::Shm {
         return Ok(None);
     }
     let address = place.gateway.as_deref().context("--gateway is missing")?;
     let secret = std::env::var(SECRET_VARIABLE).with_context(|| format!("{SECRET_VARIABLE} is not set"))?;
     let secret = Secret::from_text(&secret).with_context(|| format!("{SECRET_VARIABLE} is no secret"))?;
-    let dial = Dial::new(spec.transport, address, place.insecure)?;
-    Ok(Some(Uplink::new(dial, secret, &spec.name)))
+    let address = GatewayAddress::new(spec.transport, address, place.insecure)?;
+    Ok(Some(GatewayLink::new(address, secret, &spec.name)))
 }

@@ -11,12 +11,12 @@ use lifl_common::frame::{Frame, FrameKind};
 use lifl_common::id::{ArenaId, Generation, Key, WorkerId};
 use lifl_common::session::{Buffer, Room, Source};
 use lifl_common::update::Schema;
+use lifl_worker::gateway_link::{GatewayEvent, GatewayLink};
 use lifl_worker::trainer::{Input, Output, Trainer};
 use lifl_worker::update_info::{self, UpdateInfo};
 use tokio::task::JoinHandle;
 
 use super::trainer::{Shared, finished, learn_round, prepare, tell_refused};
-use super::uplink::{FromAbove, Uplink};
 use crate::task::Task;
 use lifl_learn::Learner;
 
@@ -36,7 +36,7 @@ struct Learned {
 }
 
 struct RemoteTrainer {
-    uplink: Uplink,
+    gateway: GatewayLink,
     shared: Arc<Shared>,
     protocol: Trainer,
     /// `None` while it is with the training thread.
@@ -61,11 +61,11 @@ fn key(round: u32) -> Key {
 }
 
 /// Plays the role until the job ends.
-pub(super) async fn play(uplink: Uplink, task: Task, schema: Schema) -> anyhow::Result<()> {
+pub(super) async fn play(gateway: GatewayLink, task: Task, schema: Schema) -> anyhow::Result<()> {
     let bytes = schema.data_bytes();
     let (shared, learner) = prepare(&task, schema).await?;
     let mut trainer = RemoteTrainer {
-        uplink,
+        gateway,
         shared: Arc::new(shared),
         protocol: Trainer::new(SELF, COORDINATOR),
         learner: Some(learner),
@@ -83,7 +83,7 @@ pub(super) async fn play(uplink: Uplink, task: Task, schema: Schema) -> anyhow::
                 trainer.training = None;
                 trainer.deliver(learned?);
             }
-            above = trainer.uplink.next() => if trainer.above(above?)? {
+            event = trainer.gateway.next() => if trainer.take(event?)? {
                 return Ok(());
             },
         }
@@ -92,10 +92,10 @@ pub(super) async fn play(uplink: Uplink, task: Task, schema: Schema) -> anyhow::
 
 impl RemoteTrainer {
     /// Deals with what came; says whether it was the job's end.
-    fn above(&mut self, above: FromAbove) -> anyhow::Result<bool> {
-        match above {
-            FromAbove::Offered => {
-                let Some(offered) = self.uplink.offered() else {
+    fn take(&mut self, event: GatewayEvent) -> anyhow::Result<bool> {
+        match event {
+            GatewayEvent::Offered => {
+                let Some(offered) = self.gateway.offered() else {
                     return Ok(false);
                 };
                 if offered != update_info::object(offered.round, &self.shared.schema) {
@@ -103,16 +103,16 @@ impl RemoteTrainer {
                 }
                 self.hear(COORDINATOR, FrameKind::Begin, offered.round, 0);
             }
-            FromAbove::Model(object, Room::Private(buffer)) => {
+            GatewayEvent::Model(object, Room::Private(buffer)) => {
                 self.model = Some(buffer);
                 self.hear(PARENT, FrameKind::Model, object.round, 0);
             }
-            FromAbove::Model(..) => bail!("a model came into a slot that was not given"),
-            FromAbove::Verdict(round, None) => self.hear(PARENT, FrameKind::Release, round, 0),
-            FromAbove::Verdict(round, Some(refusal)) => {
+            GatewayEvent::Model(..) => bail!("a model came into a slot that was not given"),
+            GatewayEvent::Verdict(round, None) => self.hear(PARENT, FrameKind::Release, round, 0),
+            GatewayEvent::Verdict(round, Some(refusal)) => {
                 self.hear(PARENT, FrameKind::Refuse, round, refusal as u16);
             }
-            FromAbove::Ended(reason) => {
+            GatewayEvent::Ended(reason) => {
                 tracing::info!("the job has ended: {reason}");
                 return Ok(true);
             }
@@ -150,10 +150,10 @@ impl RemoteTrainer {
                 Output::Train(model) => self.train(model.round)?,
             }
         }
-        if self.uplink.offered().is_some()
+        if self.gateway.offered().is_some()
             && let Some(buffer) = self.free_model.take()
         {
-            self.uplink.accept(Room::Private(buffer));
+            self.gateway.accept(Room::Private(buffer));
         }
         Ok(())
     }
@@ -161,13 +161,13 @@ impl RemoteTrainer {
     /// Says in a session what a frame says on the node.
     fn send(&mut self, frame: &Frame) {
         match FrameKind::from_number(frame.kind) {
-            Some(FrameKind::Ready) => self.uplink.ready(),
+            Some(FrameKind::Ready) => self.gateway.ready(),
             // The proxy tells the coordinator.
-            Some(FrameKind::Nothing) if frame.to == PARENT => self.uplink.nothing(frame.round),
+            Some(FrameKind::Nothing) if frame.to == PARENT => self.gateway.nothing(frame.round),
             Some(FrameKind::Update) => {
                 if let Some((info, update)) = &self.update {
                     let header = info.header(frame.round, &self.shared.schema);
-                    self.uplink.update(header, Source::Private(Arc::clone(update)));
+                    self.gateway.update(header, Source::Private(Arc::clone(update)));
                 }
             }
             // A model that nobody trains on makes room for the next one.

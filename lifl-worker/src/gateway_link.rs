@@ -1,4 +1,5 @@
-//! The way up of a worker beyond the node's shared memory: sessions with the gateway, one after the other.
+//! The gateway link: what ties a worker to its parent where they share no memory. Sessions with the gateway, one after the
+//! other; a worker reconnects until it has not reached the gateway for [`GRACE`].
 //!
 //! ```text
 //!            connected, let in                    broken
@@ -6,35 +7,72 @@
 //!     └── refused: back-off ─┘                                └── turned away for good ──▶ an error
 //! ```
 //!
-//! What was said and may not have arrived is said again in the next session; transfers go on where they broke.
+//! What was sent and may not have arrived is sent again in the next session; transfers go on where they broke.
 
-use std::net::SocketAddr;
+use std::net::{AddrParseError, SocketAddr};
 use std::time::Duration;
 
-use anyhow::{Context, bail};
 use lifl_common::config::Transport;
 use lifl_common::frame::Refusal;
-use lifl_common::session::reach::Reach;
+use lifl_common::session::reach::{Exposed, Reach};
 use lifl_common::session::{
     Broken, Exchange, GRACE, HELLO_TIMEOUT, Happened, Malformed, Message, Object, Patience, Room, Secret,
     Source, UpdateHeader, Wire, random, tcp,
 };
 #[cfg(feature = "mqtt")]
 use lifl_common::session::{Broker, mqtt};
-use tokio::task::JoinHandle;
+use tokio::task::{JoinError, JoinHandle};
 
 /// The first pause after a broken session; each that was of no use doubles it.
 const FIRST_PAUSE: Duration = Duration::from_millis(50);
 
 /// How long a gateway behind a broker has to answer a hello.
 #[cfg(feature = "mqtt")]
-const BROKER_PATIENCE: Duration = Duration::from_secs(3);
+const BROKER_TIMEOUT: Duration = Duration::from_secs(3);
 
 const LONGEST_PAUSE: Duration = Duration::from_secs(3);
 
+/// Why a worker has no session with the gateway, and will have none.
+#[derive(Debug, thiserror::Error)]
+pub enum GatewayError {
+    /// No address.
+    #[error("{address} is no address of a gateway")]
+    Address {
+        /// What stands there.
+        address: String,
+        /// Why it is none.
+        #[source]
+        source: AddrParseError,
+    },
+    /// No MQTT broker's `host:port`.
+    #[error("{0} is no broker")]
+    Broker(String),
+    /// The program was built without the feature `mqtt`.
+    #[error("this program was built without MQTT")]
+    NoMqtt,
+    /// Shared memory needs none.
+    #[error("no gateway is reached by shared memory")]
+    SharedMemory,
+    /// Models would go unencrypted over a public network.
+    #[error("no session with the gateway")]
+    Exposed(#[from] Exposed),
+    /// It has said that it is no use to come again.
+    #[error("the gateway turned us away")]
+    TurnedAway(#[source] Broken),
+    /// It has not been reached for [`GRACE`].
+    #[error("the gateway was not reached for {} s: {why}", GRACE.as_secs())]
+    NotReached {
+        /// Why there was no session the last time.
+        why: String,
+    },
+    /// The task that connects has panicked.
+    #[error("the connecting task failed")]
+    Task(#[from] JoinError),
+}
+
 /// How a gateway is reached.
 #[derive(Clone, Debug)]
-pub(super) enum Dial {
+pub enum GatewayAddress {
     /// Over TCP.
     Tcp(SocketAddr),
     /// Through a broker, which may be beyond private networks if the second field says so.
@@ -51,12 +89,12 @@ struct Identity {
     instance: u64,
 }
 
-/// What comes from above.
+/// What comes from the gateway.
 #[derive(Debug)]
-pub(super) enum FromAbove {
-    /// A model is to be had: [`Uplink::accept`] it when there is room.
+pub enum GatewayEvent {
+    /// A model is to be had: [`GatewayLink::accept`] it when there is room.
     Offered,
-    /// It is here.
+    /// A model has come, into the room that it was given.
     Model(Object, Room),
     /// What became of the update of that round; `None`: accepted.
     Verdict(u32, Option<Refusal>),
@@ -66,8 +104,8 @@ pub(super) enum FromAbove {
 
 /// A worker's sessions.
 #[derive(Debug)]
-pub(super) struct Uplink {
-    dial: Dial,
+pub struct GatewayLink {
+    address: GatewayAddress,
     identity: Identity,
     exchange: Exchange,
     wire: Option<Wire>,
@@ -82,27 +120,32 @@ pub(super) struct Uplink {
     last: Option<String>,
 }
 
-impl Dial {
+impl GatewayAddress {
     /// From a worker's transport and the address that it was given, which may be beyond private networks if it is
     /// `insecure`.
-    pub(super) fn new(transport: Transport, address: &str, insecure: bool) -> anyhow::Result<Self> {
+    ///
+    /// # Errors
+    /// If it is no address, or one that models may not be sent to.
+    pub fn new(transport: Transport, address: &str, insecure: bool) -> Result<Self, GatewayError> {
         match transport {
             Transport::P2p => {
-                let address: SocketAddr = address
-                    .parse()
-                    .with_context(|| format!("{address} is no address"))?;
-                Reach::permit(address.ip(), insecure)?;
-                Ok(Self::Tcp(address))
+                let parsed: Result<SocketAddr, _> = address.parse();
+                let parsed = parsed.map_err(|source| GatewayError::Address {
+                    address: address.to_owned(),
+                    source,
+                })?;
+                Reach::permit(parsed.ip(), insecure)?;
+                Ok(Self::Tcp(parsed))
             }
             #[cfg(not(feature = "mqtt"))]
-            Transport::Mqtt => bail!(crate::inputs::NO_MQTT),
+            Transport::Mqtt => Err(GatewayError::NoMqtt),
             #[cfg(feature = "mqtt")]
             Transport::Mqtt => {
                 let broker = Broker::parse(address);
-                let broker = broker.with_context(|| format!("{address} is no broker"))?;
+                let broker = broker.ok_or_else(|| GatewayError::Broker(address.to_owned()))?;
                 Ok(Self::Mqtt(broker, insecure))
             }
-            Transport::Shm => bail!("no gateway is reached by shared memory"),
+            Transport::Shm => Err(GatewayError::SharedMemory),
         }
     }
 
@@ -111,7 +154,7 @@ impl Dial {
         let answer = match self {
             Self::Tcp(_) => HELLO_TIMEOUT,
             #[cfg(feature = "mqtt")]
-            Self::Mqtt(..) => BROKER_PATIENCE,
+            Self::Mqtt(..) => BROKER_TIMEOUT,
         };
         let Identity {
             name,
@@ -138,11 +181,11 @@ impl Dial {
     }
 }
 
-impl Uplink {
+impl GatewayLink {
     /// Of a worker of that name.
-    pub(super) fn new(dial: Dial, secret: Secret, name: &str) -> Self {
+    pub fn new(address: GatewayAddress, secret: Secret, name: &str) -> Self {
         Self {
-            dial,
+            address,
             identity: Identity {
                 name: name.to_owned(),
                 secret,
@@ -161,31 +204,31 @@ impl Uplink {
     }
 
     /// Tells the coordinator that this worker can begin.
-    pub(super) fn ready(&mut self) {
+    pub fn ready(&mut self) {
         self.ready = true;
         self.say(&Message::Ready);
     }
 
     /// The model that is to be had and was not accepted yet.
-    pub(super) fn offered(&self) -> Option<Object> {
+    pub fn offered(&self) -> Option<Object> {
         self.offered
     }
 
     /// Takes the model that is to be had.
-    pub(super) fn accept(&mut self, room: Room) {
+    pub fn accept(&mut self, room: Room) {
         if let (Some(object), Some(wire)) = (self.offered.take(), &mut self.wire) {
             self.exchange.accept(wire, object, room);
         }
     }
 
     /// Sends an update up. Its source must stay as it is until the verdict.
-    pub(super) fn update(&mut self, header: UpdateHeader, source: Source) {
+    pub fn update(&mut self, header: UpdateHeader, source: Source) {
         self.exchange
             .offer(self.wire.as_mut(), Message::Update(header), source);
     }
 
     /// There is no update in that round.
-    pub(super) fn nothing(&mut self, round: u32) {
+    pub fn nothing(&mut self, round: u32) {
         self.nothing = Some(round);
         self.say(&Message::Nothing(round));
     }
@@ -200,7 +243,7 @@ impl Uplink {
     ///
     /// # Errors
     /// If the gateway turns us away, or has not been reached for too long.
-    pub(super) async fn next(&mut self) -> anyhow::Result<FromAbove> {
+    pub async fn next(&mut self) -> Result<GatewayEvent, GatewayError> {
         loop {
             let Some(wire) = &mut self.wire else {
                 self.connect().await?;
@@ -209,9 +252,9 @@ impl Uplink {
             let broken = match self.exchange.next(wire).await {
                 Ok(Happened::Offered(Message::Model(object))) => {
                     self.offered = Some(object);
-                    return Ok(FromAbove::Offered);
+                    return Ok(GatewayEvent::Offered);
                 }
-                Ok(Happened::Received { object, room }) => return Ok(FromAbove::Model(object, room)),
+                Ok(Happened::Received { object, room }) => return Ok(GatewayEvent::Model(object, room)),
                 Ok(Happened::Message(Message::Verdict { round, refusal })) => {
                     if self.exchange.sending() == Some(round) {
                         self.exchange.withdraw();
@@ -220,9 +263,9 @@ impl Uplink {
                         0 => None,
                         number => Some(Refusal::from_number(number).unwrap_or(Refusal::BadKey)),
                     };
-                    return Ok(FromAbove::Verdict(round, refusal));
+                    return Ok(GatewayEvent::Verdict(round, refusal));
                 }
-                Ok(Happened::Message(Message::End(reason))) => return Ok(FromAbove::Ended(reason)),
+                Ok(Happened::Message(Message::End(reason))) => return Ok(GatewayEvent::Ended(reason)),
                 // Who trains waits for as long as the gateway does.
                 Ok(Happened::Sent(_) | Happened::Overdue) => continue,
                 Ok(Happened::Offered(other) | Happened::Message(other)) => {
@@ -236,20 +279,20 @@ impl Uplink {
         }
     }
 
-    async fn connect(&mut self) -> anyhow::Result<()> {
-        let (pause, dial, identity) = (self.pause, &self.dial, &self.identity);
+    async fn connect(&mut self) -> Result<(), GatewayError> {
+        let (pause, address, identity) = (self.pause, &self.address, &self.identity);
         let connecting = self.connecting.get_or_insert_with(|| {
-            let (dial, identity) = (dial.clone(), identity.clone());
+            let (address, identity) = (address.clone(), identity.clone());
             tokio::spawn(async move {
                 tokio::time::sleep(pause).await;
-                dial.connect(identity).await
+                address.connect(identity).await
             })
         });
         let connected = tokio::select! {
-            connected = connecting => connected.context("the connecting task failed")?,
+            connected = connecting => connected?,
             () = tokio::time::sleep_until(self.patience.ends(GRACE)) => {
-                let why = self.last.as_deref().unwrap_or("it does not answer");
-                bail!("the gateway was not reached for {} s: {why}", GRACE.as_secs());
+                let why = self.last.take().unwrap_or_else(|| "it does not answer".to_owned());
+                return Err(GatewayError::NotReached { why });
             }
         };
         self.connecting = None;
@@ -271,12 +314,12 @@ impl Uplink {
         Ok(())
     }
 
-    fn failed(&mut self, broken: Broken) -> anyhow::Result<()> {
+    fn failed(&mut self, broken: Broken) -> Result<(), GatewayError> {
         if let Broken::Exposed(exposed) = broken {
-            return Err(exposed).context("no session with the gateway");
+            return Err(exposed.into());
         }
         if broken.is_final() {
-            return Err(broken).context("the gateway turned us away");
+            return Err(GatewayError::TurnedAway(broken));
         }
         let of_use = self.patience.broken(&self.exchange);
         self.pause = if of_use {
@@ -284,20 +327,23 @@ impl Uplink {
         } else {
             (self.pause * 2).clamp(FIRST_PAUSE, LONGEST_PAUSE)
         };
-        let error = anyhow::Error::from(broken);
-        tracing::warn!(
-            "no session with the gateway, again in {:?}: {error:#}",
-            self.pause
-        );
-        self.last = Some(format!("{error:#}"));
+        let why = with_causes(&broken);
+        tracing::warn!("no session with the gateway, again in {:?}: {why}", self.pause);
+        self.last = Some(why);
         Ok(())
     }
 }
 
-impl Drop for Uplink {
+impl Drop for GatewayLink {
     fn drop(&mut self) {
         if let Some(connecting) = &self.connecting {
             connecting.abort();
         }
     }
+}
+
+/// An error and what caused it, in one line.
+fn with_causes(error: &dyn std::error::Error) -> String {
+    let causes = std::iter::successors(error.source(), |cause| cause.source());
+    causes.fold(error.to_string(), |text, cause| format!("{text}: {cause}"))
 }
