@@ -89,6 +89,14 @@ impl OfferedModels {
         self.0.remove(&lender);
     }
 
+    /// A model is given back otherwise: the same loan is not to go back from here, too.
+    pub fn forget(&mut self, model: &LentModel) {
+        let same = |known: &LentModel| (known.round, known.key) == (model.round, model.key);
+        if self.0.get(&model.lender).is_some_and(same) {
+            self.0.remove(&model.lender);
+        }
+    }
+
     /// Whether there is none.
     pub fn is_empty(&self) -> bool {
         self.0.is_empty()

@@ -245,6 +245,7 @@ impl Trainer {
             self.send_round(model.lender, FrameKind::Nothing, model.round);
         }
         let before = if model.round < self.round || model.round <= self.answered {
+            self.offered.forget(&model);
             Some(model)
         } else {
             self.offered.offer(model)

@@ -59,12 +59,7 @@ impl Aggregator {
         let pending = &mut self.pending[at];
         if !pending.own {
             if pending.lent.holder() != Some(parent) {
-                // The predecessor's aggregate went with the parent: it has to be made anew.
-                let pending = self.pending.remove(at);
-                self.round.stage = Stage::Announced;
-                for update in pending.updates() {
-                    self.round.early.keep(update);
-                }
+                self.fold_anew(at);
             }
             return;
         }
@@ -73,6 +68,15 @@ impl Aggregator {
             self.post(self.config.coordinator, FrameKind::Model, update);
         } else {
             self.post(parent, FrameKind::Update, update);
+        }
+    }
+
+    /// The predecessor's aggregate went with the parent: it has to be made anew.
+    pub(super) fn fold_anew(&mut self, at: usize) {
+        let pending = self.pending.remove(at);
+        self.round.stage = Stage::Announced;
+        for update in pending.updates() {
+            self.round.early.keep(update);
         }
     }
 

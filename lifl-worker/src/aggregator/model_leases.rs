@@ -80,8 +80,28 @@ impl Aggregator {
                 self.hand_down(model, &waiting)?;
                 self.end_own_lease(&before);
             }
-            Stage::Over => self.release_model(model),
+            Stage::Over => return self.begun_anew(model),
         }
+        Ok(())
+    }
+
+    /// The parent hands down the model of a round that is over here: it begins that round anew, since what it had of it went
+    /// with its own parent.
+    fn begun_anew(&mut self, model: LentModel) -> Result<(), Error> {
+        let of_round = |pending: &PendingAggregate| pending.lent.round() == model.round;
+        let undecided = self.pending.iter().position(of_round);
+        match undecided.filter(|&at| self.pending[at].verdict.is_none()) {
+            Some(at) if !self.pending[at].own => {
+                self.fold_anew(at);
+                return self.model(model);
+            }
+            // Ours is with the parent, or will be.
+            Some(_) => {}
+            None if self.unpublished.is_some() || self.config.via_gateway => {}
+            // What we had of it was refused: the parent need not wait.
+            None => self.send_nothing(model.round, model.lender),
+        }
+        self.release_model(model);
         Ok(())
     }
 
