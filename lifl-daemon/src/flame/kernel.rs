@@ -7,7 +7,7 @@
 //!              what is sent to it is held                                                           handed over
 //! ```
 //!
-//! What waits in the kernel for workers that do not read is bounded ([`credit`](crate::plane::credit)).
+//! What waits in the kernel for workers that do not read is bounded ([`credit`]).
 
 use std::fmt;
 use std::io;

@@ -13,11 +13,11 @@
 //! ```
 //!
 //! A round that is announced begins anew with every number. What was sent up is kept until the parent has decided on it,
-//! beside the next round ([`pending_aggregates`]); a model that was handed down, until it comes back ([`model_leases`]). Who
-//! reaches its parent through the gateway says and hears the same over a session ([`as_child`]).
+//! beside the next round (`pending_aggregates`); a model that was handed down, until it comes back (`model_leases`). Who
+//! reaches its parent through the gateway says and hears the same over a session (`as_child`).
 //!
 //! **Failover.** When a worker dies, the coordinator announces the round again as it stands now, with successors in the places
-//! of the dead ([`children`]). Whoever hears that says again what is not settled. Replay is idempotent: what comes again is
+//! of the dead (`children`). Whoever hears that says again what is not settled. Replay is idempotent: what comes again is
 //! known by its key, is answered as before, and changes nothing.
 //!
 //! **How a shell drives it.** Every input that is ready goes to [`handle`](Aggregator::handle). When none is, and
