@@ -152,7 +152,7 @@ fn an_aggregator_that_hangs_is_ended_and_succeeded() {
 #[test]
 fn a_round_without_its_quorum_leaves_the_model_as_it_was() {
     let mut job = Job::synthetic(&[1, 3], 1000, "F32");
-    job.rounds = 300;
+    job.rounds = 3000;
     let job = job.with("quorum", 3);
     let place = Place::new(&job.file());
     let mut run = place.start(&["--checkpoint-every", "0"]);
