@@ -18,6 +18,7 @@ use lifl_daemon::flame::{self, FlameError};
 use lifl_daemon::plane::{PlaneError, Request, support};
 use lifl_daemon::pool::HugePages;
 use lifl_daemon::{Daemon, GatewayOptions, Options, StartError};
+use nix::fcntl::{FcntlArg, fcntl};
 use nix::libc;
 use tokio_util::sync::CancellationToken;
 
@@ -1028,17 +1029,21 @@ fn two_thousand_registrations_fit_into_256_descriptors() {
         .enable_all()
         .build()
         .expect("a runtime");
-    let worker = |id: u16| {
-        let stream = connect(skmsg);
+    let register = |stream: TcpStream, id: u16| {
         let bytes = registration(std::process::id(), stream.as_raw_fd(), id);
         connect(rpc).write_all(&bytes).expect("sent");
         stream
     };
     for n in 0..2000 {
-        drop(worker(n % 50));
+        drop(register(connect(skmsg), n % 50));
     }
-    // Registrations are judged in their order: once this one stands, all have been.
-    let mut receiver = worker(1000);
+    // Under a number that none of those had: they may be read late.
+    let elsewhere = |stream: TcpStream| {
+        let number = fcntl(&stream, FcntlArg::F_DUPFD_CLOEXEC(500)).expect("a descriptor");
+        // SAFETY: nobody else has the descriptor, which is new.
+        TcpStream::from(unsafe { OwnedFd::from_raw_fd(number) })
+    };
+    let mut receiver = register(elsewhere(connect(skmsg)), 1000);
     receiver.set_read_timeout(Some(PATIENCE)).expect("set");
     let socket = folder.path().join("lifl.sock");
     let mut client = runtime.block_on(Client::connect(&socket)).expect("connected");
@@ -1052,7 +1057,7 @@ fn two_thousand_registrations_fit_into_256_descriptors() {
     ) {
         assert!(begun.elapsed() < PATIENCE, "not registered");
     }
-    let mut sender = worker(1001);
+    let mut sender = register(elsewhere(connect(skmsg)), 1001);
     sender.write_all(&reference(1000, TASK, 5)).expect("sent");
     assert_eq!(receive(&mut receiver), (1000, TASK.to_owned(), 5));
     assert_eq!(daemon.0.try_wait().expect("asked"), None, "the daemon is dead");

@@ -5,6 +5,7 @@
 //! | names no process, or no socket of it | refused |
 //! | names a socket that is not connected to our port | refused |
 //! | names a process of another user than the socket's, or comes from another user's connection | refused |
+//! | came before one that was granted for the same socket, and had to wait | refused |
 //! | names a registered socket again, under its id | nothing new |
 //! | names a registered socket under another id | a move, if the caller is known to be its user or the connection is new; else refused |
 //! | wants an id whose holder is gone, or is the same process | replaces the holder |
@@ -26,6 +27,8 @@ use super::wire::Registration;
 /// What a registration wants, and what of it the kernel says at once.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Claim {
+    /// How many registrations had come before it, by the order of their connections.
+    pub(super) number: u64,
     pub(super) registration: Registration,
     /// Whose the connection is that it came on, if the kernel knows.
     pub(super) caller: Option<u32>,
@@ -79,6 +82,8 @@ pub(super) enum Refusal {
     Taken(Process),
     /// An earlier registration of the socket, or of the id, does not come to its end.
     UnderWay,
+    /// It had to wait, and one that came after it has registered the socket.
+    Overtaken,
     /// The kernel does not let us.
     Kernel(String),
 }
@@ -121,6 +126,7 @@ impl fmt::Display for Refusal {
             Self::UnderWay => f.write_str(
                 "an earlier registration of this socket or id is still under way: its process keeps the socket locked",
             ),
+            Self::Overtaken => f.write_str("a later registration of the same socket was granted meanwhile"),
             Self::Kernel(why) => f.write_str(why),
         }
     }
@@ -199,6 +205,7 @@ mod tests {
 
     fn claim() -> Claim {
         Claim {
+            number: 1,
             registration: Registration { pid: 1, fd: 3, id: 9 },
             caller: Some(USER),
             descriptor: Descriptor::Socket { inode: 5 },

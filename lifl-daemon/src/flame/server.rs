@@ -138,7 +138,7 @@ pub(super) async fn serve(
 
 /// How many of a thing each user has, and that nobody has too many. Subordinate users' count for their owner.
 #[derive(Clone, Debug)]
-struct Quota {
+pub(super) struct Quota {
     each: u32,
     taken: Arc<Mutex<HashMap<Option<u32>, u32>>>,
 }
@@ -151,14 +151,14 @@ pub(super) struct Share {
 }
 
 impl Quota {
-    fn new(each: u32) -> Self {
+    pub(super) fn new(each: u32) -> Self {
         Self {
             each,
             taken: Arc::default(),
         }
     }
 
-    fn take(&self, user: Option<u32>) -> Option<Share> {
+    pub(super) fn take(&self, user: Option<u32>) -> Option<Share> {
         let user = user.map(accounts::owner_of);
         let mut all = self.taken.lock().unwrap_or_else(PoisonError::into_inner);
         let taken = all.entry(user).or_default();
@@ -392,7 +392,7 @@ async fn accept_registrations(
     shutdown: CancellationToken,
 ) {
     let quota = Quota::new(REGISTRATIONS_OF_USER);
-    loop {
+    for number in 1.. {
         let (stream, peer, owner) = port.accept().await;
         let caller = owner.and_then(|owner| owner.uid);
         let Some(share) = quota.take(caller) else {
@@ -401,7 +401,11 @@ async fn accept_registrations(
             }
             continue;
         };
-        let caller = Caller { uid: caller, peer };
+        let caller = Caller {
+            number,
+            uid: caller,
+            peer,
+        };
         let mut bytes = Received::default();
         // As a rule all is there already: the sooner it is looked at, the surer its process has what it names.
         if bytes.take_ready(&stream) {
@@ -428,6 +432,7 @@ async fn accept_registrations(
 /// Who registers.
 #[derive(Clone, Copy)]
 struct Caller {
+    number: u64,
     uid: Option<u32>,
     peer: SocketAddrV4,
 }
@@ -443,6 +448,7 @@ impl Caller {
             return None;
         };
         Some(Claim {
+            number: self.number,
             registration,
             caller: self.uid,
             descriptor: owner::descriptor(registration.pid, registration.fd),

@@ -102,6 +102,8 @@ pub(super) struct Conn {
     share: Arc<Share>,
     since: Instant,
     worker: Option<Registered>,
+    /// Which registration was the last that was granted for it.
+    granted: u64,
     /// What went through the daemon.
     relayed: Worker,
 }
@@ -123,6 +125,7 @@ impl Conn {
             kick,
             since: Instant::now(),
             worker: None,
+            granted: 0,
             relayed: Worker::default(),
         }
     }
@@ -280,6 +283,11 @@ impl Switch {
     /// Keeps a claim until its socket's connection is accepted.
     fn wait_for(&mut self, inode: u32, claim: Claim) -> Result<(), Refusal> {
         let early = Early::of(claim)?;
+        if let Some(other) = self.early.get(&inode)
+            && other.claim.number > early.claim.number
+        {
+            return Err(Refusal::Overtaken);
+        }
         let uid = early.uid;
         let of_user = self.early.values().filter(|early| early.uid == uid).count();
         if !self.early.contains_key(&inode) && (of_user >= EARLY_OF_USER || self.early.len() >= EARLY) {
@@ -307,7 +315,14 @@ impl Switch {
     fn wait_behind(&mut self, address: Address, claim: Claim) -> Result<(), Refusal> {
         let early = Early::of(claim)?;
         let waiting = self.joining.entry(address).or_default();
-        waiting.retain(|other| other.claim.descriptor != early.claim.descriptor);
+        let is_same = |other: &Early| other.claim.descriptor == early.claim.descriptor;
+        if waiting
+            .iter()
+            .any(|other| is_same(other) && other.claim.number > early.claim.number)
+        {
+            return Err(Refusal::Overtaken);
+        }
+        waiting.retain(|other| !is_same(other));
         if waiting.len() >= BEHIND {
             return Err(Refusal::UnderWay);
         }
@@ -317,6 +332,9 @@ impl Switch {
 
     fn grant(&mut self, id: ConnId, claim: &Claim) -> Result<(), Refusal> {
         let conn = self.conns.get(&id).ok_or(Refusal::NotConnectedHere)?;
+        if claim.number < conn.granted {
+            return Err(Refusal::Overtaken);
+        }
         let process = owner::process(claim.registration.pid).ok_or(Refusal::NoProcess)?;
         let address = Address {
             uid: conn.uid,
@@ -335,6 +353,9 @@ impl Switch {
         let registered = conn.worker.as_ref().map(|worker| worker.address.id);
         let is_new = conn.since.elapsed() < NEW;
         let ruling = judge(claim, &process, conn.uid, is_new, registered, holding.as_ref())?;
+        if let Some(conn) = self.conns.get_mut(&id) {
+            conn.granted = claim.number;
+        }
         if ruling == Ruling::Nothing {
             return Ok(());
         }
@@ -863,10 +884,12 @@ mod tests {
     use std::os::unix::process::CommandExt;
     use std::process::Command;
 
+    use super::super::server::Quota;
     use super::*;
 
     fn claim(pid: u32, inode: u32, caller: Option<u32>) -> Claim {
         Claim {
+            number: 1,
             registration: Registration { pid, fd: 3, id: 9 },
             caller,
             descriptor: Descriptor::Socket { inode },
@@ -910,5 +933,55 @@ mod tests {
         assert!(matches!(refused, Err(Refusal::OtherCaller { .. })), "{refused:?}");
         other.kill().expect("ended");
         other.wait().expect("reaped");
+    }
+
+    /// What had to wait, for the end of its bytes or behind another registration, undoes nothing that came after it.
+    #[test]
+    fn the_last_registration_of_a_socket_stands() {
+        let local = SocketAddrV4::new(std::net::Ipv4Addr::LOCALHOST, 1);
+        let mut switch = Switch::new(None, local, Duration::from_secs(1), 4, mpsc::channel(1).0);
+        let (uid, inode) = (nix::unistd::geteuid().as_raw(), 7);
+        let numbered = |number, id| {
+            let mut claim = claim(std::process::id(), inode, Some(uid));
+            claim.number = number;
+            claim.registration.id = id;
+            claim
+        };
+        let (outbox, kick) = (mpsc::channel(8).0, CancellationToken::new());
+        let share = Quota::new(1).take(Some(uid)).expect("a share");
+        let conn = Conn::new((uid, inode), local, outbox, kick, Arc::new(share));
+        switch.connected(ConnId(1), conn);
+        let registered = |switch: &Switch| {
+            let worker = switch.conns[&ConnId(1)].worker.as_ref();
+            worker.map(|worker| worker.address.id)
+        };
+
+        // One that another registration of the same id holds up.
+        let busy = Address { uid, id: 37 };
+        switch.joining.insert(busy, Vec::new());
+        switch.claim(numbered(1, 37));
+        assert_eq!(registered(&switch), None);
+        switch.claim(numbered(2, 1000));
+        assert_eq!(registered(&switch), Some(1000));
+        switch.inserted(Inserted {
+            conn: ConnId(2),
+            address: busy,
+            since: 0,
+            claim: numbered(0, 37),
+            result: Ok(()),
+        });
+        assert_eq!(registered(&switch), Some(1000));
+
+        // One whose bytes came late.
+        switch.claim(numbered(1, 38));
+        assert_eq!(registered(&switch), Some(1000));
+        switch.claim(numbered(3, 39));
+        assert_eq!(registered(&switch), Some(39));
+
+        // Of those that wait, too, the last stands.
+        switch.joining.insert(busy, Vec::new());
+        switch.claim(numbered(5, 37));
+        switch.claim(numbered(4, 37));
+        assert_eq!(switch.joining[&busy][0].claim.number, 5);
     }
 }
