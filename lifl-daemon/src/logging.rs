@@ -41,6 +41,15 @@ pub fn filter(default: &str) -> Targets {
 }
 
 fn chosen(told: Option<&str>, default: &str) -> Targets {
+    // A comma too many, or a space, is not what anybody meant to be a rule.
+    let told = told.map(|told| {
+        let parts = told.split(',').map(str::trim);
+        parts
+            .filter(|part| !part.is_empty())
+            .collect::<Vec<_>>()
+            .join(",")
+    });
+    let told = told.filter(|told| !told.is_empty());
     let told = told.and_then(|told| told.parse().ok());
     told.or_else(|| default.parse().ok()).unwrap_or_default()
 }
@@ -436,6 +445,12 @@ mod tests {
             shown(Some("ebpf=debug"), "ebpf", Level::DEBUG)
                 && !shown(Some("ebpf=debug"), "aya", Level::ERROR)
         );
+        let untidy = Some(" info, lifl_cli::work=debug,,");
+        assert!(shown(untidy, "lifl_cli::work", Level::DEBUG) && shown(untidy, "aya", Level::INFO));
+        for nothing in ["", " ", ",", " , "] {
+            let shown = |level| shown(Some(nothing), "lifl_cli", level);
+            assert!(shown(Level::WARN) && !shown(Level::INFO), "{nothing:?}");
+        }
         let unknown = Some("lifl_cli=loud");
         assert!(shown(unknown, "lifl_cli", Level::WARN) && !shown(unknown, "lifl_cli", Level::INFO));
     }
