@@ -336,7 +336,7 @@ fn plain(name: &str, value: &Value) -> String {
             Some(seconds) if name.ends_with("seconds") => human_time(seconds),
             Some(bytes) if name.ends_with("bytes") && name != "bytes" => human_bytes(bytes as u64),
             Some(bytes) if name == "bytes" => format!("{} MB", bytes / 1e6),
-            Some(rate) if name.ends_with("_per_s") => format!("{rate:.0}"),
+            Some(rate) if name.ends_with("_per_s") && rate >= 100.0 => format!("{rate:.0}"),
             Some(share) if number.is_f64() => format!("{share:.2}"),
             _ => number.to_string(),
         },
@@ -383,6 +383,12 @@ mod tests {
     fn times_read_well() {
         let read = [0.0, 2.5e-7, 3.25e-6, 0.0415, 2.0].map(human_time);
         assert_eq!(read, ["0 ns", "250 ns", "3.2 µs", "41.50 ms", "2.000 s"]);
+    }
+
+    #[test]
+    fn small_rates_keep_their_decimals() {
+        let read = [0.4, 99.5, 123_456.7].map(|rate| plain("frames_per_s", &json!(rate)));
+        assert_eq!(read, ["0.40", "99.50", "123457"]);
     }
 
     #[test]
