@@ -16,11 +16,12 @@ pub(super) struct Model {
     layers: Vec<Box<dyn Layer>>,
     /// The weights of all layers, one after the other.
     pub(super) weights: Vec<Vec<f32>>,
-    /// The loss's gradients by them, of the last [`backward`](Self::backward).
+    /// The loss's gradients by them, of the last [`backward`](Self::backward); empty until there was one, for who only
+    /// evaluates.
     pub(super) gradients: Vec<Vec<f32>>,
     /// What each layer was given, and the logits at the end.
     activations: Vec<Vec<f32>>,
-    /// The loss's gradients by these.
+    /// The loss's gradients by these; none by the images, for nobody asks how those should have been.
     activation_gradients: Vec<Vec<f32>>,
 }
 
@@ -29,7 +30,7 @@ impl Model {
     pub(super) fn new(layers: Vec<Box<dyn Layer>>, weights: Vec<Vec<f32>>) -> Self {
         let buffers = || vec![Vec::new(); layers.len() + 1];
         Self {
-            gradients: weights.iter().map(|weights| vec![0.0; weights.len()]).collect(),
+            gradients: vec![Vec::new(); weights.len()],
             activations: buffers(),
             activation_gradients: buffers(),
             weights,
@@ -85,14 +86,19 @@ impl Model {
             let others = weights.len() - layer.parameters().len();
             let own = weights.split_off(others..).unwrap_or_default();
             let own_gradients = gradients.split_off_mut(others..).unwrap_or_default();
+            for (gradients, weights) in own_gradients.iter_mut().zip(own) {
+                gradients.resize(weights.len(), 0.0);
+            }
             let (below, above) = self.activation_gradients.split_at_mut(i + 1);
-            below[i].resize(self.activations[i].len(), 0.0);
+            let below = (i > 0).then(|| {
+                below[i].resize(self.activations[i].len(), 0.0);
+                below[i].as_mut_slice()
+            });
             let pass = Backward {
                 input: &self.activations[i],
                 output: &self.activations[i + 1],
                 output_gradient: &above[0],
-                // Nobody asks how the images should have been.
-                input_gradient: (i > 0).then_some(&mut below[i]),
+                input_gradient: below,
             };
             layer.backward(own, pass, own_gradients);
         }
