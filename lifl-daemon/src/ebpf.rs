@@ -4,6 +4,7 @@
 use std::fmt;
 use std::io;
 use std::path::PathBuf;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use aya::maps::sock::SockMapFd;
@@ -37,17 +38,25 @@ impl Program {
         pins: &[(&'static str, PathBuf)],
     ) -> Result<Self, LoadError> {
         // The program makes no log record that nobody would see.
-        let all = u8::from(tracing::enabled!(target: "ebpf", tracing::Level::DEBUG));
-        let mut loader = EbpfLoader::new();
-        loader.btf(None).override_global(LOG_ALL, &all, false);
+        let all: &'static u8 = match tracing::enabled!(target: "ebpf", tracing::Level::DEBUG) {
+            true => &1,
+            false => &0,
+        };
+        let mut loader = unused_loader().take().unwrap_or_else(new_loader);
+        loader.override_global(LOG_ALL, all, false);
         for &(map, entries) in entries {
             loader.map_max_entries(map, entries);
         }
         for (map, path) in pins {
-            loader.map_pin_path(map, path.as_path());
+            loader.map_pin_path(map, path.clone());
+        }
+        let ebpf = loader.load(object)?;
+        // What a loader has been told of a map it keeps for all objects.
+        if entries.is_empty() && pins.is_empty() {
+            *unused_loader() = Some(loader);
         }
         Ok(Self {
-            ebpf: loader.load(object)?,
+            ebpf,
             name,
             link: None,
         })
@@ -117,6 +126,20 @@ impl Program {
             .ok_or(ProgramError::NotLoaded)?
             .try_into()
     }
+}
+
+/// A loader that has been told of no map, for the next object: making one reads the types of the whole kernel, which takes longer
+/// than all else of a start.
+fn unused_loader() -> MutexGuard<'static, Option<EbpfLoader<'static>>> {
+    static UNUSED: Mutex<Option<EbpfLoader<'static>>> = Mutex::new(None);
+    UNUSED.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// A loader for objects that ask for no type of the kernel's.
+fn new_loader() -> EbpfLoader<'static> {
+    let mut loader = EbpfLoader::new();
+    loader.btf(None);
+    loader
 }
 
 impl fmt::Debug for Program {

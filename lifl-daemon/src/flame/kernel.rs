@@ -94,12 +94,14 @@ impl Kernel {
             (MAP_INBOXES, bounds.entries()),
             (MAP_CREDITS, bounds.entries()),
         ];
+        // First: it may load a program that asks for less.
+        let unread = credit::sockets();
         let mut program = Program::load(OBJECT, PROGRAM, &entries, &[])?;
         let mut sockets: SockHash<_, AddressBytes> = program.map(MAP_SOCKETS)?;
         let senders = program.map(MAP_SENDERS)?;
         let workers = program.map(MAP_WORKERS)?;
         let sockets_fd = Arc::new(sockets.fd().as_fd().try_clone_to_owned()?);
-        let credits = Arc::new(Credits::of(&mut program, bounds, credit::sockets())?);
+        let credits = Arc::new(Credits::of(&mut program, bounds, unread)?);
         program.attach(sockets.fd())?;
         let (near, far) = loopback_pair()?;
         credits.add_own(&own_connection(&near).map_err(io::Error::other)?)?;

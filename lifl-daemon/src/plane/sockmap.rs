@@ -169,13 +169,15 @@ impl Sockmap {
             .iter()
             .flat_map(|pins| MAPS.map(|map| (map, pins.path(map))))
             .collect();
+        // First: it may load a program that asks for less.
+        let unread = credit::sockets();
         let mut program = Program::load(OBJECT, PROGRAM, &entries, &paths)?;
         let mut sockets: aya::maps::SockHash<_, u32> = program.map(MAP_SOCKETS)?;
         let senders = program.map(MAP_SENDERS)?;
         let members = program.map(MAP_MEMBERS)?;
         let counters = program.map(MAP_COUNTERS)?;
         let mut state_map: aya::maps::Array<_, StateBytes> = program.map(MAP_STATE)?;
-        let credits = Credits::of(&mut program, bounds, credit::sockets())?;
+        let credits = Credits::of(&mut program, bounds, unread)?;
         program.attach(sockets.fd())?;
 
         let (dead_letter_socket, near) = FrameSocket::pair_for(PlaneKind::Sockmap)?;
