@@ -3,15 +3,16 @@
 
 use std::fmt;
 use std::io;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::PathBuf;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use aya::maps::sock::SockMapFd;
-use aya::maps::{Map, MapData, MapError, RingBuf};
+use aya::maps::{Map, MapData, MapError, RingBuf, SockHash};
 use aya::programs::sk_msg::SkMsgLinkId;
 use aya::programs::{ProgramError, SkMsg};
-use aya::{Ebpf, EbpfError, EbpfLoader};
+use aya::{Ebpf, EbpfError, EbpfLoader, Pod};
 use lifl_common::kernel::{LOG_ALL, LogRecord, MAP_LOG};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
@@ -20,6 +21,7 @@ use tracing::{debug, error, warn};
 use zerocopy::FromBytes;
 
 use crate::chain::{causes, error_chain};
+use crate::errands::Foreign;
 use crate::plane::support;
 
 /// A loaded program with those of its maps that nobody has taken. Dropping it detaches the program.
@@ -150,15 +152,29 @@ impl fmt::Debug for Program {
     }
 }
 
-/// Whether removing an entry failed because it was not there, which is what removing it was for.
-pub(crate) fn is_missing(error: &MapError) -> bool {
-    match error {
-        MapError::KeyNotFound | MapError::ElementNotFound => true,
-        MapError::SyscallError(error) => {
+/// A removal of an entry: that it was not there is no error, for that is what removing it was for.
+pub(crate) fn unless_missing(removed: Result<(), MapError>) -> Result<(), MapError> {
+    let missing = match &removed {
+        Err(MapError::KeyNotFound | MapError::ElementNotFound) => true,
+        Err(MapError::SyscallError(error)) => {
             matches!(error.io_error.raw_os_error(), Some(libc::ENOENT | libc::EINVAL))
         }
         _ => false,
-    }
+    };
+    if missing { Ok(()) } else { removed }
+}
+
+/// Puts a client's socket into a map, and closes the descriptor: a duplicate kept by the daemon would keep a dead worker's entry
+/// alive, and what is sent to that would be lost without a word.
+///
+/// It waits for the socket's lock, which its worker may hold for as long as it likes: not for a task that serves others.
+pub(crate) fn insert_socket<K: Pod>(map: OwnedFd, key: K, socket: Foreign) -> Result<(), MapError> {
+    let inserted = MapData::from_fd(map)
+        .map(Map::SockHash)
+        .and_then(SockHash::<_, K>::try_from)
+        .and_then(|mut sockets| sockets.insert(key, socket.as_fd().as_raw_fd(), 0));
+    socket.close_here();
+    inserted
 }
 
 async fn read_log(mut log: AsyncFd<RingBuf<MapData>>, write: fn(&LogRecord)) {

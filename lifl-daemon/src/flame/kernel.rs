@@ -14,7 +14,7 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::sync::Arc;
 
-use aya::maps::{HashMap, Map, MapData, MapError, SockHash};
+use aya::maps::{HashMap, MapData, MapError, SockHash};
 use aya::programs::ProgramError;
 use lifl_common::client::loopback_pair;
 use lifl_common::flame::{
@@ -32,7 +32,7 @@ use zerocopy::transmute;
 use super::rules::show_id;
 use super::switch::{HELD_FOR_USER, QUEUED_OF_USER, QUEUED_OF_WORKER};
 use super::wire::Message;
-use crate::ebpf::{LoadError, Program, is_missing};
+use crate::ebpf::{LoadError, Program, insert_socket, unless_missing};
 use crate::errands::Foreign;
 use crate::plane::credit::{self, Bounds, Credits, Slots};
 use crate::plane::own_connection;
@@ -260,17 +260,13 @@ pub(super) struct Joining {
 }
 
 impl Joining {
-    /// Puts it there, and closes it: a duplicate kept by the daemon would keep a dead worker's connection open. From here on the
-    /// program sees what is written to it. It waits for the socket's lock, which its worker may hold: not for the switch's task.
+    /// Puts it there, and closes the daemon's descriptor of it. From here on the program sees what is written to it. As
+    /// [`insert_socket`]: not for the switch's task.
     pub(super) fn insert(self, socket: Foreign) -> Result<(), EntryError> {
-        let fd = self.sockets.as_fd().try_clone_to_owned();
-        let inserted = fd
+        let map = self.sockets.as_fd().try_clone_to_owned();
+        let inserted = map
             .map_err(MapError::IoError)
-            .and_then(MapData::from_fd)
-            .map(Map::SockHash)
-            .and_then(SockHash::<_, AddressBytes>::try_from)
-            .and_then(|mut sockets| sockets.insert(self.key, socket.as_fd().as_raw_fd(), 0));
-        socket.close_here();
+            .and_then(|map| insert_socket(map, self.key, socket));
         inserted.map_err(failed(MAP_SOCKETS, "added"))
     }
 }
@@ -285,10 +281,6 @@ impl fmt::Debug for Kernel {
 
 fn failed(map: &'static str, what: &'static str) -> impl FnOnce(MapError) -> EntryError {
     move |source| EntryError { map, what, source }
-}
-
-fn unless_missing(removed: Result<(), MapError>) -> Result<(), MapError> {
-    removed.or_else(|error| if is_missing(&error) { Ok(()) } else { Err(error) })
 }
 
 /// A line of the program's for this process's log.

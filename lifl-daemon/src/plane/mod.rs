@@ -29,14 +29,15 @@ use std::path::{Path, PathBuf};
 use aya::maps::MapError;
 use lifl_common::frame::Frame;
 use lifl_common::id::{JobId, WorkerId};
-use lifl_common::kernel::{Counters, DEFAULT_MAX_WORKERS, Member};
+use lifl_common::kernel::{Counters, DEFAULT_MAX_WORKERS, MAP_SOCKETS, Member};
 use lifl_common::plane::{NO_KERNEL_PLANE, PlaneKind};
 use serde::{Deserialize, Serialize};
 use tokio::sync::mpsc;
 
+use crate::chain::error_chain;
+use crate::ebpf;
 use crate::errands::Foreign;
 
-use crate::chain::error_chain;
 pub use bare::Bare;
 pub use pins::{PinError, give as give_pins, reset};
 pub use recover::Recovered;
@@ -390,7 +391,8 @@ pub(crate) struct Joining {
 impl Joining {
     /// Puts it there, and closes the daemon's descriptor of it. As [`examine`]: not for the registry's task.
     pub(crate) fn insert(self) -> Result<(), PlaneError> {
-        sockmap::insert_socket(self.sockets, self.worker, self.socket)
+        let inserted = ebpf::insert_socket(self.sockets, self.worker.0, self.socket);
+        inserted.map_err(sockmap::failed(MAP_SOCKETS, "add an entry"))
     }
 }
 

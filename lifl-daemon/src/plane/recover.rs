@@ -17,7 +17,7 @@ use super::pins::PinError;
 use super::socket::Found;
 use super::sockmap::{ConnectionBytes, ReceiverBytes, Registered, SenderBytes, Sockmap, failed};
 use super::{PlaneError, SocketError};
-use crate::ebpf::is_missing;
+use crate::ebpf::unless_missing;
 
 /// What the last daemon left.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -79,7 +79,8 @@ impl Sockmap {
                 self.workers.insert(sender.worker, registered);
                 self.holders.insert(key, sender.worker);
             } else {
-                gone(self.senders.remove(&connection)).map_err(failed(MAP_SENDERS, "remove an entry"))?;
+                unless_missing(self.senders.remove(&connection))
+                    .map_err(failed(MAP_SENDERS, "remove an entry"))?;
             }
         }
         let alive = |worker: &u32| self.workers.contains_key(&WorkerId(*worker));
@@ -91,9 +92,9 @@ impl Sockmap {
             .filter(|worker| !alive(worker))
             .collect();
         for worker in dead {
-            gone(self.sockets.remove(&worker)).map_err(failed(MAP_SOCKETS, "remove an entry"))?;
-            gone(self.members.remove(&worker)).map_err(failed(MAP_MEMBERS, "remove an entry"))?;
-            gone(self.counters.remove(&worker)).map_err(failed(MAP_COUNTERS, "remove an entry"))?;
+            unless_missing(self.sockets.remove(&worker)).map_err(failed(MAP_SOCKETS, "remove an entry"))?;
+            unless_missing(self.members.remove(&worker)).map_err(failed(MAP_MEMBERS, "remove an entry"))?;
+            unless_missing(self.counters.remove(&worker)).map_err(failed(MAP_COUNTERS, "remove an entry"))?;
         }
         Ok(())
     }
@@ -153,9 +154,4 @@ impl Sockmap {
 
 fn keys(keys: impl Iterator<Item = Result<u32, MapError>>) -> Result<BTreeSet<u32>, MapError> {
     keys.collect()
-}
-
-/// A removal that succeeded, or was not needed.
-fn gone(removed: Result<(), MapError>) -> Result<(), MapError> {
-    removed.or_else(|error| if is_missing(&error) { Ok(()) } else { Err(error) })
 }

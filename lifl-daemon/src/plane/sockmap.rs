@@ -15,10 +15,10 @@
 use std::collections::HashMap;
 use std::fmt;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd};
 use std::path::Path;
 
-use aya::maps::{Map, MapData, MapError};
+use aya::maps::{MapData, MapError};
 use aya::programs::ProgramError;
 use lifl_common::client::FrameSocket;
 use lifl_common::frame::{Frame, Refusal};
@@ -38,8 +38,7 @@ use super::pins::{PinError, Pins, StateBytes};
 use super::socket::{check_tcp, own_netns};
 use super::{DEAD_LETTERS, Examined, Identity, Joining, Options, PlaneError, SocketError, support};
 use crate::chain::error_chain;
-use crate::ebpf::{LoadError, Program, is_missing};
-use crate::errands::Foreign;
+use crate::ebpf::{LoadError, Program, unless_missing};
 
 /// What `cargo xtask build-ebpf` made of `lifl-ebpf`.
 static OBJECT: &[u8] = aya::include_bytes_aligned!("../../../lifl-ebpf/lifl.bpf.o");
@@ -363,10 +362,7 @@ impl Sockmap {
 
     /// Takes a socket out of its map whose worker is not registered.
     pub(super) fn forget_socket(&mut self, worker: WorkerId) -> Result<(), PlaneError> {
-        match self.sockets.remove(&worker.0) {
-            Err(source) if !is_missing(&source) => Err(failed(MAP_SOCKETS, "remove an entry")(source)),
-            _ => Ok(()),
-        }
+        unless_missing(self.sockets.remove(&worker.0)).map_err(failed(MAP_SOCKETS, "remove an entry"))
     }
 
     pub(super) fn unregister(&mut self, worker: WorkerId) -> Result<(), PlaneError> {
@@ -383,10 +379,7 @@ impl Sockmap {
             (MAP_COUNTERS, self.counters.remove(&worker.0)),
         ]
         .into_iter()
-        .map(|(map, removed)| match removed {
-            Err(source) if !is_missing(&source) => Err(failed(map, "remove an entry")(source)),
-            _ => Ok(()),
-        })
+        .map(|(map, removed)| unless_missing(removed).map_err(failed(map, "remove an entry")))
         .fold(Ok(()), Result::and);
         // After the socket: another's count begins where this one's ends.
         self.credits.remove(registered.slots());
@@ -465,17 +458,6 @@ fn find_state(pins: &Pins, netns: u64, options: &Options) -> Result<Option<State
     }))
 }
 
-/// Puts a worker's socket into the map, which the worker is registered with, and closes the descriptor: a duplicate kept by the
-/// daemon would keep a dead worker's entry alive, and what is sent to that would be lost without a word.
-pub(super) fn insert_socket(map: OwnedFd, worker: WorkerId, socket: Foreign) -> Result<(), PlaneError> {
-    let inserted = MapData::from_fd(map)
-        .map(Map::SockHash)
-        .and_then(aya::maps::SockHash::<_, u32>::try_from)
-        .and_then(|mut sockets| sockets.insert(worker.0, socket.as_fd().as_raw_fd(), 0));
-    socket.close_here();
-    inserted.map_err(failed(MAP_SOCKETS, "add an entry"))
-}
-
 fn state_bytes(state: State) -> StateBytes {
     transmute!(state)
 }
@@ -533,11 +515,13 @@ pub(super) fn unavailable(error: &LoadError) -> PlaneError {
 
 #[cfg(test)]
 mod tests {
+    use std::os::fd::OwnedFd;
     use std::time::Duration;
 
     use lifl_common::frame::Refusal;
 
     use super::*;
+    use crate::errands::Foreign;
 
     /// A plane for two workers; `None` where this machine cannot have it.
     fn plane() -> Option<(Sockmap, mpsc::Receiver<Frame>)> {
