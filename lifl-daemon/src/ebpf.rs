@@ -14,6 +14,7 @@ use aya::programs::sk_msg::SkMsgLinkId;
 use aya::programs::{ProgramError, SkMsg};
 use aya::{Ebpf, EbpfError, EbpfLoader, Pod};
 use lifl_common::kernel::{LOG_ALL, LogRecord, MAP_LOG};
+use lifl_common::limits;
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tokio_util::sync::CancellationToken;
@@ -237,6 +238,8 @@ pub(crate) enum LoadError {
     Program(#[from] ProgramError),
     #[error("the daemon's own descriptors for the program cannot be made")]
     Io(#[from] io::Error),
+    #[error("the daemon can have no thread more, for what waits in the kernel")]
+    Thread(#[source] io::Error),
 }
 
 impl LoadError {
@@ -245,7 +248,9 @@ impl LoadError {
         debug!(error = error_chain(self), "an SK_MSG program cannot be loaded");
         let capabilities = support::effective_capabilities();
         let missing = support::missing_capabilities(capabilities);
-        if self.has_at_its_bottom(libc::EACCES) && !support::may_load_any(capabilities) {
+        if let Self::Thread(_) = self {
+            (error_chain(self), limits::explain_threads())
+        } else if self.has_at_its_bottom(libc::EACCES) && !support::may_load_any(capabilities) {
             (
                 "the kernel's verifier refuses the program to a process without CAP_PERFMON".to_owned(),
                 format!("start the daemon as root (sudo lifl-daemon) or with that capability, {instead}"),

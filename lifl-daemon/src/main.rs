@@ -39,8 +39,9 @@ use crate::settings::{LogFormat, Settings};
 /// The group whose members may connect, where the system has it.
 const GROUP: &str = "lifl";
 
-/// Threads of one user for its descriptors and its memory, and the log's: without any nobody is served.
-const SPARE: usize = 5;
+/// Four of one user for its descriptors and its memory, the log's, and two that add credit, for the plane and for Flame's
+/// workers: without any nobody is served.
+const SPARE: usize = 7;
 
 /// Threads for what blocks, looking up names among it.
 const BLOCKING: usize = 2;

@@ -156,7 +156,8 @@ impl Credits {
         let shared = Arc::clone(&table);
         let thread = thread::Builder::new()
             .name("credit".to_owned())
-            .spawn(move || add_credit(&shared, low, &stopped))?;
+            .spawn(move || add_credit(&shared, low, &stopped))
+            .map_err(LoadError::Thread)?;
         Ok(Self {
             table,
             bounds,
