@@ -307,8 +307,9 @@ pub(crate) fn uninstall(Removal { options, purge }: &Removal) -> Result<()> {
     for folder in folders(options) {
         let _ = fs::remove_dir(options.placed(&folder));
     }
+    // The user and the pins may be left where no file is: by an earlier removal without --purge.
     ensure!(
-        found > 0,
+        found > 0 || *purge,
         "nothing of LIFL is installed below {}",
         options.prefix.display()
     );
@@ -516,6 +517,7 @@ mod tests {
             removal.purge = true;
             uninstall(&removal).expect("purged");
             assert!(!settings.exists(), "a purge takes them");
+            uninstall(&removal).expect("what is no file is still to be purged");
             let placed = |path: &str| removal.options.placed(Path::new(path));
             assert!(!placed("/etc/lifl").exists() && !placed(prefix).join("share/doc/lifl-daemon").exists());
             assert_eq!(
