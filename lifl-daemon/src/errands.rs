@@ -71,6 +71,23 @@ struct User {
     wake: Arc<Condvar>,
 }
 
+impl User {
+    fn is_stuck(&self) -> bool {
+        !self.waiting.is_empty() && self.threads == 0
+    }
+
+    /// Takes out what was asked a while ago and has no thread.
+    fn take_stuck(&mut self) -> VecDeque<Errand> {
+        if self.threads > 0 {
+            return VecDeque::new();
+        }
+        let is_stuck = |errand: &Errand| errand.refused.is_some() && errand.since.elapsed() >= BEGIN;
+        let (stuck, rest) = self.waiting.drain(..).partition(is_stuck);
+        self.waiting = rest;
+        stuck
+    }
+}
+
 static TABLE: LazyLock<Mutex<Table>> = LazyLock::new(Mutex::default);
 
 fn table() -> MutexGuard<'static, Table> {
@@ -84,7 +101,7 @@ pub(crate) fn run(uid: u32, errand: impl FnOnce() + Send + 'static) {
 }
 
 /// Does something that somebody waits for on a thread of that user's; where none can be had for a while, `refused` is called
-/// instead, with the reason and the remedy. Neither may panic, and the latter may not wait.
+/// instead, with the reason and the remedy, on a thread that may wait. Neither may panic, and the latter may not wait for a client.
 pub(crate) fn ask(
     uid: u32,
     errand: impl FnOnce() + Send + 'static,
@@ -156,35 +173,38 @@ fn closing(account: u32) -> usize {
     table().users.get(&account).map_or(0, |user| user.closing)
 }
 
+/// Whether somebody's errands have no thread at all.
+pub(crate) fn have_stuck() -> bool {
+    table().users.values().any(User::is_stuck)
+}
+
 /// Starts threads for what could not have one before, and refuses what has been asked and has waited too long for one. To be
-/// called now and then.
+/// called now and then while [there is such](have_stuck); it looks through all processes for the limit: not for a task that
+/// serves others.
 pub(crate) fn retry() {
     let waiting: Vec<u32> = {
         let table = table();
-        let stuck = |user: &User| !user.waiting.is_empty() && user.threads == 0;
-        let users = table.users.iter().filter(|(_, user)| stuck(user));
-        users.map(|(&account, _)| account).collect()
+        let stuck = table.users.iter().filter(|(_, user)| user.is_stuck());
+        stuck.map(|(&account, _)| account).collect()
     };
-    for account in waiting {
+    for &account in &waiting {
         start_if_needed(account);
-        refuse_stuck(account);
     }
+    refuse_stuck(&waiting);
 }
 
-/// Refuses what a user without a thread has asked a while ago.
-fn refuse_stuck(account: u32) {
-    let (stuck, starved) = {
+/// Refuses what users without a thread have asked a while ago.
+fn refuse_stuck(accounts: &[u32]) {
+    let (refused, starved) = {
         let mut table = table();
-        let starved = table.starved;
-        let Some(user) = table.users.get_mut(&account).filter(|user| user.threads == 0) else {
-            return;
-        };
-        let is_stuck = |errand: &Errand| errand.refused.is_some() && errand.since.elapsed() >= BEGIN;
-        let (stuck, rest) = user.waiting.drain(..).partition::<VecDeque<_>, _>(is_stuck);
-        user.waiting = rest;
-        (stuck, starved)
+        let refused: Vec<_> = accounts
+            .iter()
+            .filter_map(|account| Some((*account, table.users.get_mut(account)?.take_stuck())))
+            .filter(|(_, stuck)| !stuck.is_empty())
+            .collect();
+        (refused, table.starved)
     };
-    if stuck.is_empty() {
+    if refused.is_empty() {
         return;
     }
     let why = match starved {
@@ -196,13 +216,15 @@ fn refuse_stuck(account: u32) {
             "the daemon has all {THREADS} threads that it may for its users' requests: try again later"
         ),
     };
-    if let Some(dropped) = may_log(account) {
-        tracing::warn!(uid = account, dropped, requests = stuck.len(), "refused: {why}");
-    }
     // Dropped without the lock: what an errand has is closed by another.
-    for Errand { refused, .. } in stuck {
-        if let Some(refused) = refused {
-            refused(why.clone());
+    for (account, stuck) in refused {
+        if let Some(dropped) = may_log(account) {
+            tracing::warn!(uid = account, dropped, requests = stuck.len(), "refused: {why}");
+        }
+        for Errand { refused, .. } in stuck {
+            if let Some(refused) = refused {
+                refused(why.clone());
+            }
         }
     }
 }
@@ -447,7 +469,8 @@ mod tests {
             user.waiting.push_back(errand("closing", false, long_ago));
             user.waiting.push_back(errand("new", true, Instant::now()));
         }
-        refuse_stuck(uid);
+        assert!(have_stuck());
+        refuse_stuck(&[uid]);
         let (name, why) = told.try_recv().expect("refused");
         assert_eq!(name, "old");
         assert!(why.is_some_and(|why| why.contains("thread")));

@@ -34,6 +34,7 @@ use nix::sys::stat::{Mode, SFlag, fstat};
 use nix::unistd::fchownat;
 use tokio::io::unix::AsyncFd;
 use tokio::sync::{OwnedSemaphorePermit, mpsc};
+use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
@@ -523,6 +524,7 @@ pub(crate) async fn serve(
     check.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     let mut departures = tokio::time::interval(DEPARTURES);
     departures.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    let mut retrying: Option<JoinHandle<()>> = None;
     let (mut beat, mut tell) = match watch {
         Some(Watch { every, tell }) => (tokio::time::interval(every), Some(tell)),
         None => (tokio::time::interval(Duration::MAX), None),
@@ -572,7 +574,9 @@ pub(crate) async fn serve(
                 }
             }
             now = check.tick() => {
-                errands::retry();
+                if errands::have_stuck() && retrying.as_ref().is_none_or(JoinHandle::is_finished) {
+                    retrying = Some(tokio::task::spawn_blocking(errands::retry));
+                }
                 registry.refresh();
                 if registry.awaits() {
                     registry.check_awaited(now);
