@@ -86,6 +86,8 @@ pub(super) enum Refusal {
     Overtaken,
     /// The kernel does not let us.
     Kernel(String),
+    /// Nobody to put the socket into the kernel's map.
+    NoThread(String),
 }
 
 impl fmt::Display for Refusal {
@@ -127,7 +129,7 @@ impl fmt::Display for Refusal {
                 "an earlier registration of this socket or id is still under way: its process keeps the socket locked",
             ),
             Self::Overtaken => f.write_str("a later registration of the same socket was granted meanwhile"),
-            Self::Kernel(why) => f.write_str(why),
+            Self::Kernel(why) | Self::NoThread(why) => f.write_str(why),
         }
     }
 }

@@ -92,6 +92,8 @@ pub(super) struct Conn {
     /// Whose it is, and the number of the socket at its far end.
     pub(super) uid: u32,
     pub(super) inode: u32,
+    /// For whom its amounts count, as long as it lives: the files that say so may be changed.
+    account: u32,
     /// The far end's address.
     pub(super) peer: SocketAddrV4,
     /// What it is to read.
@@ -120,6 +122,7 @@ impl Conn {
             share,
             uid,
             inode,
+            account: accounts::owner_of(uid),
             peer,
             outbox,
             kick,
@@ -156,6 +159,8 @@ pub(super) struct Inserted {
 #[derive(Debug)]
 struct Held {
     since: Instant,
+    /// For whom it counts.
+    account: u32,
     sender: Address,
     message: Message,
 }
@@ -235,10 +240,7 @@ impl Switch {
         let inode = conn.inode;
         self.inodes.insert(inode, id);
         let new = || (0, Arc::new(Semaphore::new(QUEUED_OF_USER)));
-        self.queues
-            .entry(accounts::owner_of(conn.uid))
-            .or_insert_with(new)
-            .0 += 1;
+        self.queues.entry(conn.account).or_insert_with(new).0 += 1;
         self.conns.insert(id, conn);
         if let Some(early) = self.early.remove(&inode) {
             self.claim(early.claim);
@@ -252,11 +254,10 @@ impl Switch {
             return;
         };
         self.inodes.remove(&conn.inode);
-        let account = accounts::owner_of(conn.uid);
-        if let Some((connections, _)) = self.queues.get_mut(&account) {
+        if let Some((connections, _)) = self.queues.get_mut(&conn.account) {
             *connections -= 1;
             if *connections == 0 {
-                self.queues.remove(&account);
+                self.queues.remove(&conn.account);
             }
         }
     }
@@ -421,9 +422,7 @@ impl Switch {
         self.joining.insert(address, Vec::new());
         let (uid, inode, share) = (conn.uid, conn.inode, Arc::clone(&conn.share));
         let events = self.events.clone();
-        errands::run(uid, move || {
-            let socket = take_socket(claim.registration, uid, inode);
-            let result = socket.and_then(|socket| joining.insert(socket).map_err(refused_by_kernel));
+        let tell = move |result| {
             let inserted = Inserted {
                 conn: id,
                 address,
@@ -434,7 +433,13 @@ impl Switch {
             // Fails when nobody is served any more.
             let _ = events.blocking_send(Event::Inserted(inserted));
             drop(share);
-        });
+        };
+        let refuse = tell.clone();
+        let errand = move || {
+            let socket = take_socket(claim.registration, uid, inode);
+            tell(socket.and_then(|socket| joining.insert(socket).map_err(refused_by_kernel)));
+        };
+        errands::ask(uid, errand, move |why| refuse(Err(Refusal::NoThread(why))));
     }
 
     /// A worker's socket has been put into the kernel's map, or could not be.
@@ -645,16 +650,17 @@ impl Switch {
     }
 
     fn hold(&mut self, sender: Address, receiver: Address, message: Message) {
-        let of_user = self.held_of.entry(accounts::owner_of(receiver.uid)).or_default();
+        let account = accounts::owner_of(receiver.uid);
+        let of_user = self.held_of.get(&account).copied().unwrap_or(0);
         let held = self.held.entry(receiver).or_default();
-        if held.len() >= HELD_FOR_RECEIVER || *of_user >= HELD_FOR_USER {
+        if held.len() >= HELD_FOR_RECEIVER || of_user >= HELD_FOR_USER {
             return log_dropped(
                 sender,
                 receiver,
                 "too many wait for workers that are not registered",
             );
         }
-        *of_user += 1;
+        *self.held_of.entry(account).or_default() += 1;
         tracing::debug!(
             from = show_id(sender.id),
             to = show_id(receiver.id),
@@ -662,6 +668,7 @@ impl Switch {
         );
         held.push_back(Held {
             since: Instant::now(),
+            account,
             sender,
             message,
         });
@@ -670,12 +677,8 @@ impl Switch {
     /// Takes what is held for a worker.
     fn take_held(&mut self, address: Address) -> VecDeque<Held> {
         let held = self.held.remove(&address).unwrap_or_default();
-        let account = accounts::owner_of(address.uid);
-        if let Some(of_user) = self.held_of.get_mut(&account) {
-            *of_user = of_user.saturating_sub(held.len());
-            if *of_user == 0 {
-                self.held_of.remove(&account);
-            }
+        for Held { account, .. } in &held {
+            uncount(&mut self.held_of, *account);
         }
         held
     }
@@ -684,7 +687,7 @@ impl Switch {
         let Some(conn) = self.conns.get(&to) else {
             return;
         };
-        let queue = self.queues.get(&accounts::owner_of(conn.uid));
+        let queue = self.queues.get(&conn.account);
         let share = queue.and_then(|(_, queue)| Arc::clone(queue).try_acquire_owned().ok());
         let why = match share.map(|share| {
             let queued = Queued {
@@ -732,15 +735,12 @@ impl Switch {
         held.retain(|receiver, held| {
             while held.front().is_some_and(|first| older(first.since, hold)) {
                 let Some(first) = held.pop_front() else { break };
-                if let Some(of_user) = held_of.get_mut(&accounts::owner_of(receiver.uid)) {
-                    *of_user = of_user.saturating_sub(1);
-                }
+                uncount(held_of, first.account);
                 let why = format!("its receiver did not register within {} s", hold.as_secs());
                 log_dropped(first.sender, *receiver, &why);
             }
             !held.is_empty()
         });
-        held_of.retain(|_, of_user| *of_user > 0);
     }
 
     /// A page of the workers that a user may see, after that one.
@@ -752,20 +752,16 @@ impl Switch {
         let after = start.map_or(Bound::Unbounded, Bound::Excluded);
         let later = self.workers.range((after, Bound::Unbounded));
         for (address, conn) in later.filter(|(address, _)| may_see(address)) {
-            if self.worker(*address).is_none() {
+            let Some(conn) = self.conns.get(conn) else {
                 continue;
-            }
+            };
+            let Some(worker) = conn.worker.as_ref().filter(|worker| worker.joined) else {
+                continue;
+            };
             if shown.len() == STATUS_PAGE {
                 more = true;
                 break;
             }
-            let Some((conn, worker)) = self
-                .conns
-                .get(conn)
-                .and_then(|conn| Some((conn, conn.worker.as_ref()?)))
-            else {
-                continue;
-            };
             let in_kernel = self
                 .kernel
                 .as_ref()
@@ -800,6 +796,16 @@ impl Switch {
             held: held.map(|(_, held)| held.len() as u32).sum(),
             workers: shown,
             more,
+        }
+    }
+}
+
+/// A reference of that account's is held no more.
+fn uncount(held_of: &mut HashMap<u32, usize>, account: u32) {
+    if let Some(of_user) = held_of.get_mut(&account) {
+        *of_user -= 1;
+        if *of_user == 0 {
+            held_of.remove(&account);
         }
     }
 }
