@@ -92,13 +92,8 @@ impl Registry {
                 format!("{owner} has no arena {arena} that is not sealed yet"),
             );
         }
-        if let Some(entry) = self.arenas.remove(&arena) {
-            if let Some(job) = self.jobs.get_mut(&entry.job) {
-                job.arena_bytes -= entry.bytes;
-            }
-            self.depart(entry.account, entry.bytes, entry.memfd);
-            self.note_arenas(owner);
-        }
+        self.let_go(arena);
+        self.note_arenas(owner);
         Ok(())
     }
 
@@ -205,11 +200,8 @@ impl Registry {
         } = made;
         if self.conns.get(&id).and_then(|conn| conn.worker) != Some(owner) {
             // Its owner left meanwhile, and nobody was given it.
-            if let Some(job) = self.jobs.get_mut(&job) {
-                job.arena_bytes -= bytes;
-            }
             drop(handed);
-            return self.depart(account, bytes, memfd);
+            return self.depart(job, account, bytes, memfd);
         }
         tracing::debug!(%arena, %owner, bytes, page_bytes, "arena created");
         let entry = Arena {
@@ -243,8 +235,18 @@ impl Registry {
         }
     }
 
-    /// Memory has no owner any more. It counts for its user until nobody has it.
-    pub(super) fn depart(&mut self, account: u32, bytes: u64, memfd: File) {
+    /// An arena has no owner any more, if there is one of that number.
+    pub(super) fn let_go(&mut self, arena: ArenaId) {
+        if let Some(arena) = self.arenas.remove(&arena) {
+            self.depart(arena.job, arena.account, arena.bytes, arena.memfd);
+        }
+    }
+
+    /// A job's memory has no owner any more. It counts for its user, no longer for the job, until nobody has it.
+    fn depart(&mut self, job: JobId, account: u32, bytes: u64, memfd: File) {
+        if let Some(job) = self.jobs.get_mut(&job) {
+            job.arena_bytes -= bytes;
+        }
         let departed = Departed {
             account,
             bytes,

@@ -721,13 +721,7 @@ impl Registry {
             tracing::error!(worker = %id, "cannot be taken off the plane: {}", error_chain(&error));
         }
         for arena in arenas_of(id) {
-            let Some(arena) = self.arenas.remove(&arena) else {
-                continue;
-            };
-            if let Some(job) = self.jobs.get_mut(&arena.job) {
-                job.arena_bytes -= arena.bytes;
-            }
-            self.depart(arena.account, arena.bytes, arena.memfd);
+            self.let_go(arena);
         }
         // When a job ends, all its workers go: nobody needs to be told of each. Nor of one that nobody could send to yet.
         if worker.joined {

@@ -291,14 +291,16 @@ impl Registry {
             );
         } else if maker == id {
             // It may have missed some.
-            let others = self
-                .workers
-                .iter()
-                .filter(|(other, it)| it.job == member.job && **other != worker);
+            let members = self
+                .jobs
+                .get(&member.job)
+                .into_iter()
+                .flat_map(|job| &job.members);
+            let others = members.filter(|&&other| other != worker);
             let joined: Vec<Event> = others
-                .map(|(&worker, it)| Event::PeerJoined {
-                    worker,
-                    name: it.name.clone(),
+                .filter_map(|&worker| {
+                    let name = self.workers.get(&worker)?.name.clone();
+                    Some(Event::PeerJoined { worker, name })
                 })
                 .collect();
             joined.into_iter().for_each(|event| self.tell(id, event));
