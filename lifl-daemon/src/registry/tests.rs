@@ -24,10 +24,15 @@ struct Bench {
 
 impl Bench {
     fn new() -> Self {
-        Self::with(Quotas::unlimited())
+        Self::of(16, Quotas::unlimited())
     }
 
-    fn with(quotas: Quotas) -> Self {
+    /// Where each user may have so much.
+    fn with(default: Quota) -> Self {
+        let quotas = Quotas {
+            default,
+            ..Quotas::unlimited()
+        };
         Self::of(16, quotas)
     }
 
@@ -114,16 +119,30 @@ impl Bench {
     }
 
     fn status(&mut self, conn: u64) -> Status {
-        match self.ask(
-            conn,
-            Request::Status {
-                job: None,
-                after: None,
-            },
-        ) {
+        self.page(conn, None, None)
+    }
+
+    /// The page of a status after that worker.
+    fn page(&mut self, conn: u64, job: Option<JobId>, after: Option<WorkerId>) -> Status {
+        match self.ask(conn, Request::Status { job, after }) {
             Ok(Reply::Status(status)) => status,
             other => panic!("{other:?}"),
         }
+    }
+
+    /// A new arena, and the note with it.
+    fn arena(&mut self, conn: u64, request: Request) -> (ArenaId, Option<String>) {
+        match self.ask(conn, request) {
+            Ok(Reply::ArenaCreated { arena, note, .. }) => (arena, note),
+            other => panic!("{other:?}"),
+        }
+    }
+
+    /// Asks what is to be refused with that code; gives the message.
+    fn refused(&mut self, conn: u64, request: Request, code: ErrorCode, why: &str) -> String {
+        let (found, message) = self.ask(conn, request).expect_err(why);
+        assert_eq!(found, code, "{why}: {message}");
+        message
     }
 }
 
@@ -135,6 +154,17 @@ fn register(job: JobId, name: &str) -> Request {
     }
 }
 
+fn one_slot(slot_bytes: u64) -> Layout {
+    Layout { slots: 1, slot_bytes }
+}
+
+fn create_arena(slot_bytes: u64) -> Request {
+    Request::CreateArena {
+        layout: one_slot(slot_bytes),
+        instead_of: None,
+    }
+}
+
 #[tokio::test]
 async fn a_job_belongs_to_its_user_and_to_root() {
     let mut bench = Bench::new();
@@ -143,19 +173,13 @@ async fn a_job_belongs_to_its_user_and_to_root() {
     bench.user(3, 0);
     bench.user(4, 1000);
     let job = bench.job(1);
-    let (code, message) = bench.ask(2, register(job, "intruder")).expect_err("another user");
-    assert_eq!(code, ErrorCode::Denied, "{message}");
+    bench.refused(2, register(job, "intruder"), ErrorCode::Denied, "another user");
     bench.ask(3, register(job, "by-root")).expect("root may");
     bench.ask(4, register(job, "own")).expect("the same user may");
-    let (code, _) = bench
-        .ask(
-            2,
-            Request::EndJob {
-                reason: "mine".into(),
-            },
-        )
-        .expect_err("not its job");
-    assert_eq!(code, ErrorCode::Denied);
+    let end = Request::EndJob {
+        reason: "mine".into(),
+    };
+    bench.refused(2, end, ErrorCode::Denied, "not its job");
 }
 
 #[tokio::test]
@@ -195,8 +219,7 @@ async fn what_has_moved_in_a_job_is_told_to_those_in_it() {
             "nothing has moved yet"
         );
     }
-    let (code, message) = bench.ask(3, Request::Traffic {}).expect_err("in no job");
-    assert_eq!(code, ErrorCode::BadRequest, "{message}");
+    bench.refused(3, Request::Traffic {}, ErrorCode::BadRequest, "in no job");
 }
 
 #[tokio::test]
@@ -217,10 +240,7 @@ async fn jobs_and_users_are_on_a_statuss_first_page() {
         (1, 16, 1)
     );
     let after = Some(first.workers[7].worker);
-    let second = match bench.ask(1, Request::Status { job: None, after }) {
-        Ok(Reply::Status(status)) => status,
-        other => panic!("{other:?}"),
-    };
+    let second = bench.page(1, None, after);
     assert_eq!(
         (second.jobs.len(), second.workers.len(), second.users.len()),
         (0, 8, 0)
@@ -245,16 +265,7 @@ async fn a_statuss_pages_fit_into_packets_and_have_all_workers_of_a_job() {
     let mut pages = Vec::new();
     let mut after = None;
     loop {
-        let page = match bench.ask(
-            1,
-            Request::Status {
-                job: Some(job),
-                after,
-            },
-        ) {
-            Ok(Reply::Status(page)) => page,
-            other => panic!("{other:?}"),
-        };
+        let page = bench.page(1, Some(job), after);
         let packet = serde_json::to_vec(&Reply::Status(page.clone())).expect("JSON");
         assert!(
             packet.len() <= lifl_common::control::packet::MAX_BYTES,
@@ -283,8 +294,7 @@ async fn a_name_is_free_again_once_its_worker_has_left() {
     }
     let job = bench.job(1);
     bench.ask(2, register(job, "a")).expect("registered");
-    let (code, _) = bench.ask(3, register(job, "a")).expect_err("the name is taken");
-    assert_eq!(code, ErrorCode::BadRequest);
+    bench.refused(3, register(job, "a"), ErrorCode::BadRequest, "the name is taken");
     bench.registry.closed(ConnId(2));
     bench.ask(3, register(job, "a")).expect("the name is free");
 }
@@ -296,19 +306,7 @@ async fn nothing_of_a_job_is_kept_once_all_have_left() {
     bench.user(2, 1000);
     let job = bench.job(1);
     bench.ask(2, register(job, "a")).expect("registered");
-    let layout = Layout {
-        slots: 1,
-        slot_bytes: 4096,
-    };
-    bench
-        .ask(
-            2,
-            Request::CreateArena {
-                layout,
-                instead_of: None,
-            },
-        )
-        .expect("an arena");
+    bench.ask(2, create_arena(4096)).expect("an arena");
     bench.kept.clear();
     bench.registry.closed(ConnId(1));
     assert_eq!(bench.registry.jobs.len(), 1, "a worker is still there");
@@ -326,46 +324,20 @@ async fn only_its_owner_has_an_arena_sealed_and_nobody_reads_it_before() {
     let job = bench.job(1);
     bench.ask(1, register(job, "a")).expect("registered");
     bench.ask(2, register(job, "b")).expect("registered");
-    let layout = Layout {
-        slots: 1,
-        slot_bytes: 4096,
-    };
-    let Ok(Reply::ArenaCreated { arena, .. }) = bench.ask(
-        1,
-        Request::CreateArena {
-            layout,
-            instead_of: None,
-        },
-    ) else {
-        panic!("no arena")
-    };
-    assert_eq!(
-        bench
-            .ask(2, Request::OpenArena { arena })
-            .expect_err("not sealed")
-            .0,
-        ErrorCode::BadRequest
-    );
-    assert_eq!(
-        bench
-            .ask(2, Request::SealArena { arena })
-            .expect_err("not its own")
-            .0,
-        ErrorCode::NotFound
-    );
-    bench.ask(1, Request::SealArena { arena }).expect("sealed");
-    bench.ask(2, Request::OpenArena { arena }).expect("opened");
+    let (arena, _) = bench.arena(1, create_arena(4096));
+    let open = Request::OpenArena { arena };
+    bench.refused(2, open.clone(), ErrorCode::BadRequest, "not sealed");
+    let seal = Request::SealArena { arena };
+    bench.refused(2, seal.clone(), ErrorCode::NotFound, "not its own");
+    bench.ask(1, seal).expect("sealed");
+    bench.ask(2, open).expect("opened");
 }
 
 #[tokio::test]
 async fn an_arena_whose_pages_cannot_be_used_is_replaced_before_anybody_reads_it_and_counted_once() {
-    let quota = Quota {
+    let mut bench = Bench::with(Quota {
         pool_bytes: 12288,
         ..Quota::UNLIMITED
-    };
-    let mut bench = Bench::with(Quotas {
-        default: quota,
-        ..Quotas::unlimited()
     });
     for conn in [1, 2] {
         bench.user(conn, 1000);
@@ -373,56 +345,34 @@ async fn an_arena_whose_pages_cannot_be_used_is_replaced_before_anybody_reads_it
     let job = bench.job(1);
     bench.ask(1, register(job, "a")).expect("registered");
     bench.ask(2, register(job, "b")).expect("registered");
-    let layout = Layout {
-        slots: 1,
-        slot_bytes: 8192,
+    let instead_of = |arena| Request::CreateArena {
+        layout: one_slot(8192),
+        instead_of: Some(arena),
     };
-    let create = |instead_of| Request::CreateArena { layout, instead_of };
-    let Ok(Reply::ArenaCreated { arena, .. }) = bench.ask(1, create(None)) else {
-        panic!("no arena")
-    };
+    let (arena, _) = bench.arena(1, create_arena(8192));
     // Its owner has let it go.
     bench.kept.clear();
-    let (code, _) = bench.ask(2, create(Some(arena))).expect_err("not its own");
-    assert_eq!(code, ErrorCode::BadRequest);
-    let Ok(Reply::ArenaCreated { arena, note, .. }) = bench.ask(1, create(Some(arena))) else {
-        panic!("no other arena")
-    };
+    bench.refused(2, instead_of(arena), ErrorCode::BadRequest, "not its own");
+    let (arena, note) = bench.arena(1, instead_of(arena));
     assert!(note.is_some_and(|note| note.contains("hugetlb")));
     assert_eq!(bench.registry.used(1000).pool_bytes, 8192);
     bench.ask(1, Request::SealArena { arena }).expect("sealed");
-    let (code, _) = bench.ask(1, create(Some(arena))).expect_err("others may read it");
-    assert_eq!(code, ErrorCode::BadRequest);
+    bench.refused(1, instead_of(arena), ErrorCode::BadRequest, "others may read it");
 }
 
 #[tokio::test]
 async fn memory_counts_until_nobody_has_it_whoever_has_left() {
-    let quota = Quota {
+    let mut bench = Bench::with(Quota {
         pool_bytes: 12288,
         ..Quota::UNLIMITED
-    };
-    let mut bench = Bench::with(Quotas {
-        default: quota,
-        ..Quotas::unlimited()
     });
-    let layout = Layout {
-        slots: 1,
-        slot_bytes: 8192,
-    };
     let mut conn = 0;
     let mut arena = |bench: &mut Bench| {
         conn += 1;
         bench.user(conn, 1000);
         let job = bench.job(conn);
         bench.ask(conn, register(job, "a")).expect("registered");
-        let made = bench.ask(
-            conn,
-            Request::CreateArena {
-                layout,
-                instead_of: None,
-            },
-        );
-        (conn, made)
+        (conn, bench.ask(conn, create_arena(8192)))
     };
     let (first, made) = arena(&mut bench);
     made.expect("an arena");
@@ -481,43 +431,25 @@ async fn a_user_expects_no_more_workers_than_it_may_have() {
     bench.ask(1, expect(0..10)).expect("room");
     bench.ask(1, expect(0..10)).expect("the same");
     bench.ask(1, expect(10..16)).expect("as many as the daemon has");
-    let (code, message) = bench.ask(1, expect(16..17)).expect_err("one too many");
-    assert_eq!(code, ErrorCode::Full, "{message}");
+    let message = bench.refused(1, expect(16..17), ErrorCode::Full, "one too many");
     assert!(message.contains("16"), "{message}");
 }
 
 #[tokio::test]
 async fn descriptors_of_the_daemon_are_shared() {
-    let quota = Quota {
+    let mut bench = Bench::with(Quota {
         descriptors: 7,
         ..Quota::UNLIMITED
-    };
-    let mut bench = Bench::with(Quotas {
-        default: quota,
-        ..Quotas::unlimited()
     });
     bench.user(1, 1000);
     bench.user(2, 1001);
     let job = bench.job(1);
     bench.ask(1, register(job, "a")).expect("registered");
-    let layout = Layout {
-        slots: 1,
-        slot_bytes: 4096,
-    };
     for _ in 0..4 {
-        bench
-            .ask(
-                1,
-                Request::CreateArena {
-                    layout,
-                    instead_of: None,
-                },
-            )
-            .expect("an arena");
+        bench.ask(1, create_arena(4096)).expect("an arena");
     }
     bench.user(3, 1000);
-    let (code, message) = bench.ask(3, register(job, "b")).expect_err("too many");
-    assert_eq!(code, ErrorCode::Full, "{message}");
+    let message = bench.refused(3, register(job, "b"), ErrorCode::Full, "too many");
     assert!(message.contains("LimitNOFILE"), "{message}");
     let other = bench.job(2);
     bench
