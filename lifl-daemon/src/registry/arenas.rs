@@ -16,8 +16,9 @@ use lifl_common::control::{ErrorCode, Reply};
 use lifl_common::id::{ArenaId, JobId, WorkerId};
 use tokio::time::Instant;
 
+use super::counted::Accounted;
 use super::quota::Want;
-use super::{Answer, Arena, ConnId, Denial, Done, Registry, arenas_of, deny};
+use super::{Answer, ConnId, Denial, Done, Registry, deny};
 use crate::chain::error_chain;
 use crate::errands;
 use crate::limits;
@@ -31,6 +32,30 @@ const ASKING: usize = 4;
 
 /// Departed arenas that are looked at in one go.
 const LOOK: usize = 64;
+
+#[derive(Debug)]
+pub(super) struct Arena {
+    pub(super) owner: WorkerId,
+    pub(super) job: JobId,
+    /// For whom it counts.
+    pub(super) account: u32,
+    pub(super) layout: Layout,
+    pub(super) memfd: File,
+    pub(super) bytes: u64,
+    pub(super) page_bytes: u64,
+    pub(super) note: Option<String>,
+    pub(super) sealed: bool,
+}
+
+impl Accounted for Arena {
+    fn account(&self) -> Option<u32> {
+        Some(self.account)
+    }
+
+    fn descriptors(&self) -> u32 {
+        1
+    }
+}
 
 /// Memory whose owner has left, and that somebody may still have.
 #[derive(Debug)]
@@ -362,6 +387,11 @@ impl Registry {
             (bytes + departed.bytes, count + 1)
         })
     }
+}
+
+/// The ids that a worker's arenas may have.
+pub(super) fn arenas_of(owner: WorkerId) -> impl Iterator<Item = ArenaId> {
+    (0..ArenaId::PER_WORKER).filter_map(move |index| ArenaId::of(owner, index))
 }
 
 fn refused(error: &PoolError) -> Denial {

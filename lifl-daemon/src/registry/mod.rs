@@ -14,31 +14,31 @@
 mod arenas;
 mod counted;
 mod gateway_requests;
+mod jobs;
 pub(crate) mod quota;
 pub(crate) mod reattach;
 mod status;
+mod usage;
+mod workers;
 
-use std::collections::{BTreeMap, BTreeSet, HashSet, VecDeque};
-use std::fs::File;
+use std::collections::{BTreeMap, VecDeque};
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::Instant;
 
-use lifl_common::arena::Layout;
-use lifl_common::control::{DeadLetter, ErrorCode, Event, Message, PROTOCOL, Reply, Request};
-use lifl_common::frame::{Frame, Refusal};
+use lifl_common::control::{ErrorCode, Message, PROTOCOL, Reply, Request};
 use lifl_common::id::{ArenaId, JobId, WorkerId};
-use lifl_common::kernel::Member;
-use lifl_common::session::Traffic;
 use tokio::sync::mpsc;
 
-use self::arenas::{Asking, Departed, MadeArena};
+use self::arenas::{Arena, Asking, Departed, MadeArena};
 use self::counted::{Accounted, Counted};
-use self::quota::{Quotas, Use, Want};
+use self::jobs::{Job, shorten};
+use self::quota::Quotas;
 use self::reattach::Awaited;
+use self::workers::Worker;
 use crate::accounts;
 use crate::chain::error_chain;
-use crate::errands::{self, Foreign};
+use crate::errands::Foreign;
 use crate::gateway::{self, GatewayOptions};
 use crate::plane::{Examined, Plane, PlaneError};
 use crate::pool::Pool;
@@ -46,13 +46,6 @@ use crate::refusals::{may_log, plain};
 
 /// The longest name of a job, a role or a worker.
 const MAX_NAME_BYTES: usize = 128;
-
-/// The longest reason for a job's end.
-const MAX_REASON_BYTES: usize = 1024;
-
-/// Descriptors of this process that a proxy has: both ends of its connection and of its frame socket, and what it keeps of them
-/// for itself.
-const PROXY_DESCRIPTORS: u32 = 6;
 
 const HELLO_FIRST: &str = "the first request must be hello";
 
@@ -128,81 +121,6 @@ impl Accounted for Conn {
     /// The daemon's own, those of proxies, count for nobody.
     fn account(&self) -> Option<u32> {
         (!self.peer.is_own()).then_some(self.peer.account)
-    }
-
-    fn descriptors(&self) -> u32 {
-        1
-    }
-}
-
-#[derive(Debug)]
-struct Job {
-    name: String,
-    uid: u32,
-    /// For whom its amounts count.
-    account: u32,
-    maker: ConnId,
-    ended: bool,
-    arena_bytes: u64,
-    arena_peak_bytes: u64,
-    /// Its workers.
-    members: BTreeSet<WorkerId>,
-    /// Their names.
-    names: HashSet<String>,
-    /// What their frames referred to, when it was read, and when.
-    referenced: Option<(Instant, u64)>,
-    /// What goes through the gateway, once it is asked for.
-    traffic: Option<Arc<Traffic>>,
-    /// Workers that may come there.
-    expected: BTreeSet<Box<str>>,
-}
-
-#[derive(Debug)]
-struct Worker {
-    name: String,
-    role: String,
-    job: JobId,
-    conn: ConnId,
-    pid: i32,
-    /// Whose its job is.
-    uid: u32,
-    /// For whom it counts.
-    account: u32,
-    /// Whether it is a proxy.
-    own: bool,
-    /// Whether it may be sent to. Whoever may is told of when it is lost.
-    joined: bool,
-    /// Bytes of arenas that it had under an earlier daemon and did not bring.
-    lost_bytes: u64,
-}
-
-impl Accounted for Worker {
-    fn account(&self) -> Option<u32> {
-        Some(self.account)
-    }
-
-    fn descriptors(&self) -> u32 {
-        if self.own { PROXY_DESCRIPTORS } else { 1 }
-    }
-}
-
-#[derive(Debug)]
-struct Arena {
-    owner: WorkerId,
-    job: JobId,
-    /// For whom it counts.
-    account: u32,
-    layout: Layout,
-    memfd: File,
-    bytes: u64,
-    page_bytes: u64,
-    note: Option<String>,
-    sealed: bool,
-}
-
-impl Accounted for Arena {
-    fn account(&self) -> Option<u32> {
-        Some(self.account)
     }
 
     fn descriptors(&self) -> u32 {
@@ -423,52 +341,6 @@ impl Registry {
         None
     }
 
-    /// A frame that the plane did not deliver: its sender learns why.
-    pub(crate) fn dead_letter(&mut self, frame: &Frame) {
-        let refusal = Refusal::from_number(frame.refusal).unwrap_or(Refusal::UnknownSender);
-        let Some(sender) = self.workers.get(&frame.stamp) else {
-            // A sender that has left since, or a socket that was never registered: nobody to tell.
-            tracing::debug!(from = %frame.from, to = %frame.to, %refusal, "a dead letter of nobody");
-            return;
-        };
-        let hostile = matches!(refusal, Refusal::ForgedSource | Refusal::OtherJob);
-        if hostile {
-            let uid = self.jobs.get(&sender.job).map_or(u32::MAX, |job| job.uid);
-            if let Some(dropped) = may_log(uid) {
-                tracing::warn!(
-                    worker = ?sender.name, pid = sender.pid, uid, from = %frame.from, to = %frame.to, dropped,
-                    "frame refused: {refusal}"
-                );
-            }
-        }
-        let receiver = self
-            .workers
-            .get(&frame.to)
-            .filter(|receiver| receiver.job == sender.job);
-        let letter = DeadLetter {
-            to: frame.to,
-            to_name: receiver.map(|receiver| receiver.name.clone()),
-            kind: frame.kind,
-            round: frame.round,
-            key: frame.key,
-            refusal,
-        };
-        let to = sender.conn;
-        self.outbox.push(Outgoing {
-            to,
-            message: Arc::new(Message::Event(Event::DeadLetter(letter))),
-            fd: None,
-        });
-    }
-
-    /// Ends all jobs, for the daemon's own end.
-    pub(crate) fn end_all(&mut self, reason: &str) {
-        let jobs: Vec<JobId> = self.jobs.keys().copied().collect();
-        for job in jobs {
-            self.end_job(job, reason);
-        }
-    }
-
     /// How many connections there are.
     pub(crate) fn connections(&self) -> usize {
         self.conns.len()
@@ -528,259 +400,6 @@ impl Registry {
         }
     }
 
-    fn create_job(&mut self, id: ConnId, name: String) -> Answer {
-        check_name("job", &name)?;
-        let conn = self.known(id)?;
-        if conn.job.is_some() || conn.worker.is_some() {
-            return deny(ErrorCode::BadRequest, "this connection has a job already");
-        }
-        let Peer { uid, account, .. } = conn.peer;
-        self.admit(account, Want::Job)?;
-        let job = JobId(self.last_job + 1);
-        if let Err(error) = self.plane.note_job(job) {
-            return deny(ErrorCode::Failed, error_chain(&error));
-        }
-        self.last_job = job.0;
-        tracing::info!(%job, ?name, uid, "job created");
-        let made = Job {
-            name,
-            uid,
-            account,
-            maker: id,
-            ended: false,
-            arena_bytes: 0,
-            arena_peak_bytes: 0,
-            members: BTreeSet::new(),
-            names: HashSet::new(),
-            referenced: None,
-            traffic: None,
-            expected: BTreeSet::new(),
-        };
-        self.jobs.insert(job, made);
-        self.known_mut(id)?.job = Some(job);
-        Ok((Reply::JobCreated { job }, None))
-    }
-
-    fn register(
-        &mut self,
-        id: ConnId,
-        job_id: JobId,
-        role: String,
-        name: String,
-        beside: Beside,
-    ) -> Result<(), Denial> {
-        check_name("role", &role)?;
-        check_name("worker", &name)?;
-        let conn = self.known(id)?;
-        if conn.worker.is_some() {
-            return deny(ErrorCode::BadRequest, "this connection is a worker already");
-        }
-        if conn.job.is_some_and(|own| own != job_id) {
-            return deny(ErrorCode::BadRequest, "this connection made another job");
-        }
-        let peer = conn.peer;
-        let Some(job) = self.jobs.get(&job_id).filter(|job| !job.ended) else {
-            if self.awaited.has_job(job_id) && !self.jobs.contains_key(&job_id) {
-                return deny(ErrorCode::NotYet, format!("job {job_id} is not back yet"));
-            }
-            return deny(ErrorCode::NotFound, format!("there is no job {job_id}"));
-        };
-        if job.maker == NOBODY {
-            let message = format!("the process that made job {job_id} is not back yet");
-            return deny(ErrorCode::NotYet, message);
-        }
-        if peer.uid != job.uid && peer.uid != 0 && !peer.is_own() {
-            return deny(ErrorCode::Denied, format!("job {job_id} is another user's"));
-        }
-        if job.names.contains(&name) {
-            return deny(
-                ErrorCode::BadRequest,
-                format!("job {job_id} has a worker called {name:?} already"),
-            );
-        }
-        let account = job.account;
-        let used = self.used(account);
-        let admitted = self.quotas.admit(account, &used, Want::Worker);
-        admitted.map_err(|error| Denial(ErrorCode::Full, error.to_string()))?;
-        self.admit_descriptors(account, &used, if peer.is_own() { PROXY_DESCRIPTORS } else { 1 })?;
-        let (Some(socket), []) = (beside.socket, &*beside.fds) else {
-            return deny(
-                ErrorCode::BadRequest,
-                "register needs one descriptor beside it, the socket for frames",
-            );
-        };
-        let Some(job) = self.jobs.get_mut(&job_id) else {
-            return deny(ErrorCode::NotFound, format!("there is no job {job_id}"));
-        };
-        let worker = WorkerId(self.last_worker + 1);
-        let member = Member {
-            job: job_id,
-            uid: job.uid,
-            flags: if job.maker == id { Member::MAKER } else { 0 },
-        };
-        let joining = self
-            .plane
-            .begin_register(worker, member, socket)
-            .map_err(not_registered)?;
-        self.last_worker = worker.0;
-        job.members.insert(worker);
-        job.names.insert(name.clone());
-        let made = Worker {
-            name,
-            role,
-            job: job_id,
-            conn: id,
-            pid: peer.pid,
-            uid: job.uid,
-            account,
-            own: peer.is_own(),
-            joined: false,
-            lost_bytes: 0,
-        };
-        self.workers.insert(worker, made);
-        self.known_mut(id)?.worker = Some(worker);
-        match joining {
-            None => self.joined(id, worker, Ok(())),
-            Some(joining) => {
-                let done = self.done.clone();
-                let tell = move |inserted| {
-                    let _ = done.send(Done::Joined(id, worker, inserted));
-                };
-                let refuse = tell.clone();
-                errands::ask(
-                    peer.uid,
-                    move || tell(joining.insert()),
-                    move |why| refuse(Err(PlaneError::NoThread(why))),
-                );
-            }
-        }
-        Ok(())
-    }
-
-    /// A worker's socket is on the plane, or could not be put there.
-    fn joined(&mut self, id: ConnId, worker: WorkerId, inserted: Result<(), PlaneError>) {
-        let inserted = inserted.and_then(|()| self.plane.finish_register(worker));
-        let Some(entry) = self.workers.get_mut(&worker) else {
-            // It left meanwhile.
-            if let Err(error) = self.plane.forget_socket(worker) {
-                tracing::error!(%worker, "cannot be taken off the plane: {}", error_chain(&error));
-            }
-            return;
-        };
-        if let Err(error) = inserted {
-            self.remove_worker(worker);
-            if let Some(conn) = self.conns.get_mut(&id) {
-                conn.worker = None;
-            }
-            return self.answered(id, Err(not_registered(error)));
-        }
-        entry.joined = true;
-        let (job_id, name, pid) = (entry.job, entry.name.clone(), entry.pid);
-        tracing::info!(%worker, job = %job_id, ?name, pid, "worker registered");
-        let maker = self.jobs.get(&job_id).map_or(NOBODY, |job| job.maker);
-        let owner = self.conns.get(&maker).and_then(|maker| maker.worker);
-        let owner = owner.unwrap_or(WorkerId::NONE);
-        if maker != id {
-            self.tell(maker, Event::PeerJoined { worker, name });
-        }
-        self.answered(id, Ok((Reply::Registered { worker, owner }, None)));
-    }
-
-    fn end_job(&mut self, id: JobId, reason: &str) {
-        let Some(job) = self.jobs.get_mut(&id).filter(|job| !job.ended) else {
-            return;
-        };
-        job.ended = true;
-        self.gateway.close(id);
-        tracing::info!(job = %id, name = ?job.name, reason = ?reason, "job ended");
-        self.awaited.job_ended(id);
-        let reason = reason.to_owned();
-        let ended = Arc::new(Message::Event(Event::JobEnded { reason }));
-        let (maker, members) = (job.maker, job.members.iter());
-        let told = members.filter_map(|worker| self.workers.get(worker));
-        let told = told.filter(|worker| worker.conn != maker);
-        self.outbox.extend(told.map(|worker| Outgoing {
-            to: worker.conn,
-            message: Arc::clone(&ended),
-            fd: None,
-        }));
-    }
-
-    fn remove_worker(&mut self, id: WorkerId) {
-        let Some(worker) = self.workers.remove(&id) else {
-            return;
-        };
-        tracing::info!(worker = %id, name = ?worker.name, pid = worker.pid, "worker gone");
-        if let Some(job) = self.jobs.get_mut(&worker.job) {
-            job.members.remove(&id);
-            job.names.remove(&worker.name);
-            job.arena_bytes -= worker.lost_bytes;
-        }
-        self.pool.free(worker.lost_bytes);
-        if let Err(error) = self.plane.unregister(id) {
-            tracing::error!(worker = %id, "cannot be taken off the plane: {}", error_chain(&error));
-        }
-        for arena in arenas_of(id) {
-            self.let_go(arena);
-        }
-        // When a job ends, all its workers go: nobody needs to be told of each. Nor of one that nobody could send to yet.
-        if worker.joined {
-            self.tell_lost(id, worker.job, &worker.name);
-        }
-        self.drop_if_deserted(worker.job);
-    }
-
-    /// Forgets an ended job when nobody is left in it.
-    fn drop_if_deserted(&mut self, id: JobId) {
-        let Some(job) = self.jobs.get(&id) else { return };
-        let deserted = !self.conns.contains_key(&job.maker) && job.members.is_empty();
-        if job.ended && deserted {
-            self.jobs.remove(&id);
-        }
-    }
-
-    /// What an account has of the node.
-    fn used(&self, uid: u32) -> Use {
-        let jobs = self.jobs.values().filter(|job| job.account == uid);
-        let (departed_bytes, departed) = Self::departed_of(&self.departed, uid);
-        let awaited = self.awaited.of_user(uid);
-        let (connections, workers) = (self.conns.count(uid), self.workers.count(uid));
-        let arenas = self.arenas.count(uid);
-        let descriptors = connections.descriptors + workers.descriptors + arenas.descriptors + departed;
-        let of_jobs: u64 = jobs.clone().map(|job| job.arena_bytes).sum();
-        let back = |job: &JobId| self.jobs.contains_key(job);
-        Use {
-            pool_bytes: of_jobs
-                .saturating_add(departed_bytes)
-                .saturating_add(awaited.arena_bytes),
-            workers: workers.entries + awaited.workers,
-            // One that has ended is nothing but its workers.
-            jobs: jobs.filter(|job| !job.ended).count() as u32
-                + awaited.jobs.iter().filter(|job| !back(job)).count() as u32,
-            connections: connections.entries,
-            descriptors,
-        }
-    }
-
-    fn admit(&self, uid: u32, want: Want) -> Result<(), Denial> {
-        let admitted = self.quotas.admit(uid, &self.used(uid), want);
-        admitted.map_err(|error| Denial(ErrorCode::Full, error.to_string()))
-    }
-
-    /// Whether an account may have so many more of the daemon's descriptors.
-    fn admit_descriptors(&self, account: u32, used: &Use, more: u32) -> Result<(), Denial> {
-        let (used, most) = (used.descriptors, self.quotas.descriptors_of(account));
-        if used.saturating_add(more) <= most {
-            return Ok(());
-        }
-        let user = accounts::name_of(account);
-        let message = format!(
-            "{user} has {used} of the daemon's descriptors, and one user may have {most}: end another job, or raise \
-             LimitNOFILE in its unit"
-        );
-        deny(ErrorCode::Full, message)
-    }
-
     fn known(&self, id: ConnId) -> Result<&Conn, Denial> {
         self.conns
             .get(&id)
@@ -792,33 +411,6 @@ impl Registry {
             .get_mut(&id)
             .ok_or_else(|| Denial(ErrorCode::BadRequest, "no connection".to_owned()))
     }
-
-    fn worker_of(&self, id: ConnId) -> Result<(WorkerId, &Worker), Denial> {
-        let worker = self
-            .known(id)?
-            .worker
-            .and_then(|id| Some((id, self.workers.get(&id)?)));
-        worker.ok_or_else(|| {
-            Denial(
-                ErrorCode::BadRequest,
-                "this connection is not a worker: register first".into(),
-            )
-        })
-    }
-}
-
-fn not_registered(error: PlaneError) -> Denial {
-    let code = if matches!(error, PlaneError::Full { .. } | PlaneError::NoThread(_)) {
-        ErrorCode::Full
-    } else {
-        ErrorCode::BadRequest
-    };
-    Denial(code, error_chain(&error))
-}
-
-/// The ids that a worker's arenas may have.
-fn arenas_of(owner: WorkerId) -> impl Iterator<Item = ArenaId> {
-    (0..ArenaId::PER_WORKER).filter_map(move |index| ArenaId::of(owner, index))
 }
 
 fn check_name(what: &str, name: &str) -> Result<(), Denial> {
@@ -830,15 +422,6 @@ fn check_name(what: &str, name: &str) -> Result<(), Denial> {
         ErrorCode::BadRequest,
         format!("a {what}'s name has 1 to {MAX_NAME_BYTES} bytes and no control characters"),
     )
-}
-
-/// A reason, cut to what a log and an event have room for.
-fn shorten(reason: &str) -> &str {
-    let mut end = reason.len().min(MAX_REASON_BYTES);
-    while !reason.is_char_boundary(end) {
-        end -= 1;
-    }
-    &reason[..end]
 }
 
 #[cfg(test)]

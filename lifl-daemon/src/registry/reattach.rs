@@ -24,10 +24,11 @@ use nix::sys::stat::fstat;
 use nix::sys::statfs::{HUGETLBFS_MAGIC, fstatfs};
 use tokio::time::Instant;
 
+use super::arenas::Arena;
+use super::jobs::Job;
 use super::quota::Want;
-use super::{
-    Answer, Arena, Beside, ConnId, Denial, Job, NOBODY, Outgoing, Registry, Worker, check_name, deny,
-};
+use super::workers::Worker;
+use super::{Answer, Beside, ConnId, Denial, NOBODY, Outgoing, Registry, check_name, deny};
 use crate::accounts;
 use crate::chain::error_chain;
 use crate::errands::Foreign;

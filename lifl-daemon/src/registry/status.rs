@@ -13,7 +13,10 @@ use lifl_common::kernel::Counters;
 use lifl_common::plane::PlaneKind;
 use serde::Serialize;
 
-use super::{Answer, ConnId, Denial, Job, Peer, Registry, Worker, arenas_of, deny};
+use super::arenas::arenas_of;
+use super::jobs::Job;
+use super::workers::Worker;
+use super::{Answer, ConnId, Denial, Peer, Registry, deny};
 use crate::Vitals;
 use crate::clock::idle_ns;
 use crate::errands;

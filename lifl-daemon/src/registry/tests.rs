@@ -3,11 +3,12 @@
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 
-use lifl_common::arena::memfd;
-use lifl_common::control::{JobTraffic, RemoteWorker, Status};
+use lifl_common::arena::{Layout, memfd};
+use lifl_common::control::{Event, JobTraffic, RemoteWorker, Status};
 use lifl_common::plane::PlaneKind;
 use tokio_util::sync::CancellationToken;
 
+use super::jobs::MAX_REASON_BYTES;
 use super::quota::Quota;
 use super::*;
 use crate::plane::{self, choose};
