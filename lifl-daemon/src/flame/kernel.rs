@@ -29,8 +29,8 @@ use tokio::sync::mpsc;
 use tokio_util::sync::{CancellationToken, DropGuard};
 use zerocopy::transmute;
 
+use super::router::{HELD_FOR_USER, QUEUED_OF_USER, QUEUED_OF_WORKER};
 use super::rules::show_id;
-use super::switch::{HELD_FOR_USER, QUEUED_OF_USER, QUEUED_OF_WORKER};
 use super::wire::Message;
 use crate::ebpf::{LoadError, Program, insert_socket, unless_missing};
 use crate::errands::Foreign;
@@ -261,7 +261,7 @@ pub(super) struct Joining {
 
 impl Joining {
     /// Puts it there, and closes the daemon's descriptor of it. From here on the program sees what is written to it. As
-    /// [`insert_socket`]: not for the switch's task.
+    /// [`insert_socket`]: not for the router's task.
     pub(super) fn insert(self, socket: Foreign) -> Result<(), EntryError> {
         let map = self.sockets.as_fd().try_clone_to_owned();
         let inserted = map

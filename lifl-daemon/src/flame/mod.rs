@@ -6,7 +6,7 @@
 //! | 10105 | each worker's connection, which it keeps: its references go out on it, and others' come in |
 //! | 10106 | registrations: "descriptor F of process P is that connection, and I is my id" (`wire`) |
 //!
-//! Who may be registered is in `rules`, what becomes of references in `switch`. The program and the map are this
+//! Who may be registered is in `rules`, what becomes of references in `router`. The program and the map are this
 //! module's own (`kernel`): nothing here touches those of LIFL's native workers. On the relay plane the daemon hands
 //! over what the program would, on the workers' connections.
 
@@ -15,9 +15,9 @@
 pub mod fuzzing;
 mod kernel;
 mod owner;
+mod router;
 mod rules;
 mod server;
-mod switch;
 mod wire;
 
 use std::io;
@@ -31,11 +31,11 @@ use tokio::sync::{mpsc, oneshot};
 use tokio_util::sync::CancellationToken;
 
 use self::kernel::Kernel;
+use self::router::Router;
 use self::server::{Event, Port, Ports};
-use self::switch::Switch;
 use crate::sock_diag::SocketTable;
 
-/// Events that wait for the switch before connections are not read from.
+/// Events that wait for the router before connections are not read from.
 const EVENTS: usize = 1024;
 
 /// How Flame's workers are served.
@@ -158,20 +158,20 @@ impl Flame {
         };
         let (events, inbox) = mpsc::channel(EVENTS);
         let remembered = options.max_workers as usize;
-        let switch = Switch::new(kernel, skmsg, options.hold, remembered, events.clone());
+        let router = Router::new(kernel, skmsg, options.hold, remembered, events.clone());
         let desk = Desk(events.clone());
         let served = server::serve(
             ports,
-            switch,
+            router,
             undelivered,
             (events, inbox),
             options.workers_of_user.min(options.max_workers),
             shutdown,
         );
         let task = tokio::spawn(async move {
-            let switch = served.await;
+            let router = served.await;
             drop(idle);
-            match switch.into_kernel() {
+            match router.into_kernel() {
                 Some(kernel) => kernel.detach().map_err(FlameError::Detach),
                 None => Ok(()),
             }

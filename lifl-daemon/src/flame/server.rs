@@ -1,10 +1,10 @@
-//! The two ports: tasks that carry what comes there to the [`Switch`] and back.
+//! The two ports: tasks that carry what comes there to the [`Router`] and back.
 //!
 //! ```text
 //!  10105 ──accept──▶ one task a worker ──references──▶ ┌────────┐ ◀── what the kernel's part holds
-//!                          ▲                           │ switch │
+//!                          ▲                           │ router │
 //!                          └──────── messages ──────── │        │
-//!  10106 ──accept──▶ one task a registration ──claim──▶└────────┘ ──▶ errands: a socket into the kernel's map ──▶ the switch
+//!  10106 ──accept──▶ one task a registration ──claim──▶└────────┘ ──▶ errands: a socket into the kernel's map ──▶ the router
 //! ```
 
 use std::collections::HashMap;
@@ -24,8 +24,8 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use super::owner::{self, Owner};
+use super::router::{Conn, ConnId, Inserted, QUEUED_OF_WORKER, Queued, Router};
 use super::rules::{Claim, Refusal};
-use super::switch::{Conn, ConnId, Inserted, QUEUED_OF_WORKER, Queued, Switch};
 use super::wire::{Message, Registration, Splitter};
 use crate::accounts;
 use crate::refusals::may_log;
@@ -56,7 +56,7 @@ const RETRY: Duration = Duration::from_millis(10);
 /// How often what waits is looked through.
 const SWEEP: Duration = Duration::from_millis(500);
 
-/// What the tasks tell the switch.
+/// What the tasks tell the router.
 pub(super) enum Event {
     Connected(ConnId, Conn),
     Reference(ConnId, Message),
@@ -84,15 +84,15 @@ pub(super) struct Port {
     sockets: Arc<Mutex<SocketTable>>,
 }
 
-/// Serves until `shutdown`, then closes all connections and gives the switch back.
+/// Serves until `shutdown`, then closes all connections and gives the router back.
 pub(super) async fn serve(
     ports: Ports,
-    mut switch: Switch,
+    mut router: Router,
     mut undelivered: mpsc::Receiver<(Address, Message)>,
     (events, mut inbox): (mpsc::Sender<Event>, mpsc::Receiver<Event>),
     workers_of_user: u32,
     shutdown: CancellationToken,
-) -> Switch {
+) -> Router {
     let tasks = TaskTracker::new();
     let accepting = shutdown.child_token();
     tasks.spawn(accepting.clone().run_until_cancelled_owned(accept_workers(
@@ -116,24 +116,24 @@ pub(super) async fn serve(
             event = inbox.recv() => match event {
                 // The end closes all connections. Whose is closed by it is named below.
                 _ if shutdown.is_cancelled() => break,
-                Some(Event::Connected(id, conn)) => switch.connected(id, conn),
-                Some(Event::Reference(from, message)) => switch.reference(from, message),
-                Some(Event::Closed(id)) => switch.closed(id),
-                Some(Event::Claim(claim)) => switch.claim(claim),
-                Some(Event::Inserted(inserted)) => switch.inserted(inserted),
+                Some(Event::Connected(id, conn)) => router.connected(id, conn),
+                Some(Event::Reference(from, message)) => router.reference(from, message),
+                Some(Event::Closed(id)) => router.closed(id),
+                Some(Event::Claim(claim)) => router.claim(claim),
+                Some(Event::Inserted(inserted)) => router.inserted(inserted),
                 // Whoever asked may have left.
-                Some(Event::Status { uid, after, reply }) => _ = reply.send(switch.status(uid, after)),
+                Some(Event::Status { uid, after, reply }) => _ = reply.send(router.status(uid, after)),
                 None => break,
             },
-            Some((sender, message)) = undelivered.recv() => switch.undelivered(sender, message),
-            _ = sweep.tick() => switch.expire(Instant::now()),
+            Some((sender, message)) = undelivered.recv() => router.undelivered(sender, message),
+            _ = sweep.tick() => router.expire(Instant::now()),
         }
     }
-    switch.name_left();
+    router.name_left();
     inbox.close();
     tasks.close();
     tasks.wait().await;
-    switch
+    router
 }
 
 /// How many of a thing each user has, and that nobody has too many. Subordinate users' count for their owner.
@@ -267,7 +267,7 @@ async fn accept_workers(
     }
 }
 
-/// Carries a worker's references to the switch, and messages to the worker, until either side ends.
+/// Carries a worker's references to the router, and messages to the worker, until either side ends.
 async fn converse(
     stream: TcpStream,
     id: ConnId,
