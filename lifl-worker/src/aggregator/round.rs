@@ -311,71 +311,78 @@ impl Aggregator {
 
     /// Folds what has come, if it is its time; if the round is complete, makes its aggregate, at the top its model.
     pub(super) fn fold(&mut self) -> Result<(), Error> {
-        let Stage::Folding(fold) = &mut self.round.stage else {
-            return Ok(());
+        loop {
+            let Stage::Folding(fold) = &mut self.round.stage else {
+                return Ok(());
+            };
+            if self.round.closing {
+                fold.children.close();
+            }
+            if !self.unopened.is_empty() {
+                // Their answers are on the way: they are folded in the same pass as the others.
+                return Ok(());
+            }
+            let refused = fold.fold(&self.config.schema, &mut *self.rule)?;
+            let complete = fold.is_complete();
+            for (frame, refusal) in refused {
+                self.refuse(&frame, refusal);
+            }
+            if !complete {
+                return Ok(());
+            }
+            let Stage::Folding(mut fold) = std::mem::replace(&mut self.round.stage, Stage::Over) else {
+                return Ok(());
+            };
+            match self.make(&mut fold)? {
+                Folded::Diverged(culprits) if !culprits.is_empty() => {
+                    // As if they had been found out when they were folded: what has come beside them may count in their
+                    // place, and with a goal more updates are awaited.
+                    fold.remove(&culprits, &mut *self.rule);
+                    self.round.stage = Stage::Folding(fold);
+                    for culprit in &culprits {
+                        self.refuse(culprit, Refusal::NotFinite);
+                    }
+                }
+                made => return self.end_round(*fold, &made),
+            }
+        }
+    }
+
+    /// The round is decided: whoever is still without a verdict and is not in its aggregate hears one.
+    fn end_round(&mut self, fold: RoundFold, made: &Folded) -> Result<(), Error> {
+        // What came in the same moment as the last update that was needed; whatever comes from now on meets no round that it
+        // belongs to.
+        let late: Vec<Frame> = fold.children.unfolded().map(|update| update.frame).collect();
+        for late in late {
+            self.refuse(&late, Refusal::Late);
+        }
+        let refusal = match made {
+            Folded::Whole => {
+                self.unpublished = Some(fold);
+                return Ok(());
+            }
+            Folded::TooFew => Refusal::NoQuorum,
+            Folded::Diverged(_) => Refusal::Diverged,
         };
-        if self.round.closing {
-            fold.children.close();
-        }
-        if !self.unopened.is_empty() {
-            // Their answers are on the way: they are folded in the same pass as the others.
-            return Ok(());
-        }
-        let refused = fold.fold(&self.config.schema, &mut *self.rule)?;
-        let complete = fold.is_complete();
-        for (frame, refusal) in refused {
-            self.refuse(&frame, refusal);
-        }
-        if complete && let Stage::Folding(fold) = std::mem::replace(&mut self.round.stage, Stage::Over) {
-            // What came in the same moment as the last update that was needed; whatever comes from now on meets
-            // no round that it belongs to.
-            let late: Vec<Frame> = fold.children.unfolded().map(|update| update.frame).collect();
-            for late in late {
-                self.refuse(&late, Refusal::Late);
-            }
-            let model = fold.model;
-            self.unpublished = self.make(*fold)?;
-            if self.unpublished.is_none() {
-                self.nothing(self.round.number)?;
-                self.end_own_lease(&model);
-            }
-        }
+        let updates: Vec<Frame> = fold.children.folded().map(|update| update.frame).collect();
+        self.send_verdicts(&updates, (FrameKind::Refuse, refusal as u16));
+        self.nothing(fold.round)?;
+        self.end_own_lease(&fold.model);
         Ok(())
     }
 
-    /// Makes the aggregate, at the top the model. `None`: the round leaves the model as it was, and those whose updates
-    /// came have been told so.
-    fn make(&mut self, mut fold: RoundFold) -> Result<Option<RoundFold>, Error> {
-        loop {
-            if !self.has_quorum(&fold) {
-                return Ok(None);
-            }
-            let step = self.top.as_mut().map(|top| top.optimizer.step());
-            let arena = &self.arena;
-            let model = |key| arena.object(key);
-            match fold.make(&self.config, &mut *self.rule, step, model)? {
-                Folded::Whole => return Ok(Some(fold)),
-                Folded::Nothing => return Ok(None),
-                Folded::Diverged(culprits) if culprits.is_empty() => {
-                    let updates: Vec<Frame> = fold.children.folded().map(|update| update.frame).collect();
-                    self.send_verdicts(&updates, (FrameKind::Refuse, Refusal::Diverged as u16));
-                    return Ok(None);
-                }
-                Folded::Diverged(culprits) => {
-                    fold.remove(&culprits, &mut *self.rule);
-                    let culprits = culprits.into_iter();
-                    let mut refused: Vec<_> = culprits.map(|culprit| (culprit, Refusal::NotFinite)).collect();
-                    refused.extend(fold.fold(&self.config.schema, &mut *self.rule)?);
-                    for (frame, refusal) in refused {
-                        self.refuse(&frame, refusal);
-                    }
-                }
-            }
+    /// Makes the aggregate, at the top the model.
+    fn make(&mut self, fold: &mut RoundFold) -> Result<Folded, Error> {
+        if !self.has_quorum(fold) {
+            return Ok(Folded::TooFew);
         }
+        let step = self.top.as_mut().map(|top| top.optimizer.step());
+        let arena = &self.arena;
+        fold.make(&self.config, &mut *self.rule, step, |key| arena.object(key))
     }
 
-    /// Whether enough trainers' work came for a new model; if not, the updates go back. Only the top counts.
-    fn has_quorum(&mut self, fold: &RoundFold) -> bool {
+    /// Whether enough trainers' work came for a new model. Only the top counts.
+    fn has_quorum(&self, fold: &RoundFold) -> bool {
         let Some(quorum) = self.top.as_ref().map(|top| top.quorum) else {
             return true;
         };
@@ -384,13 +391,10 @@ impl Aggregator {
             cover.add(&update.metadata.cover);
         }
         let came = cover.count();
-        if came >= quorum {
-            return true;
+        if came < quorum {
+            tracing::warn!(round = fold.round, came, quorum, "no quorum");
         }
-        tracing::warn!(round = fold.round, came, quorum, "no quorum");
-        let updates: Vec<Frame> = fold.children.folded().map(|update| update.frame).collect();
-        self.send_verdicts(&updates, (FrameKind::Refuse, Refusal::NoQuorum as u16));
-        false
+        came >= quorum
     }
 
     /// Dates what has been folded, and gives it to the parent; the top, whose model it is, to the coordinator.

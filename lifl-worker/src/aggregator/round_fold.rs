@@ -36,8 +36,8 @@ pub(super) struct RoundFold {
 pub(super) enum Folded {
     /// Its data lies in its slot.
     Whole,
-    /// No child gave anything.
-    Nothing,
+    /// No child gave anything, or too few trainers' work came for a new model.
+    TooFew,
     /// The new model would not be finite, by the fault of these updates; of none, if it is the optimizer's.
     Diverged(Vec<Frame>),
 }
@@ -186,7 +186,7 @@ impl RoundFold {
         model: impl FnOnce(Key) -> Option<&'a [u8]>,
     ) -> Result<Folded, Error> {
         if rule.samples() == 0 {
-            return Ok(Folded::Nothing);
+            return Ok(Folded::TooFew);
         }
         let (schema, threads) = (&*config.schema, &config.threads);
         let mean = &mut self.slot.bytes_mut()[data(schema)];

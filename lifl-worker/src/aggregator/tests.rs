@@ -66,9 +66,35 @@ impl Rule for Watched {
     }
 }
 
+/// What an aggregator in a [`Bench`] is.
+#[derive(Clone, Copy)]
+struct Setup {
+    top: bool,
+    timing: Timing,
+    goal: Option<u32>,
+    updates: UpdateKind,
+    /// Each element of the first model.
+    model: f32,
+    changed_once: bool,
+}
+
+impl Default for Setup {
+    fn default() -> Self {
+        Self {
+            top: false,
+            timing: Timing::Lazy,
+            goal: None,
+            updates: UpdateKind::Weights,
+            model: 0.0,
+            changed_once: false,
+        }
+    }
+}
+
 /// An aggregator above three children, with everybody's arenas.
 struct Bench {
     aggregator: Aggregator,
+    model: f32,
     schema: Arc<Schema>,
     arenas: BTreeMap<ArenaId, (File, Layout)>,
     calls: Arc<Mutex<Vec<usize>>>,
@@ -87,13 +113,21 @@ fn arena_of(worker: WorkerId) -> ArenaId {
 }
 
 impl Bench {
-    fn new(top: bool, timing: Timing, changed_once: bool) -> Self {
+    fn new(setup: Setup) -> Self {
+        let Setup {
+            top,
+            timing,
+            goal,
+            updates,
+            model,
+            changed_once,
+        } = setup;
         let schema = Schema::new(vec![TensorSpec::new("w", DType::F32, [2])]);
         let schema = Arc::new(schema.expect("a schema"));
         let threads = Threads::new(1).expect("one thread");
         let calls = Arc::new(Mutex::new(Vec::new()));
         let rule = Watched {
-            mean: WeightedMean::new(Arc::clone(&schema), UpdateKind::Weights, timing, threads.clone()),
+            mean: WeightedMean::new(Arc::clone(&schema), updates, timing, threads.clone()),
             calls: Arc::clone(&calls),
             changed_once,
         };
@@ -102,13 +136,13 @@ impl Bench {
             worker: OWN,
             coordinator: COORDINATOR,
             schema: Arc::clone(&schema),
-            goal: None,
+            goal,
             most_held: None,
             via_gateway: false,
             threads,
         };
         let top = top.then(|| Top {
-            optimizer: ServerOptimizer::new(Arc::clone(&schema), Optimizer::FedAvg, UpdateKind::Weights),
+            optimizer: ServerOptimizer::new(Arc::clone(&schema), Optimizer::FedAvg, updates),
             state_arena: None,
             quorum: 1,
             rounds: 10,
@@ -116,6 +150,7 @@ impl Bench {
         let (own, file) = arena(arena_of(OWN), 2, &schema);
         Self {
             aggregator: Aggregator::new(config, top, Box::new(rule), own).expect("a free slot"),
+            model,
             schema,
             arenas: BTreeMap::from([(arena_of(OWN), file)]),
             calls,
@@ -137,7 +172,8 @@ impl Bench {
                         let opened = Ok(opened.map(Arc::new));
                         inputs.push_front(Input::ArenaOpened { arena, opened });
                     }
-                    Output::LoadModel { model: slot, .. } => {
+                    Output::LoadModel { model: mut slot, .. } => {
+                        self.fill(&mut slot, self.model);
                         let loaded = LoadedModel {
                             slot,
                             metadata: Metadata::default(),
@@ -161,16 +197,21 @@ impl Bench {
         self.batch(frames.iter().copied().map(Input::Frame))
     }
 
+    /// Makes each element of an object that value.
+    fn fill(&self, slot: &mut WritableSlot, value: f32) {
+        let offset = image::data_offset(&self.schema);
+        for place in slot.bytes_mut()[offset..offset + 8].as_chunks_mut().0 {
+            *place = value.to_le_bytes();
+        }
+    }
+
     /// A child's update of round 1, in its own arena.
     fn update(&mut self, child: usize, samples: u64, value: f32) -> Frame {
         let worker = CHILDREN[child];
         let (mut owned, file) = arena(arena_of(worker), 1, &self.schema);
         self.arenas.insert(arena_of(worker), file);
         let mut slot = owned.begin().expect("free");
-        let offset = image::data_offset(&self.schema);
-        for place in slot.bytes_mut()[offset..offset + 8].as_chunks_mut().0 {
-            *place = value.to_le_bytes();
-        }
+        self.fill(&mut slot, value);
         let info = UpdateInfo {
             samples,
             cover: Cover::of(child as u32),
@@ -254,7 +295,11 @@ fn refusals(frames: &[Frame]) -> Vec<(WorkerId, Option<Refusal>)> {
 
 /// A leaf whose round has begun.
 fn folding(timing: Timing, changed_once: bool) -> Bench {
-    let mut bench = Bench::new(false, timing, changed_once);
+    let mut bench = Bench::new(Setup {
+        timing,
+        changed_once,
+        ..Setup::default()
+    });
     let mut frames = announced(PARENT);
     frames.push(model_of(PARENT));
     let sent = bench.frames(&frames);
@@ -306,7 +351,10 @@ fn what_is_ready_at_once_is_folded_in_one_pass() {
 
 #[test]
 fn the_coordinator_is_told_of_a_model_before_anybody_else_hears_of_the_round() {
-    let mut bench = Bench::new(true, Timing::Lazy, false);
+    let mut bench = Bench::new(Setup {
+        top: true,
+        ..Setup::default()
+    });
     bench.frames(&announced(WorkerId::NONE));
     let updates = [bench.update(1, 2, 4.0), bench.update(2, 1, 3.0)];
     let stranger = Frame {
@@ -370,7 +418,7 @@ fn an_update_that_is_written_while_it_is_read_is_folded_from_a_copy() {
 
 #[test]
 fn nobody_but_coordinator_and_parent_decides_anything() {
-    let mut bench = Bench::new(false, Timing::Lazy, false);
+    let mut bench = Bench::new(Setup::default());
     let forged = |frame: Frame| Frame {
         from: STRANGER,
         ..frame
@@ -393,7 +441,7 @@ fn nobody_but_coordinator_and_parent_decides_anything() {
 
 #[test]
 fn of_one_workers_early_answers_a_few_are_kept() {
-    let mut bench = Bench::new(false, Timing::Lazy, false);
+    let mut bench = Bench::new(Setup::default());
     let early = |round| Frame {
         to: OWN,
         from: STRANGER,
@@ -455,4 +503,131 @@ fn the_same_model_in_two_rounds_is_two_loans() {
     };
     assert_eq!(given_back(&bench.frames(&[back(1)])), [(PARENT, 1)]);
     assert_eq!(given_back(&bench.frames(&[back(2)])), [(PARENT, 2)]);
+}
+
+/// What each child hears of its update, as soon as the next round is announced.
+fn verdicts(bench: &mut Bench, mut sent: Vec<Frame>) -> Vec<(WorkerId, Option<Refusal>)> {
+    let next = announced(WorkerId::NONE)
+        .into_iter()
+        .map(|frame| Frame { round: 2, ..frame });
+    sent.extend(bench.frames(&next.collect::<Vec<_>>()));
+    let of_child = |frame: &&Frame| CHILDREN.contains(&frame.to) && frame.round == 1;
+    let verdict = |frame: &Frame| {
+        let refused = frame.kind == FrameKind::Refuse as u16;
+        let refusal = refused.then(|| Refusal::from_number(frame.refusal).expect("a reason"));
+        let told = refused || frame.kind == FrameKind::Release as u16;
+        told.then_some((frame.to, refusal))
+    };
+    let mut verdicts: Vec<_> = sent.iter().filter(of_child).filter_map(verdict).collect();
+    verdicts.sort_by_key(|(child, _)| *child);
+    verdicts
+}
+
+/// A top that adds means to a model with which this update has no sum, whose round has begun.
+fn close_to_the_largest(timing: Timing, goal: Option<u32>) -> Bench {
+    let mut bench = Bench::new(Setup {
+        top: true,
+        timing,
+        goal,
+        updates: UpdateKind::Deltas,
+        model: 0.9 * LARGEST,
+        ..Setup::default()
+    });
+    bench.frames(&announced(WorkerId::NONE));
+    bench
+}
+
+/// As large as nothing may be in a model.
+const LARGEST: f32 = (1_u64 << 60) as f32;
+
+/// An update that is finite, and its sum with the model is not.
+const OVERFLOWING: f32 = 0.4 * LARGEST;
+
+const BOTH: [Timing; 2] = [Timing::Lazy, Timing::Eager];
+
+#[test]
+fn with_a_goal_another_update_is_awaited_for_one_that_overflows() {
+    for timing in BOTH {
+        let mut bench = close_to_the_largest(timing, Some(2));
+        let [honest, overflowing] = [bench.update(0, 1, 3.0), bench.update(1, 1, OVERFLOWING)];
+        let mut sent = bench.frames(&[honest, overflowing]);
+        assert!(
+            of_kind(&sent, FrameKind::Model).is_empty(),
+            "one good update is not the goal"
+        );
+        let last = bench.update(2, 1, 5.0);
+        let made = bench.frames(&[last]);
+        let model = of_kind(&made, FrameKind::Model);
+        assert_eq!((model.len(), model[0].covers, model[0].samples), (1, 2, 2));
+        sent.extend(made);
+        assert_eq!(
+            verdicts(&mut bench, sent),
+            [
+                (CHILDREN[0], None),
+                (CHILDREN[1], Some(Refusal::NotFinite)),
+                (CHILDREN[2], None),
+            ]
+        );
+    }
+}
+
+#[test]
+fn what_comes_beside_an_update_that_overflows_counts_in_its_place_and_is_not_late() {
+    for timing in BOTH {
+        let mut bench = close_to_the_largest(timing, Some(2));
+        let values = [3.0, OVERFLOWING, 5.0];
+        let updates = [0, 1, 2].map(|child| bench.update(child, 1, values[child]));
+        let sent = bench.frames(&updates);
+        let model = of_kind(&sent, FrameKind::Model);
+        assert_eq!((model.len(), model[0].covers), (1, 2));
+        assert_eq!(
+            verdicts(&mut bench, sent),
+            [
+                (CHILDREN[0], None),
+                (CHILDREN[1], Some(Refusal::NotFinite)),
+                (CHILDREN[2], None),
+            ]
+        );
+    }
+}
+
+#[test]
+fn a_round_that_is_closed_waits_for_nobody_in_the_place_of_an_update_that_overflows() {
+    for timing in BOTH {
+        let mut bench = close_to_the_largest(timing, Some(2));
+        let close = Frame {
+            to: OWN,
+            from: COORDINATOR,
+            kind: FrameKind::Close as u16,
+            round: 1,
+            ..Frame::default()
+        };
+        let [honest, overflowing] = [bench.update(0, 1, 3.0), bench.update(1, 1, OVERFLOWING)];
+        let mut sent = bench.frames(&[honest, overflowing, close]);
+        let model = of_kind(&sent, FrameKind::Model);
+        assert_eq!((model.len(), model[0].covers), (1, 1));
+        let late = bench.update(2, 1, 5.0);
+        sent.extend(bench.frames(&[late]));
+        assert_eq!(
+            verdicts(&mut bench, sent),
+            [
+                (CHILDREN[0], None),
+                (CHILDREN[1], Some(Refusal::NotFinite)),
+                (CHILDREN[2], Some(Refusal::Late)),
+            ]
+        );
+    }
+}
+
+#[test]
+fn where_every_update_overflows_the_model_stays_and_each_hears_it_once() {
+    for timing in BOTH {
+        let mut bench = close_to_the_largest(timing, None);
+        let updates = [0, 1, 2].map(|child| bench.update(child, 1, OVERFLOWING));
+        let sent = bench.frames(&updates);
+        let model = of_kind(&sent, FrameKind::Model);
+        assert_eq!((model.len(), model[0].covers), (1, 0), "the one before");
+        let refused = CHILDREN.map(|child| (child, Some(Refusal::NotFinite)));
+        assert_eq!(verdicts(&mut bench, sent), refused);
+    }
 }
