@@ -43,11 +43,13 @@ fn schema(schema: &Schema) {
 
 fn against(data: &[u8], schema: &Schema) {
     let checked = image::check(data, schema);
-    if let Ok((metadata, offset)) = &checked {
-        assert!(offset.is_multiple_of(DATA_ALIGN));
-        assert_eq!(offset + schema.data_bytes(), data.len(), "the data lies inside");
+    if let Ok((metadata, range)) = &checked {
+        assert!(range.start.is_multiple_of(DATA_ALIGN));
+        assert_eq!(range.len(), schema.data_bytes());
+        assert_eq!(range.end, data.len(), "the data lies inside");
+        let weights = &data[range.clone()];
         for (tensor, range) in schema.iter() {
-            let bytes = Tensors::new(schema, &data[*offset..])
+            let bytes = Tensors::new(schema, weights)
                 .bytes(&tensor.name)
                 .expect("there");
             assert_eq!(bytes.len(), range.len());
@@ -55,15 +57,15 @@ fn against(data: &[u8], schema: &Schema) {
         // What was read from it can be written into an image of ours, and is read from that again.
         if schema.data_bytes() <= MODEL_BYTES {
             let mut ours = vec![0; image::image_bytes(schema)];
-            let start = image::data_offset(schema);
-            ours[start..].copy_from_slice(&data[*offset..]);
+            let place = image::data_range(schema);
+            ours[place.clone()].copy_from_slice(weights);
             image::write_header(&mut ours, schema, metadata);
             let (again, at) = image::check(&ours, schema).expect("an image of ours");
             let mut kept = metadata.clone();
             kept.maker.truncate(again.maker.len());
             assert!(again.maker.len() == metadata.maker.len() || again.maker.len() > 128 - 4);
-            assert_eq!((again, at), (kept, start));
-            assert_eq!(ours[at..], data[*offset..]);
+            assert_eq!((again, at.clone()), (kept, place));
+            assert_eq!(&ours[at], weights);
             SafeTensors::deserialize(&ours).expect("safetensors reads an image of ours");
         }
     }
@@ -81,8 +83,8 @@ fn against(data: &[u8], schema: &Schema) {
                     &model[range]
                 );
             }
-            if let Ok((_, offset)) = checked {
-                assert_eq!(model, data[offset..]);
+            if let Ok((_, range)) = checked {
+                assert_eq!(model, data[range]);
             }
         }
         Err(error) => assert!(

@@ -95,8 +95,7 @@ impl Actor {
         let arena = self.arena.as_mut().expect("an arena");
         self.made.retain(|&key| !arena.free(key));
         let mut slot = arena.begin().expect("free");
-        let offset = image::data_offset(schema);
-        for element in slot.bytes_mut()[offset..offset + schema.data_bytes()].chunks_exact_mut(4) {
+        for element in slot.bytes_mut()[image::data_range(schema)].chunks_exact_mut(4) {
             element.copy_from_slice(&value.to_le_bytes());
         }
         let generation = slot.key().generation;
@@ -270,8 +269,8 @@ impl Stage {
             .await
             .expect("the top's");
         let bytes = arena.object(frame.key, frame.length).expect("in bounds");
-        let (_, offset) = image::check(bytes, &self.schema).expect("a model");
-        let first = f32::from_le_bytes(bytes[offset..offset + 4].try_into().expect("four"));
+        let (_, data) = image::check(bytes, &self.schema).expect("a model");
+        let first = f32::from_le_bytes(bytes[data][..4].try_into().expect("four"));
         let back = Frame {
             round: frame.round,
             key: frame.key,
@@ -519,7 +518,7 @@ async fn what_changes_while_it_is_folded(timing: &str) {
         }
         let update = stage.trainers[0].update(&schema, round, 2.0, 10);
         let arena = stage.trainers[0].arena.as_ref().expect("an arena");
-        let data = &arena.object(update.key).expect("published")[image::data_offset(&schema)..];
+        let data = &arena.object(update.key).expect("published")[image::data_range(&schema)];
         let flips = Flips::begin(data.as_ptr().addr() as u64);
         stage.trainers[0].send(top, FrameKind::Update, update).await;
         let (covers, _, first) = stage.result().await;

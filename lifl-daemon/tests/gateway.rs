@@ -212,8 +212,7 @@ impl Stage {
     async fn begin(&mut self, child: WorkerId, round: u32) {
         self.made.retain(|&key| !self.arena.free(key));
         let mut slot = self.arena.begin().expect("free");
-        let start = image::data_offset(&self.schema);
-        for element in slot.bytes_mut()[start..][..self.schema.data_bytes()].chunks_exact_mut(4) {
+        for element in slot.bytes_mut()[image::data_range(&self.schema)].chunks_exact_mut(4) {
             element.copy_from_slice(&1.0_f32.to_le_bytes());
         }
         let metadata = Metadata {
@@ -360,14 +359,14 @@ async fn an_update_goes_on_where_it_broke_and_counts_once() {
         .await
         .expect("the proxy's");
     let bytes = arena.object(lent.key, lent.length).expect("in bounds");
-    let (metadata, start) = image::check(bytes, &stage.schema).expect("an image");
+    let (metadata, data) = image::check(bytes, &stage.schema).expect("an image");
     assert_eq!(
         (metadata.maker.as_str(), metadata.round, metadata.samples),
         ("one", 1, 5)
     );
     assert_eq!(metadata.generation, lent.key.generation);
     assert!(
-        bytes[start..]
+        bytes[data]
             .chunks_exact(4)
             .all(|four| four == 3.0_f32.to_le_bytes())
     );

@@ -333,14 +333,14 @@ impl RunFolder {
     /// equal models are equal files.
     fn write_image(&self, name: &str, bytes: &[u8]) -> anyhow::Result<Part> {
         let schema = image::schema(bytes)?;
-        let (metadata, offset) = image::check(bytes, &schema)?;
+        let (metadata, data) = image::check(bytes, &schema)?;
         let metadata = Metadata {
             generation: Generation(0),
             made: Vec::new(),
             ..metadata
         };
         let header = image::header(&schema, &metadata);
-        self.write(name, &[&header, &bytes[offset..]])
+        self.write(name, &[&header, &bytes[data]])
     }
 
     /// Writes beside, syncs and renames, so that a file is whole or not there. Its name is only sure to last after

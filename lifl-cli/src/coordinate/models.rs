@@ -159,8 +159,8 @@ impl Models {
         let (schema, evaluator) = (self.schema.clone(), self.evaluator.take());
         self.task = Some(spawn_blocking(move || {
             let bytes = object(&model.model)?;
-            let (_, offset) = image::check(bytes, &schema).context("the top's model is not the job's")?;
-            let tensors = Tensors::new(&schema, &bytes[offset..][..schema.data_bytes()]);
+            let (_, data) = image::check(bytes, &schema).context("the top's model is not the job's")?;
+            let tensors = Tensors::new(&schema, &bytes[data]);
             let evaluation = evaluator.as_ref().map(|evaluator| evaluator.evaluate(tensors));
             Ok(Examined::Evaluated(evaluation.transpose()?, evaluator))
         }));

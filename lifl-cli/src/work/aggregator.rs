@@ -163,12 +163,8 @@ impl Shell<'_> {
                         })?;
                 }
                 Output::ReceiveModel(slot) => {
-                    let room = Room::Slot {
-                        slot,
-                        start: image::data_offset(&self.schema),
-                        bytes: self.schema.data_bytes(),
-                    };
-                    self.gateway()?.accept(room);
+                    let data = image::data_range(&self.schema);
+                    self.gateway()?.accept(Room::Slot { slot, data });
                 }
                 Output::SendAggregate(header, key) => {
                     let source = Source::Arena {
@@ -178,8 +174,7 @@ impl Shell<'_> {
                             .await?
                             .context("the own arena is gone")?,
                         key,
-                        start: image::data_offset(&self.schema),
-                        bytes: self.schema.data_bytes(),
+                        data: image::data_range(&self.schema),
                     };
                     self.gateway()?.update(header, source);
                 }

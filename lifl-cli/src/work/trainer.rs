@@ -276,11 +276,9 @@ fn learn_one(shared: &Shared, lesson: Lesson) -> Learned {
     let mut learn = || -> anyhow::Result<UpdateInfo> {
         let schema = &shared.schema;
         let bytes = arena.object(model.key, model.length)?;
-        let (_, from) = image::check(bytes, schema).context("the model that came is not the job's")?;
-        let weights = &bytes[from..][..schema.data_bytes()];
-        let offset = image::data_offset(schema);
-        let out = &mut slot.bytes_mut()[offset..][..schema.data_bytes()];
-        let info = learn_round(shared, &mut *learner, model.round, weights, out)?;
+        let (_, data) = image::check(bytes, schema).context("the model that came is not the job's")?;
+        let out = &mut slot.bytes_mut()[image::data_range(schema)];
+        let info = learn_round(shared, &mut *learner, model.round, &bytes[data], out)?;
         let metadata = info.metadata(&shared.name, model.round, slot.key().generation);
         image::write_header(slot.bytes_mut(), schema, &metadata);
         Ok(info)

@@ -1,5 +1,6 @@
 //! Where an object's data is read from, and where it is put: shared memory, or a trainer's own.
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use crate::arena::{PeerArena, WritableSlot};
@@ -41,10 +42,8 @@ pub enum Source {
         arena: Arc<PeerArena>,
         /// The object.
         key: Key,
-        /// Where its data begins.
-        start: usize,
-        /// The data's length.
-        bytes: usize,
+        /// Where its data lies in it.
+        data: Range<usize>,
     },
     /// The sender's own memory.
     Private(Arc<Buffer>),
@@ -54,14 +53,9 @@ impl Source {
     /// The data; empty if the key is not the arena's.
     pub fn data(&self) -> &[u8] {
         match self {
-            Self::Arena {
-                arena,
-                key,
-                start,
-                bytes,
-            } => {
-                let object = arena.object(*key, (*start + *bytes) as u64);
-                object.map_or(&[], |object| &object[*start..])
+            Self::Arena { arena, key, data } => {
+                let object = arena.object(*key, data.end as u64);
+                object.map_or(&[], |object| &object[data.start..])
             }
             Self::Private(buffer) => buffer.bytes(),
         }
@@ -75,10 +69,8 @@ pub enum Room {
     Slot {
         /// The slot.
         slot: WritableSlot,
-        /// Where the data begins in it.
-        start: usize,
-        /// The data's length.
-        bytes: usize,
+        /// Where the data lies in it.
+        data: Range<usize>,
     },
     /// The receiver's own memory.
     Private(Buffer),
@@ -88,10 +80,10 @@ impl Room {
     /// The data's place.
     pub fn data_mut(&mut self) -> &mut [u8] {
         match self {
-            Self::Slot { slot, start, bytes } => {
+            Self::Slot { slot, data } => {
                 let slot = slot.bytes_mut();
-                let end = start.saturating_add(*bytes).min(slot.len());
-                slot.get_mut(*start..end).unwrap_or_default()
+                let end = data.end.min(slot.len());
+                slot.get_mut(data.start..end).unwrap_or_default()
             }
             Self::Private(buffer) => buffer.bytes_mut(),
         }

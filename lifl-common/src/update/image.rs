@@ -11,6 +11,7 @@
 
 use std::borrow::Cow;
 use std::collections::HashMap;
+use std::ops::Range;
 use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
@@ -147,6 +148,11 @@ pub fn data_offset(schema: &Schema) -> usize {
     (8 + schema.header().len() + METADATA_ROOM).next_multiple_of(DATA_ALIGN)
 }
 
+/// Where the data lies in images that [`write_header`] makes for this schema.
+pub fn data_range(schema: &Schema) -> Range<usize> {
+    data_offset(schema)..image_bytes(schema)
+}
+
 /// Bytes of an image of this schema, and so of a slot for it.
 pub fn image_bytes(schema: &Schema) -> usize {
     data_offset(schema) + schema.data_bytes()
@@ -255,14 +261,14 @@ impl<'a> Fields<'a> {
 }
 
 /// Checks that `image` holds exactly the schema's tensors, laid out as the schema lays them out, and gives its
-/// metadata and where its data begins.
+/// metadata and where its data lies.
 ///
 /// The image may lie in memory that another process writes: what is read of the header is a copy, and nothing read later
 /// depends on a value that is still out there.
 ///
 /// # Errors
 /// If it is not a safetensors image of this schema.
-pub fn check(image: &[u8], schema: &Schema) -> Result<(Metadata, usize), ImageError> {
+pub fn check(image: &[u8], schema: &Schema) -> Result<(Metadata, Range<usize>), ImageError> {
     let (text, offset) = copy_header(image)?;
     let found = image.len() - offset;
     let expected = schema.data_bytes();
@@ -274,7 +280,7 @@ pub fn check(image: &[u8], schema: &Schema) -> Result<(Metadata, usize), ImageEr
     if let Some(fields) = ours
         && found == expected
     {
-        return Ok((fields.read()?, offset));
+        return Ok((fields.read()?, offset..image.len()));
     }
     let header = parse(&text)?;
     check_tensors(&header, schema)?;
@@ -282,7 +288,7 @@ pub fn check(image: &[u8], schema: &Schema) -> Result<(Metadata, usize), ImageEr
         return Err(ImageError::DataLength { found, expected });
     }
     let fields = header.metadata().as_ref().map(Fields::among).unwrap_or_default();
-    Ok((fields.read()?, offset))
+    Ok((fields.read()?, offset..image.len()))
 }
 
 /// The schema of an image of ours, for who has not been told the job's. Whoever reads data by it has the image
@@ -455,8 +461,9 @@ mod tests {
     fn an_image_is_read_back_by_us_and_by_safetensors() {
         let schema = schema();
         let image = image(&schema);
-        let (read, offset) = check(&image, &schema).expect("our own image");
-        assert_eq!((read, offset), (metadata(), data_offset(&schema)));
+        let (read, data) = check(&image, &schema).expect("our own image");
+        let offset = data.start;
+        assert_eq!((read, data), (metadata(), data_range(&schema)));
         assert_eq!(offset % DATA_ALIGN, 0);
         let theirs = safetensors::SafeTensors::deserialize(&image).expect("safetensors reads it");
         assert_eq!(theirs.tensor("dense.weight").expect("there").shape(), [3, 2]);
@@ -476,7 +483,7 @@ mod tests {
         let mut other = image.clone();
         other[8..offset].fill(b' ');
         other[8..][..header.len()].copy_from_slice(header.as_bytes());
-        assert_eq!(check(&other, &schema).expect("an image"), (metadata(), offset));
+        assert_eq!(check(&other, &schema).expect("an image"), (metadata(), data_range(&schema)));
         // What is not JSON stays so, whatever stands around it.
         for (at, byte) in [(8, b'['), (offset - 1, b'}'), (offset - 1, 0xc)] {
             let mut spoilt = image.clone();

@@ -11,6 +11,7 @@
 //! ```
 
 use std::io;
+use std::ops::Range;
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
@@ -275,11 +276,8 @@ impl Proxy {
             && self.exchange.receiving() != Some(header.object.round)
             && let Some(slot) = self.arena.begin()
         {
-            let room = Room::Slot {
-                slot,
-                start: image::data_offset(schema),
-                bytes: schema.data_bytes(),
-            };
+            let data = image::data_range(schema);
+            let room = Room::Slot { slot, data };
             self.exchange.accept(wire, header.object, room);
         }
         Ok(self.link.flush().await?)
@@ -306,7 +304,7 @@ impl Proxy {
         let lent = Arc::clone(&arena);
         let (key, length) = (model.key, model.length);
         let looked = errands::answer(self.uid, move || look(&lent, (key, length), known, &shared)).await;
-        let (schema, start) = looked.map_err(ModelError::Unread)??;
+        let (schema, data) = looked.map_err(ModelError::Unread)??;
         self.schema = Some(Arc::clone(&schema));
         let (needed, announced) = (image::image_bytes(&schema) as u64, self.arena.layout().slot_bytes);
         if needed > announced {
@@ -315,8 +313,7 @@ impl Proxy {
         let source = Source::Arena {
             arena,
             key: model.key,
-            start,
-            bytes: schema.data_bytes(),
+            data,
         };
         let header = Message::Model(update_info::object(model.round, &schema));
         self.exchange.offer(self.wire.as_mut(), header, source);
@@ -386,13 +383,13 @@ impl Proxy {
     }
 }
 
-/// The schema of a model that is lent, the job's if that is known, and where its data begins.
+/// The schema of a model that is lent, the job's if that is known, and where its data lies.
 fn look(
     arena: &PeerArena,
     (key, length): (Key, u64),
     known: Option<Arc<Schema>>,
     shared: &OnceLock<Arc<Schema>>,
-) -> Result<(Arc<Schema>, usize), ModelError> {
+) -> Result<(Arc<Schema>, Range<usize>), ModelError> {
     let bytes = arena.object(key, length)?;
     let schema = match known {
         Some(schema) => schema,
@@ -403,8 +400,8 @@ fn look(
             if **first == *own { Arc::clone(first) } else { own }
         }
     };
-    let (_, start) = image::check(bytes, &schema)?;
-    Ok((schema, start))
+    let (_, data) = image::check(bytes, &schema)?;
+    Ok((schema, data))
 }
 
 /// Waits for the wire; for ever when there is none.

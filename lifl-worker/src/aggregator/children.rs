@@ -17,6 +17,7 @@
 //! places, no trainer's work is taken twice.
 
 use std::collections::BTreeMap;
+use std::ops::Range;
 use std::sync::Arc;
 
 use lifl_common::arena::PeerArena;
@@ -33,8 +34,8 @@ pub(super) struct TakenUpdate {
     pub(super) frame: Frame,
     /// Where it lies.
     pub(super) arena: Arc<PeerArena>,
-    /// Where its data begins.
-    pub(super) offset: usize,
+    /// Where its data lies.
+    pub(super) data: Range<usize>,
     /// What its maker says of it.
     pub(super) metadata: Metadata,
 }

@@ -116,7 +116,7 @@ pub enum Input {
     ModelLoaded(Box<LoadedModel>),
     /// Behind the gateway, a model waits to be received.
     ModelOffered,
-    /// A model has come from the gateway, its data at its [place](image::data_offset) in the slot of
+    /// A model has come from the gateway, its data at its [place](image::data_range) in the slot of
     /// [`Output::ReceiveModel`].
     ModelReceived(Object, WritableSlot),
     /// The parent behind the gateway has decided on the aggregate of a round; `None`: it was accepted.
@@ -130,7 +130,7 @@ pub enum Input {
     Timeout,
 }
 
-/// The model that a top begins with, each object's data at its [place](image::data_offset) in its slot.
+/// The model that a top begins with, each object's data at its [place](image::data_range) in its slot.
 #[derive(Debug)]
 pub struct LoadedModel {
     /// The model's slot.

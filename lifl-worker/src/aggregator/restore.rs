@@ -2,7 +2,6 @@
 
 use lifl_common::update::image;
 
-use super::round_fold::data;
 use super::{Aggregator, Error, LoadedModel, Output};
 
 impl Aggregator {
@@ -29,7 +28,7 @@ impl Aggregator {
             return Ok(());
         };
         let round = metadata.round;
-        if round == 0 && !self.rule.is_finite(&slot.bytes()[data(schema)]) {
+        if round == 0 && !self.rule.is_finite(&slot.bytes()[image::data_range(schema)]) {
             return Err(Error::FirstModelNotFinite);
         }
         metadata.generation = slot.key().generation;

@@ -1,7 +1,6 @@
 //! One round's aggregate in the making: which updates may come in, and the folding. When what has come is folded, and how,
 //! the [`Rule`] decides.
 
-use std::ops::Range;
 use std::sync::Arc;
 
 use lifl_aggregate::{Action, FoldError, Input, Rule, Threads};
@@ -64,7 +63,7 @@ pub(super) fn check_update(
         tracing::warn!(from = %frame.from, "{error}");
         Refusal::BadKey
     })?;
-    let (metadata, offset) = image::check(bytes, schema).map_err(|error| {
+    let (metadata, data) = image::check(bytes, schema).map_err(|error| {
         tracing::warn!(from = %frame.from, "{error}");
         Refusal::WrongShape
     })?;
@@ -82,7 +81,7 @@ pub(super) fn check_update(
         arrival: 0,
         frame: *frame,
         arena,
-        offset,
+        data,
         metadata,
     })
 }
@@ -131,9 +130,9 @@ impl RoundFold {
             }
             let updates = self.children.first_unfolded(wanted);
             let last = updates.iter().map(|update| update.arrival).max().unwrap_or(0);
-            let inputs = updates.iter().map(|update| input(update, schema));
+            let inputs = updates.iter().map(|update| input(update));
             let inputs = inputs.collect::<Result<Vec<_>, _>>()?;
-            let out = &mut self.slot.bytes_mut()[data(schema)];
+            let out = &mut self.slot.bytes_mut()[image::data_range(schema)];
             let done = match action {
                 _ if from_copies => fold_copies(rule, out, &inputs)?,
                 Action::Finish => rule.finish(out, &inputs).map(|_| ()),
@@ -189,12 +188,12 @@ impl RoundFold {
             return Ok(Folded::TooFew);
         }
         let (schema, threads) = (&*config.schema, &config.threads);
-        let mean = &mut self.slot.bytes_mut()[data(schema)];
+        let mean = &mut self.slot.bytes_mut()[image::data_range(schema)];
         rule.finish(mean, &[])?;
         let Some(step) = step else {
             return Ok(Folded::Whole);
         };
-        let model = &model(self.model.key).ok_or(Error::ModelGone)?[data(schema)];
+        let model = &model(self.model.key).ok_or(Error::ModelGone)?[image::data_range(schema)];
         match step.apply(threads, model, mean) {
             Ok(()) => Ok(Folded::Whole),
             Err(error @ FoldError::Overflow) => {
@@ -214,7 +213,7 @@ impl RoundFold {
     fn overflowing(&self, threads: &Threads, schema: &Schema, model: &[u8]) -> Result<Vec<Frame>, Error> {
         let mut culprits = Vec::new();
         for update in self.children.folded() {
-            let mut copy = copied(input(update, schema)?.data)?;
+            let mut copy = copied(input(update)?.data)?;
             let sum = &mut copy.as_mut_bytes()[..schema.data_bytes()];
             match lifl_aggregate::add(threads, schema, model, sum) {
                 Ok(()) => {}
@@ -271,12 +270,6 @@ fn made<'a>(children: impl Iterator<Item = &'a [u64]>, now: u64) -> Vec<u64> {
     latest
 }
 
-/// Where an image's data lies.
-pub(super) fn data(schema: &Schema) -> Range<usize> {
-    let offset = image::data_offset(schema);
-    offset..offset + schema.data_bytes()
-}
-
 /// Folds from copies, one input after the other: what their owners write meanwhile changes nothing. The outer error is that
 /// there is no memory for one.
 fn fold_copies(
@@ -316,11 +309,11 @@ fn copied(data: &[u8]) -> Result<Vec<u64>, Error> {
 }
 
 /// The update's data, where it lies.
-fn input<'a>(update: &'a TakenUpdate, schema: &Schema) -> Result<Input<'a>, Error> {
+fn input(update: &TakenUpdate) -> Result<Input<'_>, Error> {
     let bytes = update.arena.object(update.frame.key, update.frame.length)?;
     // `check_update` has found the data to end with the object.
     Ok(Input {
-        data: &bytes[update.offset..][..schema.data_bytes()],
+        data: &bytes[update.data.clone()],
         samples: update.frame.samples,
     })
 }

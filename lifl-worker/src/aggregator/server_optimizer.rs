@@ -16,7 +16,6 @@ use lifl_common::id::{Key, WorkerId};
 use lifl_common::update::{Metadata, image};
 
 use super::Error;
-use super::round_fold::data;
 
 /// The optimizer with its state.
 #[derive(Debug)]
@@ -114,8 +113,8 @@ impl OptimizerState {
         let state = state.map(|((schema, arena), next)| State {
             before: current
                 .and_then(|key| arena.object(key))
-                .map(|slot| &slot[data(schema)]),
-            after: &mut next.bytes_mut()[data(schema)],
+                .map(|slot| &slot[image::data_range(schema)]),
+            after: &mut next.bytes_mut()[image::data_range(schema)],
         });
         Step { optimizer, state }
     }

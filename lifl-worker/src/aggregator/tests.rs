@@ -199,8 +199,7 @@ impl Bench {
 
     /// Makes each element of an object that value.
     fn fill(&self, slot: &mut WritableSlot, value: f32) {
-        let offset = image::data_offset(&self.schema);
-        for place in slot.bytes_mut()[offset..offset + 8].as_chunks_mut().0 {
+        for place in slot.bytes_mut()[image::data_range(&self.schema)].as_chunks_mut().0 {
             *place = value.to_le_bytes();
         }
     }
@@ -233,8 +232,8 @@ impl Bench {
         let (file, layout) = &self.arenas[&frame.key.arena];
         let peer = PeerArena::new(file, frame.key.arena, OWN, *layout).expect("mapped");
         let bytes = peer.object(frame.key, frame.length).expect("there");
-        let (metadata, offset) = image::check(bytes, &self.schema).expect("an image");
-        let chunks = bytes[offset..].as_chunks::<4>().0.iter();
+        let (metadata, data) = image::check(bytes, &self.schema).expect("an image");
+        let chunks = bytes[data].as_chunks::<4>().0.iter();
         (metadata, chunks.map(|bytes| f32::from_le_bytes(*bytes)).collect())
     }
 }

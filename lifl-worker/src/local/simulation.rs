@@ -374,14 +374,14 @@ impl Simulation {
         let (weights, state, round) = (self.model.clone(), self.state.clone(), self.made_in);
         let state_schema = self.state_schema.clone();
         let load = move |mut slot: WritableSlot, state_slot: Option<WritableSlot>| {
-            write_floats(&mut slot.bytes_mut()[image::data_offset(&schema)..], &weights);
+            write_floats(&mut slot.bytes_mut()[image::data_range(&schema)], &weights);
             let metadata = || Metadata {
                 round,
                 ..Metadata::default()
             };
             let state = state.as_ref().zip(state_slot).zip(state_schema.as_ref());
             let state = state.map(|((data, mut slot), schema)| {
-                slot.bytes_mut()[image::data_offset(schema)..][..data.len()].copy_from_slice(data);
+                slot.bytes_mut()[image::data_range(schema)].copy_from_slice(data);
                 (slot, metadata())
             });
             LoadedModel {
@@ -458,8 +458,8 @@ impl Simulation {
         let bytes = arena
             .object(frame.key, frame.length)
             .map_err(|error| error.to_string())?;
-        let (metadata, offset) = image::check(bytes, schema).map_err(|error| error.to_string())?;
-        Ok((metadata, bytes[offset..][..schema.data_bytes()].to_vec()))
+        let (metadata, data) = image::check(bytes, schema).map_err(|error| error.to_string())?;
+        Ok((metadata, bytes[data].to_vec()))
     }
 
     fn kill(&mut self, index: usize) {

@@ -50,11 +50,10 @@ impl LocalTrainer {
         };
         let (round, schema) = (model.round, &*self.schema);
         let bytes = arena.object(model.key, model.length)?;
-        let (_, start) = image::check(bytes, schema)?;
+        let (_, data) = image::check(bytes, schema)?;
         let mut slot = self.arena.begin().ok_or(NoFreeSlot)?;
-        let offset = image::data_offset(schema);
-        let out = &mut slot.bytes_mut()[offset..][..schema.data_bytes()];
-        let Some(info) = (self.learn)(round, &bytes[start..][..schema.data_bytes()], out) else {
+        let out = &mut slot.bytes_mut()[image::data_range(schema)];
+        let Some(info) = (self.learn)(round, &bytes[data], out) else {
             self.trainer.handle(Input::Nothing(round));
             return Ok(());
         };

@@ -54,9 +54,9 @@ fn the_newest_is_found_and_is_what_was_lent() {
     assert_eq!(latest(&folder), (Some(10), vec![]));
     let model = fs::read(folder.path().join("model-10.safetensors")).expect("a model");
     let schema = image::schema(&model).expect("an image");
-    let (metadata, offset) = image::check(&model, &schema).expect("an image");
+    let (metadata, data) = image::check(&model, &schema).expect("an image");
     assert_eq!((metadata.round, metadata.generation), (10, Generation(0)));
-    assert!(model[offset..] == slot(10)[offset..]);
+    assert!(model[data.clone()] == slot(10)[data]);
     assert!(!folder.path().join(".model-10.safetensors.part").exists());
 }
 

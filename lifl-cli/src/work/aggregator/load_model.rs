@@ -62,8 +62,7 @@ pub(super) fn load_model(
 /// The job's first model, from the seed or from a file.
 fn first_model(shell: &Shell<'_>, slot: &mut WritableSlot) -> anyhow::Result<()> {
     let (job, schema) = (&shell.job, &*shell.schema);
-    let offset = image::data_offset(schema);
-    let data = &mut slot.bytes_mut()[offset..offset + schema.data_bytes()];
+    let data = &mut slot.bytes_mut()[image::data_range(schema)];
     let Some(path) = &job.base_model else {
         lifl_learn::initial(job, job.seed, TensorsMut::new(schema, data));
         return Ok(());
@@ -89,10 +88,10 @@ fn fill(slot: &mut WritableSlot, schema: &Schema, folder: &Dir, name: &str) -> a
     );
     file.read_exact(&mut slot.bytes_mut()[..expected])
         .with_context(read)?;
-    let (metadata, offset) = image::check(&slot.bytes()[..expected], schema)
+    let (metadata, data) = image::check(&slot.bytes()[..expected], schema)
         .with_context(|| format!("{} is not the job's", path.display()))?;
     ensure!(
-        offset == image::data_offset(schema),
+        data == image::data_range(schema),
         "{} was not written by this lifl",
         path.display()
     );
