@@ -49,9 +49,7 @@ fn against(data: &[u8], schema: &Schema) {
         assert_eq!(range.end, data.len(), "the data lies inside");
         let weights = &data[range.clone()];
         for (tensor, range) in schema.iter() {
-            let bytes = Tensors::new(schema, weights)
-                .bytes(&tensor.name)
-                .expect("there");
+            let bytes = Tensors::new(schema, weights).bytes(&tensor.name).expect("there");
             assert_eq!(bytes.len(), range.len());
         }
         // What was read from it can be written into an image of ours, and is read from that again.

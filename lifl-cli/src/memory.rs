@@ -6,6 +6,7 @@ use lifl_common::arena::{Layout, memfd};
 use lifl_common::config::{Dataset, Group, JobSpec, Kind, ModelSpec, SampleShape, WorkerSpec};
 use lifl_common::session::proxy_name;
 use lifl_common::update::{Schema, image};
+use lifl_worker::slots::{STATE_SLOTS, slots};
 use serde::Serialize;
 
 /// Private memory of a worker beside what it learns and keeps: runtime, stacks, the job. Measured: 1.1 MiB.
@@ -26,39 +27,8 @@ const EVALUATION_BATCH: u64 = 128;
 /// Copies of the model that a learner makes: parameters, gradients, and a step's temporaries.
 const LEARNER_MODELS: u64 = 4;
 
-/// Slots of a worker's arena. The top holds a round's model while it makes the next one; everybody else has one
-/// update in the making or on its way, and waits with the next until that is given back. Beyond the node's shared memory
-/// an aggregator has the model that came over the wire beside it, as the top has, and a trainer has no arena.
-///
-/// Where some aggregator may not wait for all of its children, late ones may still hold models of rounds that are
-/// over. Whoever hands models down from its own arena then has slots for two of these; when more are held, the next round
-/// begins when one is given back.
-///
-/// `goals` is whether the job [has some](JobSpec::has_goals).
-pub fn slots(worker: &WorkerSpec, goals: bool) -> u32 {
-    let old_models = if goals { OLD_MODELS } else { 0 };
-    match (worker.kind, worker.is_remote()) {
-        (Kind::Top, _) | (Kind::Aggregator, true) => 2 + old_models,
-        (Kind::Aggregator | Kind::Trainer, false) => 1,
-        (Kind::Trainer, true) => 0,
-    }
-}
-
 /// Slots of the arena of a worker's proxy in the gateway.
 const PROXY_SLOTS: u32 = 1;
-
-/// Models of rounds that are over which late workers may hold.
-const OLD_MODELS: u32 = 2;
-
-/// How many models of rounds that are over a child of that aggregator may hold and still be lent a new one; `None` in
-/// a job whose rounds wait for everybody. A trainer that holds one trains on it. An aggregator that holds some waits
-/// for late trainers, and may work for the others; if it hangs, it holds all that there may be and no more.
-///
-/// `goals` is as for [`slots`], `levels` those of the job's aggregators.
-pub fn most_held(aggregator: &WorkerSpec, goals: bool, levels: u32) -> Option<u32> {
-    let above_trainers = aggregator.level + 1 == levels;
-    goals.then_some(if above_trainers { 0 } else { OLD_MODELS - 1 })
-}
 
 /// Aggregators' private memory by their group, while all workers are there. Up to two children are folded at once, under
 /// eager timing too: nothing is kept beside the slot then.
@@ -74,10 +44,6 @@ fn kept_bytes<'a>(job: &'a JobSpec, schema: &Schema) -> HashMap<&'a Group, u64> 
 pub fn object_bytes(schema: &Schema) -> u64 {
     image::image_bytes(schema) as u64
 }
-
-/// Slots of the top's second arena: the optimizer's state as it is, which the coordinator may have, and the next in
-/// the making.
-const STATE_SLOTS: u32 = 2;
 
 /// The layout of the second arena of a worker, for the optimizer's state; `None` for who has none.
 pub fn state_layout(job: &JobSpec, worker: &WorkerSpec, schema: &Schema) -> Option<Layout> {

@@ -8,10 +8,10 @@ use std::path::Path;
 
 use anyhow::Context;
 use lifl_common::config::{JobSpec, WorkerSpec};
+use lifl_worker::slots;
 use serde::{Deserialize, Serialize};
 
 use crate::dir::Dir;
-use crate::memory;
 
 /// The folder of the tasks in a run's.
 const FOLDER: &str = "workers";
@@ -26,9 +26,9 @@ pub struct Task {
     pub job: JobSpec,
     /// The worker.
     pub worker: WorkerSpec,
-    /// [Slots](memory::slots) of its arena.
+    /// [Slots](slots::slots) of its arena.
     pub slots: u32,
-    /// How many old models a child of it may [hold](memory::most_held).
+    /// How many old models a child of it may [hold](slots::most_held).
     pub most_held: Option<u32>,
     /// Which [part](JobSpec::part_of) of its data a trainer's is, and of how many.
     pub part: (u32, u32),
@@ -62,8 +62,8 @@ impl<'j> Tasks<'j> {
         Task {
             job: self.without_workers.clone(),
             worker: worker.clone(),
-            slots: memory::slots(worker, self.goals),
-            most_held: memory::most_held(worker, self.goals, self.levels),
+            slots: slots::slots(worker, self.goals),
+            most_held: slots::most_held(worker, self.goals, self.levels),
             part: self.job.part_of(worker),
         }
     }

@@ -26,12 +26,12 @@ use lifl_common::update::{Schema, image};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
-pub use self::aggregator::{LoadModel, LocalAggregator};
-pub use self::trainer::{Learn, LocalTrainer};
+pub(crate) use self::aggregator::{LoadModel, LocalAggregator};
+pub(crate) use self::trainer::{Learn, LocalTrainer};
 
 /// What happens to a worker.
 #[derive(Debug)]
-pub enum Event {
+pub(crate) enum Event {
     /// It begins.
     Start,
     /// A frame has come.
@@ -50,23 +50,23 @@ pub enum Event {
 
 /// What a worker asks of the network.
 #[derive(Debug, Default)]
-pub struct Requests {
+pub(crate) struct Requests {
     /// Frames to send.
-    pub frames: Vec<Frame>,
+    pub(crate) frames: Vec<Frame>,
     /// Arenas to open.
-    pub open_arena: Vec<ArenaId>,
+    pub(crate) open_arena: Vec<ArenaId>,
     /// An arena to open before anything else is handled.
-    pub open_now: Option<ArenaId>,
+    pub(crate) open_now: Option<ArenaId>,
     /// Whether it has work to do that takes a while.
-    pub work: bool,
+    pub(crate) work: bool,
 }
 
 /// Why a worker cannot go on.
-pub type WorkerError = Box<dyn std::error::Error + Send + Sync>;
+pub(crate) type WorkerError = Box<dyn std::error::Error + Send + Sync>;
 
 /// What goes wrong here.
 #[derive(Debug, thiserror::Error)]
-pub enum Error {
+pub(crate) enum Error {
     /// A worker cannot go on.
     #[error("{worker} cannot go on")]
     Worker {
@@ -97,7 +97,7 @@ pub enum Error {
 }
 
 /// A worker's machine with what it needs to run here.
-pub trait Worker {
+pub(crate) trait Worker {
     /// Handles one event.
     ///
     /// # Errors
@@ -113,15 +113,15 @@ pub trait Worker {
 
 /// How long things take at most. Most take much less.
 #[derive(Clone, Copy, Debug)]
-pub struct Delays {
+pub(crate) struct Delays {
     /// A frame on its way, and in the inbox.
-    pub frame: Duration,
+    pub(crate) frame: Duration,
     /// Until somebody hears of a death, or of a frame that was not delivered.
-    pub news: Duration,
+    pub(crate) news: Duration,
     /// An arena to be opened.
-    pub open: Duration,
+    pub(crate) open: Duration,
     /// Training.
-    pub work: Duration,
+    pub(crate) work: Duration,
 }
 
 /// Something that happens at a time.
@@ -155,7 +155,7 @@ struct Mailbox {
 }
 
 /// See the [module](self).
-pub struct LocalNetwork {
+pub(crate) struct LocalNetwork {
     coordinator: WorkerId,
     random: ChaCha8Rng,
     delays: Delays,
@@ -170,7 +170,7 @@ pub struct LocalNetwork {
 
 impl LocalNetwork {
     /// An empty network. Its coordinator reads what a dead worker has sent before it hears of the death.
-    pub fn new(coordinator: WorkerId, seed: u64, delays: Delays) -> Self {
+    pub(crate) fn new(coordinator: WorkerId, seed: u64, delays: Delays) -> Self {
         Self {
             coordinator,
             random: ChaCha8Rng::seed_from_u64(seed),
@@ -185,12 +185,12 @@ impl LocalNetwork {
     }
 
     /// The virtual time.
-    pub fn now(&self) -> Duration {
+    pub(crate) fn now(&self) -> Duration {
         self.now
     }
 
     /// The network's random numbers, for who decides on deaths.
-    pub fn random(&mut self) -> &mut ChaCha8Rng {
+    pub(crate) fn random(&mut self) -> &mut ChaCha8Rng {
         &mut self.random
     }
 
@@ -198,7 +198,12 @@ impl LocalNetwork {
     ///
     /// # Errors
     /// If there is no memory for it.
-    pub fn make_arena(&mut self, id: ArenaId, slots: u32, schema: &Schema) -> Result<OwnedArena, Error> {
+    pub(crate) fn make_arena(
+        &mut self,
+        id: ArenaId,
+        slots: u32,
+        schema: &Schema,
+    ) -> Result<OwnedArena, Error> {
         let bytes = image::image_bytes(schema) as u64;
         let layout = Layout::for_objects(slots, bytes);
         let layout = layout.and_then(|layout| Some((layout, layout.memfd_bytes(false)?)));
@@ -215,7 +220,7 @@ impl LocalNetwork {
     ///
     /// # Errors
     /// If it cannot be mapped.
-    pub fn open_arena(&self, id: ArenaId) -> Result<Option<Arc<PeerArena>>, ArenaError> {
+    pub(crate) fn open_arena(&self, id: ArenaId) -> Result<Option<Arc<PeerArena>>, ArenaError> {
         open(&self.arenas, id)
     }
 
@@ -223,23 +228,23 @@ impl LocalNetwork {
     ///
     /// # Errors
     /// If it cannot.
-    pub fn start(&mut self, id: WorkerId, worker: Box<dyn Worker>) -> Result<(), Error> {
+    pub(crate) fn start(&mut self, id: WorkerId, worker: Box<dyn Worker>) -> Result<(), Error> {
         self.workers.insert(id, worker);
         self.deliver(id, [Event::Start])
     }
 
     /// How many frames a worker has sent.
-    pub fn sent(&self, id: WorkerId) -> u64 {
+    pub(crate) fn sent(&self, id: WorkerId) -> u64 {
         self.mailboxes.get(&id).map_or(0, |mailbox| mailbox.sent)
     }
 
     /// Those that live.
-    pub fn workers(&mut self) -> impl Iterator<Item = (WorkerId, &mut Box<dyn Worker>)> {
+    pub(crate) fn workers(&mut self) -> impl Iterator<Item = (WorkerId, &mut Box<dyn Worker>)> {
         self.workers.iter_mut().map(|(&id, worker)| (id, worker))
     }
 
     /// Has a frame carried to its receiver.
-    pub fn send(&mut self, frame: Frame) {
+    pub(crate) fn send(&mut self, frame: Frame) {
         let delay = self.delay(self.delays.frame);
         let mailbox = self.mailboxes.entry(frame.from).or_default();
         mailbox.stream.push_back(frame);
@@ -250,7 +255,7 @@ impl LocalNetwork {
     }
 
     /// A worker dies.
-    pub fn kill(&mut self, id: WorkerId) {
+    pub(crate) fn kill(&mut self, id: WorkerId) {
         if self.workers.remove(&id).is_none() {
             return;
         }
@@ -270,7 +275,7 @@ impl LocalNetwork {
     ///
     /// # Errors
     /// If a worker cannot go on.
-    pub fn step(&mut self) -> Result<bool, Error> {
+    pub(crate) fn step(&mut self) -> Result<bool, Error> {
         let Some(((at, _), due)) = self.due.pop_first() else {
             return Ok(false);
         };

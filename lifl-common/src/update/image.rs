@@ -483,7 +483,10 @@ mod tests {
         let mut other = image.clone();
         other[8..offset].fill(b' ');
         other[8..][..header.len()].copy_from_slice(header.as_bytes());
-        assert_eq!(check(&other, &schema).expect("an image"), (metadata(), data_range(&schema)));
+        assert_eq!(
+            check(&other, &schema).expect("an image"),
+            (metadata(), data_range(&schema))
+        );
         // What is not JSON stays so, whatever stands around it.
         for (at, byte) in [(8, b'['), (offset - 1, b'}'), (offset - 1, 0xc)] {
             let mut spoilt = image.clone();

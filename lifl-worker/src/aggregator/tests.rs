@@ -199,7 +199,10 @@ impl Bench {
 
     /// Makes each element of an object that value.
     fn fill(&self, slot: &mut WritableSlot, value: f32) {
-        for place in slot.bytes_mut()[image::data_range(&self.schema)].as_chunks_mut().0 {
+        for place in slot.bytes_mut()[image::data_range(&self.schema)]
+            .as_chunks_mut()
+            .0
+        {
             *place = value.to_le_bytes();
         }
     }

@@ -8,10 +8,10 @@ use super::{Event, Requests, Worker, WorkerError};
 use crate::aggregator::{Aggregator, Input, LoadedModel, Output};
 
 /// Answers [`Output::LoadModel`].
-pub type LoadModel = Box<dyn FnMut(WritableSlot, Option<WritableSlot>) -> LoadedModel>;
+pub(crate) type LoadModel = Box<dyn FnMut(WritableSlot, Option<WritableSlot>) -> LoadedModel>;
 
 /// An aggregator whose parent is in this process too.
-pub struct LocalAggregator {
+pub(crate) struct LocalAggregator {
     aggregator: Aggregator,
     load_model: LoadModel,
 }
@@ -26,7 +26,7 @@ impl LocalAggregator {
     ///
     /// # Errors
     /// If the model is no good.
-    pub fn new(aggregator: Aggregator, load_model: LoadModel) -> Result<Self, WorkerError> {
+    pub(crate) fn new(aggregator: Aggregator, load_model: LoadModel) -> Result<Self, WorkerError> {
         let mut shell = Self {
             aggregator,
             load_model,

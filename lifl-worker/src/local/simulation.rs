@@ -28,10 +28,12 @@ use rand::seq::IndexedRandom;
 
 use super::{Delays, Event, LocalAggregator, LocalNetwork, LocalTrainer, Requests, Worker, WorkerError};
 use crate::aggregator::{Aggregator, Config, LoadedModel, Top};
+use crate::coordinator::failures::MOST_DEATHS;
 use crate::coordinator::membership::Membership;
 use crate::coordinator::pairing::pair;
 use crate::coordinator::policy::Synchronous;
 use crate::coordinator::{Coordinator, Event as Report, Input, Output};
+use crate::slots::{STATE_SLOTS, most_held, slots};
 use crate::trainer::Trainer;
 use crate::update_info::UpdateInfo;
 
@@ -40,9 +42,6 @@ const PARAMETERS: usize = 5;
 
 /// How long a worker's start, and the end of its process, take at most.
 const PROCESS: Duration = Duration::from_millis(20);
-
-/// How often a worker may die between two rounds that it finishes; one that dies oftener is given up.
-const MOST_DEATHS: u32 = 3;
 
 /// The coordinator, and what it has asked for beside frames.
 struct Desk {
@@ -332,22 +331,17 @@ impl Simulation {
 
     fn aggregator(&mut self, id: WorkerId, spec: &WorkerSpec) -> Box<dyn Worker> {
         let (job, schema) = (Arc::clone(&self.job), Arc::clone(&self.schema));
-        let goals = job.workers.iter().any(|worker| worker.agg_goal.is_some());
-        let slots = match spec.kind {
-            Kind::Top if goals => 4,
-            Kind::Top => 2,
-            Kind::Aggregator | Kind::Trainer => 1,
-        };
+        let goals = job.has_goals();
         let arena = self
             .network
-            .make_arena(arena_of(id, 0), slots, &schema)
+            .make_arena(arena_of(id, 0), slots(spec, goals), &schema)
             .expect("memory");
         let threads = Threads::new(1).expect("one thread");
         let top = (spec.kind == Kind::Top).then(|| {
             let state = self.state_schema.as_ref();
             let state_arena = state.map(|state| {
                 self.network
-                    .make_arena(arena_of(id, 1), 2, state)
+                    .make_arena(arena_of(id, 1), STATE_SLOTS, state)
                     .expect("memory")
             });
             Top {
@@ -357,15 +351,13 @@ impl Simulation {
                 rounds: job.rounds,
             }
         });
-        let deepest = job.workers.iter().map(|worker| worker.level).max();
-        let above_trainers = Some(spec.level + 1) == deepest;
         let config = Config {
             name: spec.name.clone(),
             worker: id,
             coordinator: COORDINATOR,
             schema: Arc::clone(&schema),
             goal: spec.agg_goal,
-            most_held: goals.then_some(u32::from(!above_trainers)),
+            most_held: most_held(spec, goals, job.levels()),
             via_gateway: false,
             threads: threads.clone(),
         };

@@ -12,10 +12,10 @@ use crate::trainer::{Input, Output, Trainer};
 use crate::update_info::UpdateInfo;
 
 /// Trains in a round, from a model's data into an update's; `None` if nothing comes of it.
-pub type Learn = Box<dyn FnMut(u32, &[u8], &mut [u8]) -> Option<UpdateInfo>>;
+pub(crate) type Learn = Box<dyn FnMut(u32, &[u8], &mut [u8]) -> Option<UpdateInfo>>;
 
 /// A trainer with an arena of one slot.
-pub struct LocalTrainer {
+pub(crate) struct LocalTrainer {
     trainer: Trainer,
     name: String,
     schema: Arc<Schema>,
@@ -32,7 +32,13 @@ struct NoFreeSlot;
 
 impl LocalTrainer {
     /// A trainer that can begin.
-    pub fn new(trainer: Trainer, name: String, schema: Arc<Schema>, arena: OwnedArena, learn: Learn) -> Self {
+    pub(crate) fn new(
+        trainer: Trainer,
+        name: String,
+        schema: Arc<Schema>,
+        arena: OwnedArena,
+        learn: Learn,
+    ) -> Self {
         Self {
             trainer,
             name,
