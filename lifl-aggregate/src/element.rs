@@ -131,31 +131,38 @@ pub(super) trait Sum: Element + Mul<Output = Self> + Add<Output = Self> {
     fn all_finite(exponents: Self::Bits) -> bool;
 }
 
-macro_rules! sums {
-    ($($float:ty: $bits:ty, $scale:expr;)*) => {$(
-        impl Sum for $float {
-            const ZERO: Self = 0.0;
-            type Bits = $bits;
+impl Sum for f32 {
+    const ZERO: Self = 0.0;
+    type Bits = u32;
 
-            #[inline(always)]
-            fn exponent(self) -> $bits {
-                // What is too large is made infinite. Zero times a finite value has no exponent bit; times any other, all
-                // of them.
-                const SCALE: $float = $scale;
-                (self * SCALE * 0.0).to_bits()
-            }
+    /// What is too large is made infinite. Zero times a finite value has no exponent bit; times any other, all of them. (Made
+    /// smaller, as with `f64`, a small value would become subnormal, which some machines are slow at.)
+    #[inline(always)]
+    fn exponent(self) -> u32 {
+        const TO_INFINITY: f32 = (1_u128 << (128 - 60)) as f32;
+        (self * TO_INFINITY * 0.0).to_bits()
+    }
 
-            #[inline(always)]
-            fn all_finite(exponents: $bits) -> bool {
-                exponents & <$float>::INFINITY.to_bits() == 0
-            }
-        }
-    )*};
+    #[inline(always)]
+    fn all_finite(exponents: u32) -> bool {
+        exponents & f32::INFINITY.to_bits() == 0
+    }
 }
 
-sums! {
-    f32: u32, (1_u128 << (128 - 60)) as f32;
-    f64: u64, f64::MAX / LARGEST;
+impl Sum for f64 {
+    const ZERO: Self = 0.0;
+    type Bits = u64;
+
+    /// What is too large is made 2 or more: the highest bit of the exponent says so.
+    #[inline(always)]
+    fn exponent(self) -> u64 {
+        (self * (2.0 / LARGEST)).to_bits()
+    }
+
+    #[inline(always)]
+    fn all_finite(exponents: u64) -> bool {
+        exponents & 2_f64.to_bits() == 0
+    }
 }
 
 /// Several inputs that are read in one pass, in their order. Eight streams at once is what keeps the memory busy: one alone
@@ -362,6 +369,28 @@ pub(super) fn f16_wide(value: f16) -> f32 {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_sum_is_finite_below_the_largest() {
+        fn of<S: Sum>(values: &[S]) -> bool {
+            let exponents = values.iter().map(|value| value.exponent());
+            S::all_finite(exponents.fold(S::Bits::default(), |all, more| all | more))
+        }
+        let single = LARGEST as f32;
+        for sign in [1.0, -1.0] {
+            let good = [0.0, f64::MIN_POSITIVE, 5e-324, 1.0, 2.0, LARGEST.next_down()];
+            assert!(of(&good.map(|value| sign * value)));
+            for bad in [LARGEST, LARGEST.next_up(), f64::MAX, f64::INFINITY, f64::NAN] {
+                assert!(!of(&[0.5, sign * bad, 1.0]), "{bad:e}");
+            }
+            let sign = sign as f32;
+            let good = [0.0, f32::MIN_POSITIVE, 1e-45, 1.0, 2.0, single.next_down()];
+            assert!(of(&good.map(|value| sign * value)));
+            for bad in [single, single.next_up(), f32::MAX, f32::INFINITY, f32::NAN] {
+                assert!(!of(&[0.5, sign * bad, 1.0]), "{bad:e}");
+            }
+        }
+    }
 
     /// Every value of 16 bits.
     fn all() -> impl Iterator<Item = u16> {
