@@ -189,9 +189,10 @@ fn computing(job: &JobSpec, schema: &Schema, worker: &WorkerSpec, cpus: usize) -
                 1 => 0,
                 threads => threads,
             };
-            // The top makes the first model.
-            let first = worker.kind == Kind::Top && lifl_learn::threads::made(&job.model, 1) > 0;
-            folding + if first { cpus } else { 0 }
+            // The top makes the first model, if none is given.
+            let first = worker.kind == Kind::Top && job.base_model.is_none();
+            let makes = first && lifl_learn::threads::made(&job.model, 1) > 0;
+            folding + if makes { cpus } else { 0 }
         }
     }
 }

@@ -159,17 +159,24 @@ impl PieceNoise {
 /// Writes `out`, elements of type `dtype`: what `input` gives for a piece's place and length in bytes, plus noise.
 fn write<'a>(dtype: DType, input: impl Fn(usize, usize) -> &'a [u8] + Sync, out: &mut [u8], noise: Noise) {
     let arch = Arch::new();
-    out.par_chunks_mut(PIECE_BYTES)
-        .enumerate()
-        .for_each(|(piece, out)| {
-            let input = input(piece * PIECE_BYTES, out.len());
-            arch.dispatch(Piece {
-                dtype,
-                input,
-                out,
-                noise: noise.piece(piece),
-            });
+    let one = |(piece, out): (usize, &mut [u8])| {
+        let input = input(piece * PIECE_BYTES, out.len());
+        arch.dispatch(Piece {
+            dtype,
+            input,
+            out,
+            noise: noise.piece(piece),
         });
+    };
+    if out.len() <= PIECE_BYTES {
+        return out.chunks_mut(PIECE_BYTES).enumerate().for_each(one);
+    }
+    out.par_chunks_mut(PIECE_BYTES).enumerate().for_each(one);
+}
+
+/// Whether a model is made by whoever asks for it, and not by several threads.
+pub(super) fn is_one_piece(parameters: u64, dtype: DType) -> bool {
+    parameters <= (PIECE_BYTES / dtype.bytes()) as u64
 }
 
 /// One thread's work, compiled for each vector width that the machine may have.

@@ -13,14 +13,16 @@ use lifl_common::runtime::try_threads;
 use rayon::ThreadPoolBuilder;
 
 use super::LearnError;
+use super::synthetic::is_one_piece;
 
 /// The environment's word on how many there are to be, which rayon takes, too.
 pub const VARIABLE: &str = "RAYON_NUM_THREADS";
 
-/// How many threads a learner of that model makes where it may compute on `threads`: a network on one computes where it is
-/// called.
+/// How many threads a learner of that model makes where it may compute on `threads`: a network on one, and a small synthetic
+/// model, computes where it is called.
 pub fn made(model: &ModelSpec, threads: usize) -> usize {
     match model {
+        ModelSpec::Synthetic { parameters, dtype } if is_one_piece(*parameters, *dtype) => 0,
         ModelSpec::Synthetic { .. } => threads,
         _ if threads == 1 => 0,
         _ => threads,

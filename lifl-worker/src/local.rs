@@ -26,6 +26,8 @@ use lifl_common::update::{Schema, image};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
+use crate::node_link::sending_order;
+
 pub(crate) use self::aggregator::{LoadModel, LocalAggregator};
 pub(crate) use self::trainer::{Learn, LocalTrainer};
 
@@ -337,6 +339,7 @@ impl LocalNetwork {
             mailbox.wakes = Some(at);
             self.decide(at, Due::Wake(to));
         }
+        sending_order(&mut requests.frames, self.coordinator);
         for frame in requests.frames {
             self.send(frame);
         }

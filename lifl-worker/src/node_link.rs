@@ -178,8 +178,7 @@ impl NodeLink {
         self.outbox.push(frame);
     }
 
-    /// Sends what has been [posted](Self::post), in one call: to the coordinator first, since nobody else is to know what it
-    /// decides on before it does, and to each of the others everything at once, so that it wakes for all of it.
+    /// Sends what has been [posted](Self::post), in one call and in [order](sending_order).
     ///
     /// # Errors
     /// If the frame socket fails.
@@ -187,9 +186,7 @@ impl NodeLink {
         if self.outbox.is_empty() {
             return Ok(());
         }
-        let coordinator = self.coordinator;
-        self.outbox
-            .sort_by_key(|frame| (frame.to != coordinator, frame.to));
+        sending_order(&mut self.outbox, self.coordinator);
         self.known.extend(self.outbox.iter().map(|frame| frame.to));
         let sent = self.frames.send(&self.outbox).await;
         self.outbox.clear();
@@ -226,4 +223,10 @@ impl NodeLink {
         self.arenas.insert(arena, Arc::clone(&opened));
         Ok(Some(opened))
     }
+}
+
+/// Puts what a worker sends at once in order: to the coordinator first, since nobody else is to know what it decides on before
+/// it does, and to each of the others everything at once, so that it wakes for all of it.
+pub(crate) fn sending_order(frames: &mut [Frame], coordinator: WorkerId) {
+    frames.sort_by_key(|frame| (frame.to != coordinator, frame.to));
 }

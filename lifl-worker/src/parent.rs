@@ -96,11 +96,6 @@ impl OfferedModels {
             self.0.remove(&model.lender);
         }
     }
-
-    /// Whether there is none.
-    pub fn is_empty(&self) -> bool {
-        self.0.is_empty()
-    }
 }
 
 /// An update that the parent has not decided on.
@@ -214,7 +209,7 @@ mod tests {
         assert_eq!(offered.take(2, SUCCESSOR), None);
         assert_eq!(offered.take_useless(2, LEAF), [model(1, 2, STRANGER)]);
         assert_eq!(offered.take(2, LEAF), Some(model(2, 3, LEAF)));
-        assert!(offered.is_empty());
+        assert!(offered.0.is_empty());
     }
 
     #[test]
@@ -227,7 +222,7 @@ mod tests {
         offered.lost(SUCCESSOR);
         assert_eq!(offered.take(3, SUCCESSOR), None, "it died with its lender");
         assert_eq!(offered.take_useless(5, LEAF), [model(4, 1, STRANGER)]);
-        assert!(offered.is_empty());
+        assert!(offered.0.is_empty());
     }
 
     #[test]

@@ -130,7 +130,8 @@ impl Trainer {
     }
 
     /// The update that no parent has decided on.
-    pub fn update(&self) -> Option<&PendingUpdate> {
+    #[cfg(test)]
+    pub(crate) fn update(&self) -> Option<&PendingUpdate> {
         self.update.as_ref()
     }
 

@@ -59,10 +59,6 @@ pub(super) async fn play(place: Place, run: &Dir, task: Task, schema: Schema) ->
         quorum: job.quorum,
         rounds: job.rounds,
     });
-    if top.is_some() && lifl_learn::threads::made(&job.model, 1) > 0 {
-        // It makes the first model.
-        lifl_learn::threads::start(&job.model)?;
-    }
     let rule = lifl_aggregate::rule(&job, &schema, &threads);
     let config = Config {
         name: worker.name.clone(),

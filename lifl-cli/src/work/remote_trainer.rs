@@ -41,7 +41,7 @@ struct RemoteTrainer {
     protocol: Trainer,
     /// `None` while it is with the training thread.
     learner: Option<Box<dyn Learner>>,
-    training: Option<JoinHandle<anyhow::Result<Learned>>>,
+    training: Option<JoinHandle<Learned>>,
     /// Where a model can come, where an update can be made.
     free_model: Option<Buffer>,
     free_update: Option<Buffer>,
@@ -188,13 +188,13 @@ impl RemoteTrainer {
         let shared = Arc::clone(&self.shared);
         self.training = Some(tokio::task::spawn_blocking(move || {
             let trained = learn_round(&shared, &mut *learner, round, model.bytes(), update.bytes_mut());
-            Ok(Learned {
+            Learned {
                 learner,
                 model,
                 update,
                 round,
                 trained,
-            })
+            }
         }));
         Ok(())
     }

@@ -86,7 +86,7 @@ pub(super) async fn play(place: Place, task: Task, schema: Schema) -> anyhow::Re
         told: None,
     };
     trainer.protocol.handle(Input::Ready);
-    let mut training: Option<JoinHandle<anyhow::Result<Learned>>> = None;
+    let mut training: Option<JoinHandle<Learned>> = None;
     loop {
         if let Some(lesson) = trainer.advance().await? {
             let shared = Arc::clone(&trainer.shared);
@@ -94,9 +94,7 @@ pub(super) async fn play(place: Place, task: Task, schema: Schema) -> anyhow::Re
                 trainer.deliver(learn_one(&shared, lesson));
                 continue;
             }
-            training = Some(tokio::task::spawn_blocking(move || {
-                Ok(learn_one(&shared, lesson))
-            }));
+            training = Some(tokio::task::spawn_blocking(move || learn_one(&shared, lesson)));
         }
         trainer.link.flush().await?;
         tokio::select! {
@@ -129,9 +127,9 @@ pub(super) async fn prepare(task: &Task, schema: Schema) -> anyhow::Result<(Shar
 }
 
 /// Waits for the training thread; for ever when there is none.
-pub(super) async fn finished<T>(training: &mut Option<JoinHandle<anyhow::Result<T>>>) -> anyhow::Result<T> {
+pub(super) async fn finished<T>(training: &mut Option<JoinHandle<T>>) -> anyhow::Result<T> {
     match training {
-        Some(training) => training.await.context("the training thread panicked")?,
+        Some(training) => training.await.context("the training thread panicked"),
         None => std::future::pending().await,
     }
 }

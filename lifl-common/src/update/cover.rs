@@ -47,11 +47,6 @@ impl Cover {
         word >> (share % 64) & 1 == 1
     }
 
-    /// Whether nobody is in both.
-    pub fn is_disjoint(&self, other: &Self) -> bool {
-        self.words.iter().zip(&other.words).all(|(a, b)| a & b == 0)
-    }
-
     /// Whether everybody of the other is in this.
     pub fn contains_all(&self, other: &Self) -> bool {
         let theirs = other.words.iter().enumerate();
@@ -181,7 +176,6 @@ mod tests {
             let (one, other) = (cover(&a), cover(&b));
             prop_assert_eq!(one.count() as usize, a.len());
             prop_assert!(a.iter().all(|&share| one.contains(share)));
-            prop_assert_eq!(one.is_disjoint(&other), a.is_disjoint(&b));
             prop_assert_eq!(one.contains_all(&other), a.is_superset(&b));
             let mut both = one.clone();
             both.add(&other);

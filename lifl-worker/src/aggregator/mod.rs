@@ -22,8 +22,8 @@
 //!
 //! **How a shell drives it.** Every input that is ready goes to [`handle`](Aggregator::handle). When none is, and
 //! [`timeout`](Aggregator::timeout) has come, [`Input::Timeout`] follows: only then the machine folds, all that has come in
-//! one pass, and gives the frames of the whole batch, those to the coordinator first: nobody else is to know what it decides
-//! on before it does. To every [`Output::OpenArena`] and [`Output::LoadModel`] there is an answer.
+//! one pass, and gives the frames of the whole batch, which the shell sends at once, [those to the coordinator
+//! first](crate::node_link). To every [`Output::OpenArena`] and [`Output::LoadModel`] there is an answer.
 
 mod as_child;
 mod children;
@@ -320,9 +320,6 @@ impl Aggregator {
         if let Some(folded) = self.unpublished.take() {
             self.publish(folded)?;
         }
-        if matches!(input, Input::Timeout) {
-            return self.end_batch();
-        }
         self.batch_open = true;
         match input {
             Input::Ready => self.post(self.config.coordinator, FrameKind::Ready, Frame::default()),
@@ -346,7 +343,7 @@ impl Aggregator {
             Input::ModelOffered => self.model_offered = true,
             Input::ModelReceived(object, slot) => self.model_received(object, slot)?,
             Input::Verdict { round, refusal } => self.gateway_verdict(round, refusal),
-            Input::Timeout => {}
+            Input::Timeout => self.end_batch()?,
         }
         Ok(())
     }
@@ -362,7 +359,8 @@ impl Aggregator {
     }
 
     /// Whether it waits for nobody and nobody has anything of its: no model is out, no aggregate undecided, a slot free.
-    pub fn is_idle(&mut self) -> bool {
+    #[cfg(test)]
+    pub(crate) fn is_idle(&mut self) -> bool {
         self.leases.is_empty()
             && self.pending.iter().all(|pending| pending.verdict.is_some())
             && self.arena.begin().is_some()
@@ -442,10 +440,6 @@ impl Aggregator {
         self.fold()?;
         self.batch_open = self.unpublished.is_some();
         if !self.batch_open {
-            let coordinator = self.config.coordinator;
-            // To each of the others everything at once, so that it wakes for all of it.
-            self.outbox
-                .sort_by_key(|frame| (frame.to != coordinator, frame.to));
             self.outputs.extend(self.outbox.drain(..).map(Output::Send));
         }
         Ok(())

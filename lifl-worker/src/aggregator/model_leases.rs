@@ -97,7 +97,7 @@ impl Aggregator {
             }
             // Ours is with the parent, or will be.
             Some(_) => {}
-            None if self.unpublished.is_some() || self.config.via_gateway => {}
+            None if self.config.via_gateway => {}
             // What we had of it was refused: the parent need not wait.
             None => self.send_nothing(model.round, model.lender),
         }

@@ -11,6 +11,7 @@ use lifl_common::config::{Optimizer, Timing, UpdateKind};
 use lifl_common::update::{Cover, DType, TensorSpec};
 
 use super::*;
+use crate::node_link::sending_order;
 use crate::update_info::UpdateInfo;
 
 const COORDINATOR: WorkerId = WorkerId(1);
@@ -186,6 +187,7 @@ impl Bench {
             }
             let due = self.aggregator.timeout().map(|_| Input::Timeout);
             let Some(input) = inputs.pop_front().or(due) else {
+                sending_order(&mut frames, COORDINATOR);
                 return frames;
             };
             now += Duration::from_nanos(1);

@@ -64,6 +64,9 @@ fn first_model(shell: &Shell<'_>, slot: &mut WritableSlot) -> anyhow::Result<()>
     let (job, schema) = (&shell.job, &*shell.schema);
     let data = &mut slot.bytes_mut()[image::data_range(schema)];
     let Some(path) = &job.base_model else {
+        if lifl_learn::threads::made(&job.model, 1) > 0 {
+            lifl_learn::threads::start(&job.model)?;
+        }
         lifl_learn::initial(job, job.seed, TensorsMut::new(schema, data));
         return Ok(());
     };
