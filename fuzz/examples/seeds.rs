@@ -21,9 +21,9 @@ use lifl_common::id::{ArenaId, Generation, JobId, Key, WorkerId};
 use lifl_common::kernel::Counters;
 use lifl_common::plane::PlaneKind;
 use lifl_common::session::handshake::{GatewayHandshake, Hello, Participant, WorkerHandshake};
-use lifl_common::session::{JobToken, Message, Object, UpdateHeader};
+use lifl_common::session::{JobToken, Message, Object};
 use lifl_common::update::image::{data_offset, image_bytes, write_header};
-use lifl_common::update::{Cover, DType, Metadata, Schema, TensorSpec};
+use lifl_common::update::{Cover, DType, Metadata, Schema, TensorSpec, UpdateInfo};
 use safetensors::tensor::TensorView;
 use zerocopy::IntoBytes;
 use zip::ZipWriter;
@@ -541,37 +541,29 @@ fn image() {
         }
         image
     };
-    let metadata = Metadata {
+    let info = UpdateInfo {
         cover: Cover::of(3),
-        maker: "leaf-aggregator-1".into(),
-        round: 3,
-        generation: Generation(7),
         samples: 600,
         loss: Some(0.25),
         folded: 8,
         bytes_copied: 0,
         made: vec![7, 9],
     };
+    let metadata = info.metadata("leaf-aggregator-1", 3, Generation(7));
     let ours = of(&schema, &metadata);
     seed("image", "ours", &ours);
     seed("image", "cut-off", &ours[..ours.len() - 1]);
-    let no_loss = Metadata {
-        loss: None,
-        ..Metadata::default()
-    };
-    seed("image", "no-loss", of(&schema, &no_loss));
+    seed("image", "no-loss", of(&schema, &Metadata::default()));
     // Each of these characters is six of JSON, and this loss has 326 digits when it is written out.
-    let longest = Metadata {
+    let longest = UpdateInfo {
         cover: Cover::of(16_383),
-        maker: "\u{1}".repeat(128),
-        round: u32::MAX,
-        generation: Generation(u64::MAX),
         samples: u64::MAX,
         loss: Some(-5e-324),
         folded: u64::MAX,
         bytes_copied: u64::MAX,
         made: vec![u64::MAX; 4],
     };
+    let longest = longest.metadata(&"\u{1}".repeat(128), u32::MAX, Generation(u64::MAX));
     seed("image", "longest-metadata", of(&schema, &longest));
     let other = Schema::new(vec![
         TensorSpec::new("b", DType::BF16, [2, 0, 3]),
@@ -607,13 +599,12 @@ fn session() {
         length: 40,
         schema: 7,
     };
-    let update = UpdateHeader {
-        object,
+    let update = UpdateInfo {
         samples: 600,
         cover: Cover::of(0),
-        loss: 0.5,
+        loss: Some(0.5),
         folded: 1,
-        bytes_copied: 0,
+        ..UpdateInfo::default()
     };
     let chunk = |round: u32, offset: u64, data: &[u8]| {
         let length = data.len();
@@ -632,7 +623,7 @@ fn session() {
         Message::Welcome.encode(),
         Message::Ready.encode(),
         Message::Model(object).encode(),
-        Message::Update(update).encode(),
+        Message::Update(object, update).encode(),
         chunk(2, 0, &[1; 25]),
         Message::Ping.encode(),
         chunk(2, 25, &[2; 15]),

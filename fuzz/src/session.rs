@@ -1,10 +1,13 @@
 //! Sessions: messages one by one, and what a gateway or a worker makes of whatever a connection brings.
 
+use std::ops::Range;
+
 use lifl_common::session::handshake::{GatewayHandshake, HELLO_BYTES, Hello, Participant, WorkerHandshake};
 use lifl_common::session::{
     Broken, Buffer, Exchange, Happened, JobToken, Message, Object, Room, SealKey, SessionKeys, Wire, mqtt,
     tcp,
 };
+use lifl_common::update::UpdateInfo;
 use nix::sys::socket::{setsockopt, sockopt};
 use tokio::io::AsyncWriteExt;
 use tokio::net::{TcpListener, TcpStream};
@@ -95,6 +98,9 @@ fn shaken(bytes: &[u8]) {
     }
 }
 
+/// Where an update's loss lies in its message, behind kind, object and samples.
+const LOSS: Range<usize> = 29..37;
+
 /// What is read is written as it came.
 fn decoded(bytes: &[u8]) {
     let Ok(message) = Message::decode(bytes) else {
@@ -105,6 +111,10 @@ fn decoded(bytes: &[u8]) {
     if let Message::Bye { last: true, .. } = message {
         // Any number but 0 says so.
         again[1] = bytes[1];
+    }
+    if let Message::Update(_, UpdateInfo { loss: None, .. }) = message {
+        // Whatever is no number says so.
+        again[LOSS].copy_from_slice(&bytes[LOSS]);
     }
     assert_eq!(again, bytes);
 }

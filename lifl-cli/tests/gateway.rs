@@ -11,9 +11,9 @@ use lifl_cli::task::Tasks;
 use lifl_common::config::{self, Overrides};
 use lifl_common::session::handshake::Participant;
 use lifl_common::session::{
-    Buffer, Exchange, Happened, JobToken, Message, Object, Room, SECRET_VARIABLE, Source, UpdateHeader, Wire,
-    tcp,
+    Buffer, Exchange, Happened, JobToken, Message, Object, Room, SECRET_VARIABLE, Source, Wire, tcp,
 };
+use lifl_common::update::UpdateInfo;
 use nix::sys::signal::Signal;
 use serde_json::Value;
 use tokio::net::TcpListener;
@@ -414,11 +414,11 @@ async fn a_trainer_takes_up_what_broke_and_trains_once() {
     // In the middle of the update.
     cut_after(&mut stage, wire, object.length / 2).await;
     let mut wire = stage.session().await;
-    let mut headers: Vec<UpdateHeader> = Vec::new();
+    let mut headers: Vec<UpdateInfo> = Vec::new();
     let mut update = loop {
         match stage.next(&mut wire).await {
             Happened::Message(Message::Ready) => {}
-            Happened::Offered(Message::Update(header)) => headers.push(header),
+            Happened::Offered(Message::Update(_, header)) => headers.push(header),
             Happened::Received { object, room } => {
                 assert_eq!(object.round, 1);
                 break room;

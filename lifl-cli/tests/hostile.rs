@@ -18,7 +18,7 @@ use lifl_common::client::{Client, FrameSocket};
 use lifl_common::config::{self, Overrides};
 use lifl_common::frame::{Frame, FrameKind, Refusal};
 use lifl_common::id::{ArenaId, Generation, JobId, Key, WorkerId};
-use lifl_common::update::{Cover, DType, Metadata, Schema, TensorSpec, image};
+use lifl_common::update::{Cover, DType, Metadata, Schema, TensorSpec, UpdateInfo, image};
 use lifl_daemon::plane::Request;
 use lifl_daemon::pool::HugePages;
 use lifl_daemon::{Daemon, GatewayOptions, Options};
@@ -102,13 +102,16 @@ impl Actor {
         let metadata = Metadata {
             round,
             generation,
-            samples,
-            cover,
-            // What cannot be is not added up.
-            folded: u64::MAX,
-            bytes_copied: u64::MAX,
-            loss: Some(f64::MAX),
-            ..Metadata::default()
+            maker: String::new(),
+            info: UpdateInfo {
+                samples,
+                cover,
+                // What cannot be is not added up.
+                folded: u64::MAX,
+                bytes_copied: u64::MAX,
+                loss: Some(f64::MAX),
+                made: Vec::new(),
+            },
         };
         image::write_header(slot.bytes_mut(), schema, &metadata);
         let key = arena.publish(slot);
@@ -482,10 +485,10 @@ async fn a_liar_harms_nobody_else(plane: &str, timing: &str) {
     let bytes = arena.object(frame.key, frame.length).expect("in bounds");
     let (metadata, _) = image::check(bytes, &schema).expect("a model");
     assert!(
-        metadata.folded <= 15 && metadata.bytes_copied < 1 << 20,
+        metadata.info.folded <= 15 && metadata.info.bytes_copied < 1 << 20,
         "{metadata:?}"
     );
-    assert_eq!(metadata.loss, None);
+    assert_eq!(metadata.info.loss, None);
     for trainer in &mut stage.trainers {
         trainer.expect(FrameKind::Release).await;
     }

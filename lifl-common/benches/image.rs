@@ -7,7 +7,7 @@ use std::hint::black_box;
 
 use criterion::{BenchmarkId, Criterion, criterion_group, criterion_main};
 use lifl_common::id::Generation;
-use lifl_common::update::{Cover, DType, Metadata, Schema, TensorSpec, image};
+use lifl_common::update::{Cover, DType, Metadata, Schema, TensorSpec, UpdateInfo, image};
 
 fn schema(tensors: usize) -> Schema {
     let tensors = (0..tensors).map(|n| TensorSpec::new(format!("layer{n}.weight"), DType::F32, [16, 4]));
@@ -19,12 +19,14 @@ fn metadata() -> Metadata {
         maker: "trainer-1".to_owned(),
         round: 12,
         generation: Generation(12),
-        samples: 600,
-        cover: Cover::of(37),
-        loss: Some(0.812_345_678),
-        folded: 0,
-        bytes_copied: 0,
-        made: vec![1_234_567_890],
+        info: UpdateInfo {
+            samples: 600,
+            cover: Cover::of(37),
+            loss: Some(0.812_345_678),
+            folded: 0,
+            bytes_copied: 0,
+            made: vec![1_234_567_890],
+        },
     }
 }
 

@@ -12,10 +12,10 @@ use lifl_common::id::{JobId, Key, WorkerId};
 use lifl_common::session::Broker;
 use lifl_common::session::handshake::HandshakeError;
 use lifl_common::session::{
-    Broken, Buffer, Exchange, Happened, JobToken, Message, Object, Room, Secret, Source, Traffic,
-    UpdateHeader, Wire, proxy_name, tcp,
+    Broken, Buffer, Exchange, Happened, JobToken, Message, Object, Room, Secret, Source, Traffic, Wire,
+    proxy_name, tcp,
 };
-use lifl_common::update::{Cover, DType, Metadata, Schema, TensorSpec, image};
+use lifl_common::update::{Cover, DType, Metadata, Schema, TensorSpec, UpdateInfo, image};
 use lifl_daemon::plane::Request;
 use lifl_daemon::pool::HugePages;
 use lifl_daemon::{Brokers, Daemon, GatewayOptions, Options};
@@ -119,22 +119,17 @@ impl Stage {
     }
 
     fn object(&self, round: u32) -> Object {
-        Object {
-            round,
-            length: self.schema.data_bytes() as u64,
-            schema: self.schema.digest(),
-        }
+        Object::of(round, &self.schema)
     }
 
-    fn update(&self, round: u32) -> UpdateHeader {
-        UpdateHeader {
-            object: self.object(round),
+    fn update(&self, round: u32) -> Message {
+        let info = UpdateInfo {
             samples: 5,
             cover: Cover::of(0),
-            loss: 0.5,
-            folded: 0,
-            bytes_copied: 0,
-        }
+            loss: Some(0.5),
+            ..UpdateInfo::default()
+        };
+        Message::Update(self.object(round), info)
     }
 
     /// A connection of a worker that is let in.
@@ -328,11 +323,9 @@ async fn an_update_goes_on_where_it_broke_and_counts_once() {
     stage.model_is_back(proxy).await;
 
     // A third of the update, then the connection breaks; the same again; then the rest.
-    remote.exchange.offer(
-        Some(&mut wire),
-        Message::Update(stage.update(1)),
-        filled(&stage, 3.0),
-    );
+    remote
+        .exchange
+        .offer(Some(&mut wire), stage.update(1), filled(&stage, 3.0));
     for third in 1..3 {
         while remote.exchange.moved() < object.length + third * object.length / 3 {
             let pause = Duration::from_millis(1);
@@ -361,7 +354,7 @@ async fn an_update_goes_on_where_it_broke_and_counts_once() {
     let bytes = arena.object(lent.key, lent.length).expect("in bounds");
     let (metadata, data) = image::check(bytes, &stage.schema).expect("an image");
     assert_eq!(
-        (metadata.maker.as_str(), metadata.round, metadata.samples),
+        (metadata.maker.as_str(), metadata.round, metadata.info.samples),
         ("one", 1, 5)
     );
     assert_eq!(metadata.generation, lent.key.generation);
@@ -373,11 +366,9 @@ async fn an_update_goes_on_where_it_broke_and_counts_once() {
 
     // Said again after yet another break, it is known, and lent no second time.
     let mut wire = stage.enter(&mut remote).await;
-    remote.exchange.offer(
-        Some(&mut wire),
-        Message::Update(stage.update(1)),
-        filled(&stage, 3.0),
-    );
+    remote
+        .exchange
+        .offer(Some(&mut wire), stage.update(1), filled(&stage, 3.0));
     assert!(matches!(remote.next(&mut wire).await, Happened::Sent(1)));
     let accepted = Frame {
         round: 1,
@@ -416,25 +407,22 @@ async fn updates_that_are_none_are_refused_by_name() {
     remote.model(&mut wire).await;
     stage.model_is_back(proxy).await;
     // Of a round that is not, of another shape, and a second try.
-    remote.exchange.offer(
-        Some(&mut wire),
-        Message::Update(stage.update(9)),
-        filled(&stage, 1.0),
-    );
-    assert_eq!(remote.verdict(&mut wire).await, (9, Refusal::NotExpected as u16));
-    let mut other = stage.update(1);
-    other.object.schema += 1;
     remote
         .exchange
-        .offer(Some(&mut wire), Message::Update(other), filled(&stage, 1.0));
+        .offer(Some(&mut wire), stage.update(9), filled(&stage, 1.0));
+    assert_eq!(remote.verdict(&mut wire).await, (9, Refusal::NotExpected as u16));
+    let Message::Update(mut object, info) = stage.update(1) else {
+        panic!("it is one");
+    };
+    object.schema += 1;
+    let other = Message::Update(object, info);
+    remote.exchange.offer(Some(&mut wire), other, filled(&stage, 1.0));
     assert_eq!(remote.verdict(&mut wire).await, (1, Refusal::WrongShape as u16));
     // The parent does not wait for it.
     stage.expect_nothing(1).await;
-    remote.exchange.offer(
-        Some(&mut wire),
-        Message::Update(stage.update(1)),
-        filled(&stage, 1.0),
-    );
+    remote
+        .exchange
+        .offer(Some(&mut wire), stage.update(1), filled(&stage, 1.0));
     assert_eq!(remote.verdict(&mut wire).await, (1, Refusal::WrongShape as u16));
 
     // The parent's own refusal is passed on, and the slot is free for the next round.
@@ -442,11 +430,9 @@ async fn updates_that_are_none_are_refused_by_name() {
         stage.begin(proxy, round).await;
         remote.model(&mut wire).await;
         stage.model_is_back(proxy).await;
-        remote.exchange.offer(
-            Some(&mut wire),
-            Message::Update(stage.update(round)),
-            filled(&stage, f32::NAN),
-        );
+        remote
+            .exchange
+            .offer(Some(&mut wire), stage.update(round), filled(&stage, f32::NAN));
         assert!(matches!(remote.next(&mut wire).await, Happened::Sent(sent) if sent == round));
         let lent = stage.expect(FrameKind::Update).await;
         let refused = Frame {
@@ -476,11 +462,9 @@ async fn what_is_late_is_not_taken() {
     // In the middle of the update the next round begins.
     let traffic = Arc::new(Traffic::default());
     wire.count_in(Arc::clone(&traffic));
-    remote.exchange.offer(
-        Some(&mut wire),
-        Message::Update(stage.update(1)),
-        filled(&stage, 1.0),
-    );
+    remote
+        .exchange
+        .offer(Some(&mut wire), stage.update(1), filled(&stage, 1.0));
     tokio::select! {
         happened = remote.exchange.next(&mut wire) => panic!("{happened:?}"),
         () = within(async {
@@ -732,11 +716,9 @@ async fn who_has_the_connection_can_put_nothing_into_the_session() {
         );
         // The parent has heard nothing of it: the next that it hears is what the worker says.
         let mut wire = stage.enter(&mut remote).await;
-        remote.exchange.offer(
-            Some(&mut wire),
-            Message::Update(stage.update(round)),
-            filled(&stage, 1.0),
-        );
+        remote
+            .exchange
+            .offer(Some(&mut wire), stage.update(round), filled(&stage, 1.0));
         loop {
             match remote.next(&mut wire).await {
                 Happened::Sent(sent) if sent == round => break,
@@ -809,7 +791,7 @@ async fn who_only_pings_does_not_hold_up_the_round() {
     remote.model(&mut wire).await;
     stage.model_is_back(proxy).await;
     // An update is announced, and its place is given: nothing comes.
-    wire.send(&Message::Update(stage.update(1)));
+    wire.send(&stage.update(1));
     within(wire.flush()).await.expect("open");
     stage.expect_nothing(1).await;
     assert_eq!(remote.verdict(&mut wire).await, (1, Refusal::NotExpected as u16));

@@ -17,10 +17,11 @@ use lifl_common::frame::Refusal;
 use lifl_common::session::reach::{Exposed, Reach};
 use lifl_common::session::{
     Broken, Exchange, GRACE, HELLO_TIMEOUT, Happened, Malformed, Message, Object, Patience, Room, Secret,
-    Source, UpdateHeader, Wire, random, tcp,
+    Source, Wire, random, tcp,
 };
 #[cfg(feature = "mqtt")]
 use lifl_common::session::{Broker, mqtt};
+use lifl_common::update::UpdateInfo;
 use tokio::task::{JoinError, JoinHandle};
 
 /// The first pause after a broken session; each that was of no use doubles it.
@@ -222,9 +223,9 @@ impl GatewayLink {
     }
 
     /// Sends an update up. Its source must stay as it is until the verdict.
-    pub fn update(&mut self, header: UpdateHeader, source: Source) {
-        self.exchange
-            .offer(self.wire.as_mut(), Message::Update(header), source);
+    pub fn update(&mut self, object: Object, info: UpdateInfo, source: Source) {
+        let update = Message::Update(object, info);
+        self.exchange.offer(self.wire.as_mut(), update, source);
     }
 
     /// There is no update in that round.

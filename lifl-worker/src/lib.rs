@@ -15,4 +15,3 @@ pub mod node_link;
 pub mod parent;
 pub mod slots;
 pub mod trainer;
-pub mod update_info;

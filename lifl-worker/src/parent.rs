@@ -107,7 +107,7 @@ pub struct PendingUpdate {
 }
 
 impl PendingUpdate {
-    /// Lends an update to the parent, as that [frame](crate::update_info::UpdateInfo::frame) says.
+    /// Lends an update to the parent, as that [frame](lifl_common::update::UpdateInfo::frame) says.
     pub fn new(update: Frame, parent: WorkerId) -> Self {
         Self {
             update,

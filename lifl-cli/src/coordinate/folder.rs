@@ -18,7 +18,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, anyhow, bail};
 use lifl_common::config::{self, Dataset, JobSpec};
 use lifl_common::id::Generation;
-use lifl_common::update::{Metadata, image};
+use lifl_common::update::image;
 use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
 use serde::Serialize;
@@ -333,12 +333,9 @@ impl RunFolder {
     /// equal models are equal files.
     fn write_image(&self, name: &str, bytes: &[u8]) -> anyhow::Result<Part> {
         let schema = image::schema(bytes)?;
-        let (metadata, data) = image::check(bytes, &schema)?;
-        let metadata = Metadata {
-            generation: Generation(0),
-            made: Vec::new(),
-            ..metadata
-        };
+        let (mut metadata, data) = image::check(bytes, &schema)?;
+        metadata.generation = Generation(0);
+        metadata.info.made.clear();
         let header = image::header(&schema, &metadata);
         self.write(name, &[&header, &bytes[data]])
     }

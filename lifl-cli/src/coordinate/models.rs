@@ -127,8 +127,8 @@ impl Models {
             false => Metadata::default(),
         };
         // When each level was done, from the trainers up, if the model tells of all of them.
-        let whole = metadata.made.len() == levels.len();
-        let times = levels.into_iter().rev().zip(&metadata.made);
+        let whole = metadata.info.made.len() == levels.len();
+        let times = levels.into_iter().rev().zip(&metadata.info.made);
         let times = times.map(|(level, &made)| LevelTime {
             role: level.role,
             seconds: made.saturating_sub(begun_ns) as f64 / 1e9,
@@ -138,13 +138,13 @@ impl Models {
             seconds,
             loss: None,
             accuracy: None,
-            train_loss: metadata.loss,
-            trainers: metadata.cover.count(),
+            train_loss: metadata.info.loss,
+            trainers: metadata.info.cover.count(),
             left_out,
-            samples: metadata.samples,
-            updates_folded: metadata.folded,
+            samples: metadata.info.samples,
+            updates_folded: metadata.info.folded,
             bytes_referenced: moved.bytes_referenced,
-            bytes_copied: metadata.bytes_copied,
+            bytes_copied: metadata.info.bytes_copied,
             bytes_received: moved.gateway.bytes_received,
             bytes_sent: moved.gateway.bytes_sent,
             levels: times.filter(|_| whole).collect(),

@@ -11,7 +11,7 @@ use lifl_aggregate::{ServerOptimizer, Threads};
 use lifl_common::config::{JobSpec, Kind};
 use lifl_common::id::ArenaId;
 use lifl_common::limits;
-use lifl_common::session::{Room, Source};
+use lifl_common::session::{Object, Room, Source};
 use lifl_common::update::{Schema, image};
 use lifl_worker::aggregator::{Aggregator, Config, Input, Output, Top};
 use lifl_worker::gateway_link::{GatewayEvent, GatewayLink};
@@ -162,7 +162,7 @@ impl Shell<'_> {
                     let data = image::data_range(&self.schema);
                     self.gateway()?.accept(Room::Slot { slot, data });
                 }
-                Output::SendAggregate(header, key) => {
+                Output::SendAggregate(round, info, key) => {
                     let source = Source::Arena {
                         arena: self
                             .link
@@ -172,7 +172,8 @@ impl Shell<'_> {
                         key,
                         data: image::data_range(&self.schema),
                     };
-                    self.gateway()?.update(header, source);
+                    let object = Object::of(round, &self.schema);
+                    self.gateway()?.update(object, info, source);
                 }
                 Output::SendNothing { round } => self.gateway()?.nothing(round),
             }

@@ -9,11 +9,10 @@ use std::sync::Arc;
 use anyhow::{Context, bail};
 use lifl_common::frame::{Frame, FrameKind};
 use lifl_common::id::{ArenaId, Generation, Key, WorkerId};
-use lifl_common::session::{Buffer, Room, Source};
-use lifl_common::update::Schema;
+use lifl_common::session::{Buffer, Object, Room, Source};
+use lifl_common::update::{Schema, UpdateInfo};
 use lifl_worker::gateway_link::{GatewayEvent, GatewayLink};
 use lifl_worker::trainer::{Input, Output, Trainer};
-use lifl_worker::update_info::{self, UpdateInfo};
 use tokio::task::JoinHandle;
 
 use super::trainer::{Shared, finished, learn_round, prepare, tell_refused};
@@ -98,7 +97,7 @@ impl RemoteTrainer {
                 let Some(offered) = self.gateway.offered() else {
                     return Ok(false);
                 };
-                if offered != update_info::object(offered.round, &self.shared.schema) {
+                if offered != Object::of(offered.round, &self.shared.schema) {
                     bail!("the model that is offered is not the job's");
                 }
                 self.hear(COORDINATOR, FrameKind::Begin, offered.round, 0);
@@ -166,8 +165,9 @@ impl RemoteTrainer {
             Some(FrameKind::Nothing) if frame.to == PARENT => self.gateway.nothing(frame.round),
             Some(FrameKind::Update) => {
                 if let Some((info, update)) = &self.update {
-                    let header = info.header(frame.round, &self.shared.schema);
-                    self.gateway.update(header, Source::Private(Arc::clone(update)));
+                    let object = Object::of(frame.round, &self.shared.schema);
+                    let source = Source::Private(Arc::clone(update));
+                    self.gateway.update(object, info.clone(), source);
                 }
             }
             // A model that nobody trains on makes room for the next one.

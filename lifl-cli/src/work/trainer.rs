@@ -11,11 +11,10 @@ use anyhow::Context;
 use lifl_common::arena::{OwnedArena, PeerArena, WritableSlot};
 use lifl_common::config::UpdateKind;
 use lifl_common::frame::Refusal;
-use lifl_common::update::{Cover, Schema, Tensors, TensorsMut, image};
+use lifl_common::update::{Cover, Schema, Tensors, TensorsMut, UpdateInfo, image};
 use lifl_worker::node_link::{Incoming, NodeLink};
 use lifl_worker::parent::LentModel;
 use lifl_worker::trainer::{Input, Output, Trainer};
-use lifl_worker::update_info::UpdateInfo;
 use tokio::task::JoinHandle;
 
 use super::Place;

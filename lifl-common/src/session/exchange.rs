@@ -377,7 +377,7 @@ impl Exchange {
             Message::Chunk { round, length, .. } => self.chunk(wire, round, length)?,
             Message::Ack { round, offset } => self.acknowledged(round, offset)?,
             Message::Bye { last, reason } => return Err(Broken::Bye { last, reason }),
-            header @ (Message::Model(_) | Message::Update(_)) => {
+            header @ (Message::Model(_) | Message::Update(..)) => {
                 self.others.take()?;
                 self.offered(wire, header)?;
             }

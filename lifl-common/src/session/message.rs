@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use super::handshake::HandshakeError;
 use super::reach::Exposed;
-use crate::update::{Cover, MAX_TRAINERS};
+use crate::update::{Cover, MAX_TRAINERS, Schema, UpdateInfo, loss_bits, loss_of_bits};
 
 /// The longest chunk's data.
 pub(super) const MAX_CHUNK_BYTES: usize = 1 << 20;
@@ -36,21 +36,15 @@ pub struct Object {
     pub schema: u64,
 }
 
-/// What an update's maker says of it.
-#[derive(Clone, Debug, PartialEq)]
-pub struct UpdateHeader {
-    /// Its data.
-    pub object: Object,
-    /// Training samples behind it.
-    pub samples: u64,
-    /// Trainers whose updates it contains.
-    pub cover: Cover,
-    /// Mean training loss; NaN for none.
-    pub loss: f64,
-    /// Updates folded in its making.
-    pub folded: u64,
-    /// Bytes of lent objects copied in its making.
-    pub bytes_copied: u64,
+impl Object {
+    /// A model or an update of that round.
+    pub fn of(round: u32, schema: &Schema) -> Self {
+        Self {
+            round,
+            length: schema.data_bytes() as u64,
+            schema: schema.digest(),
+        }
+    }
 }
 
 /// One message. See the table in [`session`](super).
@@ -62,8 +56,9 @@ pub enum Message {
     Ready,
     /// A model is to come.
     Model(Object),
-    /// An update is to come.
-    Update(UpdateHeader),
+    /// An update is to come, and what its maker says of it, but for [times](UpdateInfo::made): those of another machine's clock
+    /// mean nothing here.
+    Update(Object, UpdateInfo),
     /// A piece of an object has come; its bytes are where the object's are.
     Chunk {
         /// Of which round.
@@ -218,14 +213,14 @@ impl Message {
                 out.push(4);
                 put_object(&mut out, object);
             }
-            Self::Update(header) => {
+            Self::Update(object, info) => {
                 out.push(5);
-                put_object(&mut out, &header.object);
-                out.extend(header.samples.to_le_bytes());
-                out.extend(header.loss.to_le_bytes());
-                out.extend(header.folded.to_le_bytes());
-                out.extend(header.bytes_copied.to_le_bytes());
-                let cover = header.cover.to_bytes();
+                put_object(&mut out, object);
+                out.extend(info.samples.to_le_bytes());
+                out.extend(loss_bits(info.loss).to_le_bytes());
+                out.extend(info.folded.to_le_bytes());
+                out.extend(info.bytes_copied.to_le_bytes());
+                let cover = info.cover.to_bytes();
                 out.extend((cover.len() as u16).to_le_bytes());
                 out.extend(cover);
             }
@@ -276,14 +271,18 @@ impl Message {
             2 => Self::Welcome,
             3 => Self::Ready,
             4 => Self::Model(fields.object()?),
-            5 => Self::Update(UpdateHeader {
-                object: fields.object()?,
-                samples: fields.u64()?,
-                loss: f64::from_bits(fields.u64()?),
-                folded: fields.u64()?,
-                bytes_copied: fields.u64()?,
-                cover: fields.cover()?,
-            }),
+            5 => {
+                let object = fields.object()?;
+                let info = UpdateInfo {
+                    samples: fields.u64()?,
+                    loss: loss_of_bits(fields.u64()?),
+                    folded: fields.u64()?,
+                    bytes_copied: fields.u64()?,
+                    cover: fields.cover()?,
+                    made: Vec::new(),
+                };
+                Self::Update(object, info)
+            }
             7 => Self::Ack {
                 round: fields.u32()?,
                 offset: fields.u64()?,
@@ -328,7 +327,7 @@ impl Message {
             Self::Welcome => "welcome",
             Self::Ready => "ready",
             Self::Model(_) => "model",
-            Self::Update(_) => "update",
+            Self::Update(..) => "update",
             Self::Chunk { .. } => "chunk",
             Self::Ack { .. } => "ack",
             Self::Verdict { .. } => "verdict",
@@ -342,8 +341,7 @@ impl Message {
     /// The header of an object that is to come.
     pub fn object(&self) -> Option<&Object> {
         match self {
-            Self::Model(object) => Some(object),
-            Self::Update(header) => Some(&header.object),
+            Self::Model(object) | Self::Update(object, _) => Some(object),
             _ => None,
         }
     }

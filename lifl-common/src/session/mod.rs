@@ -74,7 +74,7 @@ use std::time::Duration;
 
 pub use broker::Broker;
 pub use exchange::{Exchange, Happened};
-pub use message::{Broken, Malformed, Message, Object, UpdateHeader};
+pub use message::{Broken, Malformed, Message, Object};
 pub use object::{Buffer, Room, Source};
 pub use patience::Patience;
 pub use seal::{SealKey, SessionKeys};

@@ -9,7 +9,7 @@ use tokio::net::{TcpListener, TcpStream};
 
 use super::message::{MAX_CHUNK_BYTES, MAX_CONTROL_BYTES, check_length};
 use super::*;
-use crate::update::Cover;
+use crate::update::{Cover, UpdateInfo};
 
 fn any_object() -> impl Strategy<Value = Object> {
     (any::<u32>(), any::<u64>(), any::<u64>()).prop_map(|(round, length, schema)| Object {
@@ -29,14 +29,15 @@ fn any_message() -> impl Strategy<Value = Message> {
     let update = update.prop_map(|(object, (samples, folded, bytes_copied), shares, loss)| {
         let mut cover = Cover::default();
         shares.into_iter().for_each(|share| cover.add(&Cover::of(share)));
-        Message::Update(UpdateHeader {
-            object,
+        let info = UpdateInfo {
             samples,
             cover,
-            loss,
+            loss: Some(loss),
             folded,
             bytes_copied,
-        })
+            made: Vec::new(),
+        };
+        Message::Update(object, info)
     });
     prop_oneof![
         update,
@@ -466,14 +467,12 @@ async fn what_the_other_end_has_not_sealed_ends_the_session() {
 async fn a_chunk_that_was_forged_is_overwritten_by_the_true_one() {
     let original = data(1000, 3);
     let (mut sender, mut receiver) = (Exchange::default(), Exchange::default());
-    let header = Message::Update(UpdateHeader {
-        object: model(2, 1000),
+    let info = UpdateInfo {
         samples: 1,
         cover: Cover::of(0),
-        loss: 0.0,
-        folded: 0,
-        bytes_copied: 0,
-    });
+        ..UpdateInfo::default()
+    };
+    let header = Message::Update(model(2, 1000), info);
     // Somebody who has taken over the worker's connection sends half of the data, without the key.
     let (near, far) = connection().await;
     let mut far = tcp::gateway_wire(far, keys()).expect("open");

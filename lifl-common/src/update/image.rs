@@ -16,7 +16,8 @@ use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
-use super::cover::{Cover, MAX_TRAINERS};
+use super::cover::MAX_TRAINERS;
+use super::info::UpdateInfo;
 use super::schema::{DType, MAX_TENSORS, Schema, SchemaError, TensorSpec, TensorsMut};
 use crate::arena::copy_once;
 use crate::id::Generation;
@@ -24,7 +25,7 @@ use crate::id::Generation;
 /// The data's alignment within the image, and so in memory: slots are page-aligned.
 pub const DATA_ALIGN: usize = 64;
 
-/// Room for `__metadata__` in an image of ours: a [`Cover`] of all trainers that a job may have, four of them a digit, and
+/// Room for `__metadata__` in an image of ours: a [cover](super::Cover) of all trainers that a job may have, four of them a digit, and
 /// the rest, of which the longest has 1105 bytes: 128 of a maker that JSON makes six of each, 24 digits of loss, the largest
 /// numbers, and the keys. The cover's key takes 11.
 const METADATA_ROOM: usize = 1152 + MAX_TRAINERS as usize / 4;
@@ -47,19 +48,8 @@ pub struct Metadata {
     pub round: u32,
     /// The slot's generation.
     pub generation: Generation,
-    /// Training samples behind it.
-    pub samples: u64,
-    /// Trainers whose updates it contains.
-    pub cover: Cover,
-    /// Sample-weighted mean training loss, when there is one.
-    pub loss: Option<f64>,
-    /// Updates that have been folded in its making, on all levels below and in itself.
-    pub folded: u64,
-    /// Bytes of lent objects that were copied in its making, on all levels below and in itself.
-    pub bytes_copied: u64,
-    /// When the last object of each level that is in it was made, from the trainers' up to this one's own: nanoseconds of the
-    /// node's `CLOCK_MONOTONIC`. Empty if some of that was made elsewhere.
-    pub made: Vec<u64>,
+    /// What it says of itself beside.
+    pub info: UpdateInfo,
 }
 
 /// Why bytes are not an image of the job's schema.
@@ -192,6 +182,7 @@ fn write(header: &mut [u8], schema: &Schema, metadata: &Metadata) {
 
 impl<'a> Fields<'a> {
     fn of(metadata: &'a Metadata) -> Self {
+        let info = &metadata.info;
         let mut kept = metadata.maker.len().min(128);
         while !metadata.maker.is_char_boundary(kept) {
             kept -= 1;
@@ -202,18 +193,18 @@ impl<'a> Fields<'a> {
                 .filter(|digits| digits.len() <= 24)
                 .unwrap_or_else(|| format!("{loss:e}"))
         };
-        let made = metadata.made.iter().take(MOST_LEVELS);
+        let made = info.made.iter().take(MOST_LEVELS);
         Self {
-            bytes_copied: metadata.bytes_copied.to_string().into(),
-            cover: metadata.cover.to_string().into(),
-            folded: metadata.folded.to_string().into(),
+            bytes_copied: info.bytes_copied.to_string().into(),
+            cover: info.cover.to_string().into(),
+            folded: info.folded.to_string().into(),
             format: "lifl".into(),
             generation: metadata.generation.0.to_string().into(),
-            loss: metadata.loss.map_or(Cow::default(), |value| loss(value).into()),
+            loss: info.loss.map_or(Cow::default(), |value| loss(value).into()),
             made: made.map(u64::to_string).collect::<Vec<_>>().join(" ").into(),
             maker: metadata.maker[..kept].into(),
             round: metadata.round.to_string().into(),
-            samples: metadata.samples.to_string().into(),
+            samples: info.samples.to_string().into(),
         }
     }
 
@@ -249,12 +240,14 @@ impl<'a> Fields<'a> {
         Ok(Metadata {
             round: number(&self.round, "round")?,
             generation: Generation(number(&self.generation, "generation")?),
-            samples: number(&self.samples, "samples")?,
-            cover: number(&self.cover, "cover")?,
-            loss: loss.filter(|loss| loss.is_finite()),
-            folded: number(&self.folded, "folded")?,
-            bytes_copied: number(&self.bytes_copied, "bytes_copied")?,
-            made,
+            info: UpdateInfo {
+                samples: number(&self.samples, "samples")?,
+                cover: number(&self.cover, "cover")?,
+                loss: loss.filter(|loss| loss.is_finite()),
+                folded: number(&self.folded, "folded")?,
+                bytes_copied: number(&self.bytes_copied, "bytes_copied")?,
+                made,
+            },
             maker: self.maker.into_owned(),
         })
     }
@@ -427,7 +420,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::update::{DType, TensorSpec};
+    use crate::update::{Cover, DType, TensorSpec};
 
     fn schema() -> Schema {
         Schema::new(vec![
@@ -442,12 +435,14 @@ mod tests {
             maker: "leaf-aggregator-1".into(),
             round: 3,
             generation: Generation(9),
-            samples: 600,
-            cover: Cover::of(70),
-            loss: Some(0.25),
-            folded: 4,
-            bytes_copied: 0,
-            made: vec![7, 9],
+            info: UpdateInfo {
+                samples: 600,
+                cover: Cover::of(70),
+                loss: Some(0.25),
+                folded: 4,
+                bytes_copied: 0,
+                made: vec![7, 9],
+            },
         }
     }
 
@@ -517,26 +512,24 @@ mod tests {
         let schema = schema();
         let mut everybody = Cover::default();
         (0..MAX_TRAINERS as usize / 64).for_each(|word| everybody.set_word(word, u64::MAX));
-        let longest = Metadata {
+        let longest = UpdateInfo {
             cover: everybody,
-            maker: "\u{1}".repeat(200),
-            round: u32::MAX,
-            generation: Generation(u64::MAX),
             samples: u64::MAX,
-            loss: Some(-f64::MIN_POSITIVE),
+            loss: None,
             folded: u64::MAX,
             bytes_copied: u64::MAX,
             made: vec![u64::MAX; MOST_LEVELS],
         };
         for loss in [-f64::MIN_POSITIVE, -5e-324, f64::MAX, -1.0 / 3.0, 1e300] {
-            let metadata = Metadata {
+            let info = UpdateInfo {
                 loss: Some(loss),
                 ..longest.clone()
             };
+            let metadata = info.metadata(&"\u{1}".repeat(200), u32::MAX, Generation(u64::MAX));
             let mut image = vec![0; image_bytes(&schema)];
             write_header(&mut image, &schema, &metadata);
             let (read, _) = check(&image, &schema).expect("our own image");
-            assert_eq!((read.loss, read.maker.len()), (Some(loss), 128));
+            assert_eq!((read.info.loss, read.maker.len()), (Some(loss), 128));
         }
     }
 

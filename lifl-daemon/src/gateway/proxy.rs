@@ -20,14 +20,12 @@ use lifl_common::client::{Client, ClientError};
 use lifl_common::frame::Refusal;
 use lifl_common::id::{JobId, Key};
 use lifl_common::session::{
-    Broken, Exchange, Happened, Malformed, Message, Object, Patience, Room, Source, Traffic, UpdateHeader,
-    Wire, proxy_name,
+    Broken, Exchange, Happened, Malformed, Message, Object, Patience, Room, Source, Traffic, Wire, proxy_name,
 };
-use lifl_common::update::{ImageError, Schema, image};
+use lifl_common::update::{ImageError, Schema, UpdateInfo, image};
 use lifl_worker::node_link::{Incoming, LinkError, NodeLink};
 use lifl_worker::parent::LentModel;
 use lifl_worker::trainer::{Input, Output, Trainer};
-use lifl_worker::update_info::{self, UpdateInfo};
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
@@ -103,7 +101,7 @@ pub(super) struct Proxy {
     /// The job's, once one of its proxies has seen a model: a long one is there once.
     shared_schema: Arc<OnceLock<Arc<Schema>>>,
     /// An update that waits for a slot, or is coming.
-    coming: Option<UpdateHeader>,
+    coming: Option<(Object, UpdateInfo)>,
     /// The last verdict, for a worker that did not get it.
     verdict: Option<(u32, u16)>,
 }
@@ -268,17 +266,17 @@ impl Proxy {
             }
         }
         let round = self.protocol.round();
-        if let Some(late) = self.coming.take_if(|coming| coming.object.round != round) {
+        if let Some((late, _)) = self.coming.take_if(|(coming, _)| coming.round != round) {
             self.exchange.abandon();
-            self.judge(late.object.round, Refusal::NotExpected as u16);
+            self.judge(late.round, Refusal::NotExpected as u16);
         }
-        if let (Some(header), Some(schema), Some(wire)) = (&self.coming, &self.schema, &mut self.wire)
-            && self.exchange.receiving() != Some(header.object.round)
+        if let (Some((object, _)), Some(schema), Some(wire)) = (&self.coming, &self.schema, &mut self.wire)
+            && self.exchange.receiving() != Some(object.round)
             && let Some(slot) = self.arena.begin()
         {
             let data = image::data_range(schema);
             let room = Room::Slot { slot, data };
-            self.exchange.accept(wire, header.object, room);
+            self.exchange.accept(wire, *object, room);
         }
         Ok(self.link.flush().await?)
     }
@@ -315,7 +313,7 @@ impl Proxy {
             key: model.key,
             data,
         };
-        let header = Message::Model(update_info::object(model.round, &schema));
+        let header = Message::Model(Object::of(model.round, &schema));
         self.exchange.offer(self.wire.as_mut(), header, source);
         Ok(())
     }
@@ -330,7 +328,7 @@ impl Proxy {
     /// The outer error ends the proxy, the inner one the session.
     fn happened(&mut self, happened: Happened) -> Result<Result<(), Broken>, ProxyError> {
         match happened {
-            Happened::Offered(Message::Update(header)) => self.offered(header),
+            Happened::Offered(Message::Update(object, info)) => self.offered(object, info),
             Happened::Received { object, room } => self.received(object, room)?,
             Happened::Sent(round) => self.protocol.handle(Input::ModelRead(round)),
             Happened::Message(Message::Ready) => self.protocol.handle(Input::Ready),
@@ -343,8 +341,8 @@ impl Proxy {
         Ok(Ok(()))
     }
 
-    fn offered(&mut self, header: UpdateHeader) {
-        let round = header.object.round;
+    fn offered(&mut self, object: Object, info: UpdateInfo) {
+        let round = object.round;
         // One that the parent cannot be given any more, or a second one.
         if !self.protocol.awaits(round) {
             let before = self.verdict.filter(|(judged, _)| *judged == round);
@@ -352,12 +350,12 @@ impl Proxy {
             return self.say(&Message::Verdict { round, refusal });
         }
         let schema = self.schema.as_ref();
-        if schema.is_none_or(|schema| header.object != update_info::object(round, schema)) {
-            tracing::warn!(worker = ?self.name, round, length = header.object.length, "an update of another shape");
+        if schema.is_none_or(|schema| object != Object::of(round, schema)) {
+            tracing::warn!(worker = ?self.name, round, length = object.length, "an update of another shape");
             self.judge(round, Refusal::WrongShape as u16);
             return self.nothing(round);
         }
-        self.coming = Some(header);
+        self.coming = Some((object, info));
     }
 
     /// The parent hears that nothing will come.
@@ -368,12 +366,12 @@ impl Proxy {
 
     /// The update's data is in the slot: it is made an image and lent.
     fn received(&mut self, object: Object, room: Room) -> Result<(), ProxyError> {
-        let (Some(header), Some(schema), Room::Slot { mut slot, .. }) =
+        let (Some((_, info)), Some(schema), Room::Slot { mut slot, .. }) =
             (self.coming.take(), &self.schema, room)
         else {
             return Err(ProxyError::Unprepared);
         };
-        let (round, info) = (object.round, UpdateInfo::from(header));
+        let round = object.round;
         let metadata = info.metadata(&self.name, round, slot.key().generation);
         image::write_header(slot.bytes_mut(), schema, &metadata);
         let update = info.frame(round, self.arena.publish(slot), schema);

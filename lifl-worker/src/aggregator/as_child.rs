@@ -7,20 +7,20 @@ use lifl_common::arena::WritableSlot;
 use lifl_common::frame::{Frame, FrameKind, Refusal};
 use lifl_common::id::WorkerId;
 use lifl_common::session::Object;
-use lifl_common::update::{Metadata, image};
+use lifl_common::update::{Metadata, UpdateInfo, image};
 
 use super::pending_aggregates::{PendingAggregate, ROUND_OVER};
 use super::round::Stage;
 use super::{Aggregator, Error, Output};
 use crate::parent::PendingUpdate;
-use crate::update_info::{self, UpdateInfo};
 
 impl Aggregator {
     /// Gives the parent an aggregate.
     pub(super) fn send_up(&mut self, lent: &PendingUpdate, info: &UpdateInfo) {
         if self.config.via_gateway {
-            let header = info.header(lent.round(), &self.config.schema);
-            self.outputs.push_back(Output::SendAggregate(header, lent.key()));
+            let (round, key) = (lent.round(), lent.key());
+            let aggregate = Output::SendAggregate(round, info.clone(), key);
+            self.outputs.push_back(aggregate);
         } else {
             let update = lent.frame();
             self.post(update.to, FrameKind::Update, update);
@@ -158,7 +158,7 @@ impl Aggregator {
     /// A model's data has come from the gateway: it is made an image.
     pub(super) fn model_received(&mut self, object: Object, mut slot: WritableSlot) -> Result<(), Error> {
         let schema = &self.config.schema;
-        if object != update_info::object(object.round, schema) {
+        if object != Object::of(object.round, schema) {
             return Err(Error::OtherModel);
         }
         let metadata = Metadata {

@@ -23,7 +23,7 @@ use std::sync::Arc;
 use lifl_common::arena::PeerArena;
 use lifl_common::frame::{Frame, Refusal};
 use lifl_common::id::WorkerId;
-use lifl_common::update::{Cover, Metadata};
+use lifl_common::update::{Cover, Metadata, UpdateInfo};
 
 /// An update that a child has lent, checked but for its numbers.
 #[derive(Clone, Debug)]
@@ -51,7 +51,7 @@ pub(super) struct Bound {
 
 impl Bound {
     /// Whether an update that says this may come from there.
-    fn admits(&self, update: &Metadata) -> Result<(), Refusal> {
+    fn admits(&self, update: &UpdateInfo) -> Result<(), Refusal> {
         if !self.cover.contains_all(&update.cover) {
             return Err(Refusal::BadCover);
         }
@@ -149,7 +149,7 @@ impl Children {
     pub(super) fn take(&mut self, mut update: TakenUpdate) -> Result<(), Refusal> {
         let from = update.frame.from;
         let bound = self.places.get(&from).and_then(|&place| self.bounds.get(place));
-        bound.ok_or(Refusal::NotExpected)?.admits(&update.metadata)?;
+        bound.ok_or(Refusal::NotExpected)?.admits(&update.metadata.info)?;
         update.arrival = self.arrivals;
         self.arrivals += 1;
         let update = Box::new(update);
@@ -200,7 +200,7 @@ impl Children {
             Answer::Waiting => InPlace::Waiting,
             Answer::Taken { update, .. } => {
                 update.frame.from = new;
-                InPlace::Taken(update.frame, update.metadata.cover.clone())
+                InPlace::Taken(update.frame, update.metadata.info.cover.clone())
             }
             Answer::Gone => InPlace::Gone,
         }
@@ -286,10 +286,10 @@ mod tests {
             samples: 600,
         };
         let says = |shares: &[u32], samples| {
-            bound.admits(&Metadata {
+            bound.admits(&UpdateInfo {
                 cover: cover(shares),
                 samples,
-                ..Metadata::default()
+                ..UpdateInfo::default()
             })
         };
         assert_eq!(says(&[2, 70, 900], 600), Ok(()));
@@ -308,10 +308,10 @@ mod tests {
             "nobody trains on nothing"
         );
         assert_eq!(
-            Bound::default().admits(&Metadata {
+            Bound::default().admits(&UpdateInfo {
                 cover: cover(&[0]),
                 samples: 1,
-                ..Metadata::default()
+                ..UpdateInfo::default()
             }),
             Err(Refusal::BadCover),
             "nobody stands there"

@@ -44,8 +44,8 @@ use lifl_aggregate::{FoldError, Rule, ServerOptimizer, Threads};
 use lifl_common::arena::{ArenaError, OwnedArena, PeerArena, SlotError, WritableSlot};
 use lifl_common::frame::{Frame, FrameKind, Refusal};
 use lifl_common::id::{ArenaId, Key, WorkerId};
-use lifl_common::session::{Object, UpdateHeader};
-use lifl_common::update::{Metadata, Schema, image};
+use lifl_common::session::Object;
+use lifl_common::update::{Metadata, Schema, UpdateInfo, image};
 
 use self::early_frames::EarlyFrames;
 use self::model_leases::ModelLease;
@@ -158,8 +158,8 @@ pub enum Output {
     },
     /// To receive the model that [waits](Input::ModelOffered). The slot is free again if it is dropped.
     ReceiveModel(WritableSlot),
-    /// To send an aggregate to the gateway from its slot, where it stays until the verdict.
-    SendAggregate(UpdateHeader, Key),
+    /// To send a round's aggregate to the gateway from its slot, where it stays until the verdict.
+    SendAggregate(u32, UpdateInfo, Key),
     /// To tell the gateway that nothing comes of a round.
     SendNothing {
         /// The round.

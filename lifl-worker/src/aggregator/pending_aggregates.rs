@@ -176,7 +176,9 @@ impl Aggregator {
         };
         match check_update(&self.config.schema, &frame, opened) {
             Ok(update) if self.is_inherited(at, &update) => {
-                self.pending[at].children.push((frame, update.metadata.cover));
+                self.pending[at]
+                    .children
+                    .push((frame, update.metadata.info.cover));
                 if let Some(verdict) = verdict {
                     self.send_verdicts(&[frame], verdict);
                 }
@@ -189,7 +191,7 @@ impl Aggregator {
     /// Whether a child's update is part of the aggregate that a predecessor sent up, and of what stands below that child. A
     /// child's successor may make it again.
     fn is_inherited(&self, at: usize, update: &TakenUpdate) -> bool {
-        let (pending, cover) = (&self.pending[at], &update.metadata.cover);
+        let (pending, cover) = (&self.pending[at], &update.metadata.info.cover);
         let round = &self.round;
         let place = round.places.iter().position(|child| *child == update.frame.from);
         let own = || place.is_some_and(|place| round.bounds[place].cover.contains_all(cover));

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use lifl_common::arena::PeerArena;
 use lifl_common::frame::{Frame, FrameKind, Refusal};
 use lifl_common::id::{ArenaId, Key, WorkerId};
-use lifl_common::update::{Cover, image};
+use lifl_common::update::{Cover, UpdateInfo, image};
 
 use super::children::{Bound, Children, InPlace};
 use super::early_frames::EarlyFrames;
@@ -13,7 +13,6 @@ use super::pending_aggregates::PendingAggregate;
 use super::round_fold::{Folded, RoundFold, check_update, combined};
 use super::{Aggregator, Error, FIRST_REFUSAL, Output, worker_id};
 use crate::parent::{LentModel, PendingUpdate};
-use crate::update_info::UpdateInfo;
 
 /// Where a round stands.
 #[derive(Debug, Default)]
@@ -388,7 +387,7 @@ impl Aggregator {
         };
         let mut cover = Cover::default();
         for update in fold.children.folded() {
-            cover.add(&update.metadata.cover);
+            cover.add(&update.metadata.info.cover);
         }
         let came = cover.count();
         if came < quorum {
@@ -411,7 +410,7 @@ impl Aggregator {
         } = fold;
         let info = UpdateInfo {
             samples: self.rule.samples(),
-            ..combined(children.folded().map(|update| &update.metadata), schema, now)
+            ..combined(children.folded().map(|update| &update.metadata.info), schema, now)
         };
         let metadata = info.metadata(&self.config.name, number, slot.key().generation);
         image::write_header(slot.bytes_mut(), schema, &metadata);
@@ -421,10 +420,10 @@ impl Aggregator {
         let mut pending = PendingAggregate {
             lent: PendingUpdate::new(update, parent),
             own: true,
-            cover: metadata.cover.clone(),
+            cover: info.cover.clone(),
             children: children
                 .folded()
-                .map(|update| (update.frame, update.metadata.cover.clone()))
+                .map(|update| (update.frame, update.metadata.info.cover.clone()))
                 .collect(),
             verdict: None,
             deferred: false,

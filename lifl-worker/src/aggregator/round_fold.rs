@@ -7,14 +7,13 @@ use lifl_aggregate::{Action, FoldError, Input, Rule, Threads};
 use lifl_common::arena::{PeerArena, WritableSlot};
 use lifl_common::frame::{Frame, Refusal};
 use lifl_common::id::{Key, WorkerId};
-use lifl_common::update::{Metadata, Schema, image};
+use lifl_common::update::{Schema, UpdateInfo, image};
 use zerocopy::IntoBytes;
 
 use super::children::{Children, TakenUpdate};
 use super::server_optimizer::Step;
 use super::{Config, Error};
 use crate::parent::LentModel;
-use crate::update_info::UpdateInfo;
 
 /// An aggregate in the making.
 #[derive(Debug)]
@@ -71,10 +70,11 @@ pub(super) fn check_update(
         tracing::warn!(from = %frame.from, key = %frame.key, "the object there is of {}", metadata.generation);
         return Err(Refusal::BadKey);
     }
-    if frame.samples == 0 || metadata.samples != frame.samples {
+    if frame.samples == 0 || metadata.info.samples != frame.samples {
         return Err(Refusal::BadSamples);
     }
-    if metadata.cover.is_empty() || metadata.cover.count() != frame.covers {
+    let cover = &metadata.info.cover;
+    if cover.is_empty() || cover.count() != frame.covers {
         return Err(Refusal::BadCover);
     }
     Ok(TakenUpdate {
@@ -228,7 +228,7 @@ impl RoundFold {
 /// What several objects say of themselves together, but for their samples: of one that is made `now`, in nanoseconds of the
 /// node's monotonic clock. What cannot be so is counted as the most that can, and what is no loss is none.
 pub(super) fn combined<'a>(
-    children: impl Iterator<Item = &'a Metadata> + Clone,
+    children: impl Iterator<Item = &'a UpdateInfo> + Clone,
     schema: &Schema,
     now: u64,
 ) -> UpdateInfo {
@@ -327,20 +327,20 @@ mod tests {
     #[test]
     fn what_cannot_be_so_is_not_added_up() {
         let schema = Schema::new(vec![TensorSpec::new("w", DType::F32, [4])]).expect("a schema");
-        let honest = Metadata {
+        let honest = UpdateInfo {
             samples: 30,
             cover: Cover::of(0),
             loss: Some(0.5),
             bytes_copied: 16,
-            ..Metadata::default()
+            ..UpdateInfo::default()
         };
-        let liar = |loss| Metadata {
+        let liar = |loss| UpdateInfo {
             samples: 10,
             cover: Cover::of(1),
             loss: Some(loss),
             folded: u64::MAX,
             bytes_copied: u64::MAX,
-            ..Metadata::default()
+            ..UpdateInfo::default()
         };
         for loss in [f64::MAX, -1e300, f64::INFINITY, f64::NAN] {
             let sum = combined([&liar(loss), &honest, &liar(loss)].into_iter(), &schema, 0);

@@ -8,11 +8,10 @@ use std::sync::{Arc, Mutex};
 use lifl_aggregate::{Action, Input as Addend, WeightedMean};
 use lifl_common::arena::{Layout, memfd};
 use lifl_common::config::{Optimizer, Timing, UpdateKind};
-use lifl_common::update::{Cover, DType, TensorSpec};
+use lifl_common::update::{Cover, DType, TensorSpec, UpdateInfo};
 
 use super::*;
 use crate::node_link::sending_order;
-use crate::update_info::UpdateInfo;
 
 const COORDINATOR: WorkerId = WorkerId(1);
 const PARENT: WorkerId = WorkerId(2);
@@ -331,14 +330,18 @@ fn what_is_ready_at_once_is_folded_in_one_pass() {
         let (metadata, values) = bench.object(&aggregate[0]);
         assert_eq!(values, [3.0, 3.0]);
         assert_eq!(
-            (metadata.samples, metadata.folded, metadata.cover.count()),
+            (
+                metadata.info.samples,
+                metadata.info.folded,
+                metadata.info.cover.count()
+            ),
             (4, 3, 3)
         );
-        let dated = metadata.made.last().is_some_and(|&made| made > 0);
+        let dated = metadata.info.made.last().is_some_and(|&made| made > 0);
         assert!(
             dated,
             "the aggregate is dated when it is made: {:?}",
-            metadata.made
+            metadata.info.made
         );
         let release = Frame {
             to: OWN,

@@ -278,14 +278,14 @@ impl Coordinator {
             return Err(format!("it is of round {}", metadata.round));
         }
         let covers = match metadata.round == frame.round {
-            true => metadata.cover.count(),
+            true => metadata.info.cover.count(),
             false => 0,
         };
-        let most = self.membership.samples_of(&metadata.cover);
-        if frame.covers != covers || metadata.samples > most {
+        let most = self.membership.samples_of(&metadata.info.cover);
+        if frame.covers != covers || metadata.info.samples > most {
             return Err(format!(
                 "it is said to be of {} trainers with {} samples, and is of {covers} with {most}",
-                frame.covers, metadata.samples
+                frame.covers, metadata.info.samples
             ));
         }
         Ok(metadata)
@@ -305,7 +305,7 @@ impl Coordinator {
         let (round, workers) = (self.round, &self.job.workers);
         let changed = metadata.round == round;
         let nobody = Cover::default();
-        let cover = if changed { &metadata.cover } else { &nobody };
+        let cover = if changed { &metadata.info.cover } else { &nobody };
         // All trainers, but for those that the selector did not take.
         let selects = workers.iter().any(|worker| worker.select.is_some());
         let is_left_out = |&index: &usize| {

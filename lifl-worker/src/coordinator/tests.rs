@@ -11,7 +11,7 @@ use lifl_common::config::{
 use lifl_common::control::{Event as DaemonEvent, PeerLost};
 use lifl_common::id::{ArenaId, Generation, Key};
 use lifl_common::kernel::Counters;
-use lifl_common::update::{Cover, DType, Metadata};
+use lifl_common::update::{Cover, DType, Metadata, UpdateInfo};
 
 use super::policy::Synchronous;
 use super::*;
@@ -232,8 +232,11 @@ impl Driver {
         let metadata = Metadata {
             round,
             generation: key.generation,
-            samples: 4 * SAMPLES,
-            cover,
+            info: UpdateInfo {
+                samples: 4 * SAMPLES,
+                cover,
+                ..UpdateInfo::default()
+            },
             ..Metadata::default()
         };
         (frame, metadata)

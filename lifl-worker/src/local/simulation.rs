@@ -21,7 +21,7 @@ use lifl_common::control::{Event as DaemonEvent, PeerLost};
 use lifl_common::frame::{Frame, FrameKind};
 use lifl_common::id::{ArenaId, WorkerId};
 use lifl_common::kernel::Counters;
-use lifl_common::update::{Cover, DType, Metadata, Schema, TensorSpec, image};
+use lifl_common::update::{Cover, DType, Metadata, Schema, TensorSpec, UpdateInfo, image};
 use proptest::prelude::*;
 use rand::Rng;
 use rand::seq::IndexedRandom;
@@ -35,7 +35,6 @@ use crate::coordinator::policy::Synchronous;
 use crate::coordinator::{Coordinator, Event as Report, Input, Output};
 use crate::slots::{STATE_SLOTS, most_held, slots};
 use crate::trainer::Trainer;
-use crate::update_info::UpdateInfo;
 
 const COORDINATOR: WorkerId = WorkerId(1);
 const PARAMETERS: usize = 5;
@@ -490,8 +489,8 @@ impl Simulation {
         let (metadata, data) = self.object(&model, &self.schema).expect("it was checked");
         let found = floats(&data);
         if changed {
-            let (expected, samples) = self.expected(round, &metadata.cover);
-            assert_eq!(metadata.samples, samples, "round {round}");
+            let (expected, samples) = self.expected(round, &metadata.info.cover);
+            assert_eq!(metadata.info.samples, samples, "round {round}");
             // An optimizer divides by what may be small.
             let tolerance = if self.state_schema.is_some() { 1e-3 } else { 1e-6 };
             for (found, expected) in found.iter().zip(&expected) {

@@ -4,12 +4,11 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use lifl_common::arena::{OwnedArena, PeerArena};
-use lifl_common::update::{Schema, image};
+use lifl_common::update::{Schema, UpdateInfo, image};
 
 use super::{Event, Requests, Worker, WorkerError};
 use crate::parent::LentModel;
 use crate::trainer::{Input, Output, Trainer};
-use crate::update_info::UpdateInfo;
 
 /// Trains in a round, from a model's data into an update's; `None` if nothing comes of it.
 pub(crate) type Learn = Box<dyn FnMut(u32, &[u8], &mut [u8]) -> Option<UpdateInfo>>;

@@ -4,7 +4,7 @@ use std::fs;
 use std::os::unix::fs::symlink;
 use std::path::PathBuf;
 
-use lifl_common::update::{DType, Schema, TensorSpec};
+use lifl_common::update::{DType, Metadata, Schema, TensorSpec};
 use proptest::prelude::*;
 use tempfile::TempDir;
 

@@ -103,7 +103,9 @@ fn a_model_counts_only_if_it_is_what_is_known_of_the_round() {
         ("another generation", |_, metadata| metadata.generation.0 += 1),
         ("a later round", |_, metadata| metadata.round += 1),
         ("more trainers than the image", |frame, _| frame.covers += 1),
-        ("more samples than they have", |_, metadata| metadata.samples += 1),
+        ("more samples than they have", |_, metadata| {
+            metadata.info.samples += 1
+        }),
         ("an earlier round with trainers", |_, metadata| {
             metadata.round -= 1
         }),
@@ -204,8 +206,8 @@ fn goals_and_selectors_say_who_is_left_out() {
     goal.workers[LEAF].agg_goal = Some(1);
     let mut driver = Driver::running(goal);
     let (frame, mut metadata) = driver.model(1);
-    metadata.cover = Cover::of(0);
-    metadata.samples = SAMPLES;
+    metadata.info.cover = Cover::of(0);
+    metadata.info.samples = SAMPLES;
     driver.handle(Input::Frame(Frame { covers: 1, ..frame }));
     driver.handle(Input::Checked(Ok(metadata)));
     let left_out = |outputs: Vec<Output>| {

@@ -1,10 +1,11 @@
-//! What is said of an update beside its numbers, in one type, and the three forms in which it is said: the [`Frame`] that lends
-//! it, the [header](UpdateHeader) that announces it in a session, the [`Metadata`] of its image.
+//! What is said of an update beside its numbers, in one type. It goes by three ways: in the [`Frame`] that lends the update, in
+//! the [message](crate::session::Message::Update) that announces it in a session, in the [`Metadata`] of its image.
 
-use lifl_common::frame::{Frame, FrameKind};
-use lifl_common::id::{Generation, Key};
-use lifl_common::session::{Object, UpdateHeader};
-use lifl_common::update::{Cover, Metadata, Schema, image};
+use super::cover::Cover;
+use super::image::{self, Metadata};
+use super::schema::Schema;
+use crate::frame::{Frame, FrameKind};
+use crate::id::{Generation, Key};
 
 /// What an update, or an aggregate, says of itself.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -19,7 +20,8 @@ pub struct UpdateInfo {
     pub folded: u64,
     /// Bytes of lent objects copied in its making, on all levels below and in itself.
     pub bytes_copied: u64,
-    /// When the last object of each level in it was made, as in [`Metadata::made`].
+    /// When the last object of each level that is in it was made, from the trainers' up to this one's own: nanoseconds of the
+    /// node's `CLOCK_MONOTONIC`. Empty if some of that was made elsewhere, and so in a session.
     pub made: Vec<u64>,
 }
 
@@ -32,21 +34,9 @@ impl UpdateInfo {
             key,
             length: image::image_bytes(schema) as u64,
             samples: self.samples,
-            value: self.loss.unwrap_or(f64::NAN).to_bits(),
+            value: loss_bits(self.loss),
             covers: self.cover.count(),
             ..Frame::default()
-        }
-    }
-
-    /// The message that announces it in a session.
-    pub fn header(&self, round: u32, schema: &Schema) -> UpdateHeader {
-        UpdateHeader {
-            object: object(round, schema),
-            samples: self.samples,
-            cover: self.cover.clone(),
-            loss: self.loss.unwrap_or(f64::NAN),
-            folded: self.folded,
-            bytes_copied: self.bytes_copied,
         }
     }
 
@@ -56,58 +46,27 @@ impl UpdateInfo {
             maker: maker.to_owned(),
             round,
             generation,
-            samples: self.samples,
-            cover: self.cover.clone(),
-            loss: self.loss,
-            folded: self.folded,
-            bytes_copied: self.bytes_copied,
-            made: self.made.clone(),
+            info: self.clone(),
         }
     }
 }
 
-impl From<UpdateHeader> for UpdateInfo {
-    /// Without times: those of another machine's clock mean nothing here.
-    fn from(header: UpdateHeader) -> Self {
-        Self {
-            samples: header.samples,
-            cover: header.cover,
-            loss: Some(header.loss).filter(|loss| loss.is_finite()),
-            folded: header.folded,
-            bytes_copied: header.bytes_copied,
-            made: Vec::new(),
-        }
-    }
+/// A loss in 64 bits, those of NaN for none.
+pub(crate) fn loss_bits(loss: Option<f64>) -> u64 {
+    loss.unwrap_or(f64::NAN).to_bits()
 }
 
-impl From<Metadata> for UpdateInfo {
-    fn from(metadata: Metadata) -> Self {
-        Self {
-            samples: metadata.samples,
-            cover: metadata.cover,
-            loss: metadata.loss,
-            folded: metadata.folded,
-            bytes_copied: metadata.bytes_copied,
-            made: metadata.made,
-        }
-    }
-}
-
-/// How a session announces a model or an update of that round.
-pub fn object(round: u32, schema: &Schema) -> Object {
-    Object {
-        round,
-        length: schema.data_bytes() as u64,
-        schema: schema.digest(),
-    }
+/// The loss of those bits; none, if that is no number.
+pub(crate) fn loss_of_bits(bits: u64) -> Option<f64> {
+    Some(f64::from_bits(bits)).filter(|loss| loss.is_finite())
 }
 
 #[cfg(test)]
 mod tests {
-    use lifl_common::id::ArenaId;
-    use lifl_common::update::{DType, TensorSpec};
-
     use super::*;
+    use crate::id::ArenaId;
+    use crate::session::{Message, Object};
+    use crate::update::{DType, TensorSpec};
 
     fn schema() -> Schema {
         Schema::new(vec![TensorSpec::new("weights", DType::F32, [12])]).expect("a schema")
@@ -127,7 +86,7 @@ mod tests {
     }
 
     #[test]
-    fn frame_header_and_metadata_say_the_same_of_an_update() {
+    fn frame_message_and_metadata_say_the_same_of_an_update() {
         let (schema, generation) = (schema(), Generation(8));
         let key = Key {
             arena: ArenaId(4),
@@ -144,29 +103,33 @@ mod tests {
             let said = f64::from_bits(frame.value);
             assert_eq!(Some(said).filter(|loss| !loss.is_nan()), loss);
 
-            let header = info.header(7, &schema);
-            assert_eq!(header.object, object(7, &schema));
+            let object = Object::of(7, &schema);
+            let message = Message::Update(object, info.clone()).encode();
             let without_times = UpdateInfo {
                 made: Vec::new(),
                 ..info.clone()
             };
-            assert_eq!(UpdateInfo::from(header), without_times);
+            assert_eq!(
+                Message::decode(&message),
+                Ok(Message::Update(object, without_times))
+            );
 
             let metadata = info.metadata("leaf-1", 7, generation);
             assert_eq!((metadata.maker.as_str(), metadata.round), ("leaf-1", 7));
             assert_eq!(metadata.generation, generation);
-            assert_eq!(UpdateInfo::from(metadata), info);
+            assert_eq!(metadata.info, info);
         }
     }
 
     #[test]
     fn a_loss_of_another_machine_that_is_no_number_is_none() {
         for loss in [f64::NAN, f64::INFINITY, f64::NEG_INFINITY] {
-            let header = UpdateHeader {
-                loss,
-                ..info(None).header(1, &schema())
+            let object = Object::of(1, &schema());
+            let message = Message::Update(object, info(Some(loss))).encode();
+            let Ok(Message::Update(_, heard)) = Message::decode(&message) else {
+                panic!("it is one");
             };
-            assert_eq!(UpdateInfo::from(header).loss, None);
+            assert_eq!(heard.loss, None);
         }
     }
 }
