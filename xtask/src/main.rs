@@ -6,6 +6,7 @@ mod ebpf;
 mod fuzz;
 mod install;
 mod kernels;
+mod simulate;
 
 use anyhow::Result;
 use clap::{Parser, Subcommand};
@@ -30,6 +31,8 @@ enum Task {
     Uninstall(install::Removal),
     /// Kill, stop and delay the workers of jobs, and the daemon, at random: nothing may be lost, nothing left.
     Chaos(chaos::Options),
+    /// Simulate jobs, of the shipped coordinator, aggregators and trainers, in which workers die and stop and daemons die.
+    Simulate(simulate::Options),
     /// Run what depends on the kernel under other kernels, in QEMU.
     Kernels(kernels::Options),
     /// Run the fuzz targets under libFuzzer: needs rustup's nightly and cargo-fuzz.
@@ -43,6 +46,7 @@ fn main() -> Result<()> {
         Task::Install(options) => install::install(&options),
         Task::Uninstall(options) => install::uninstall(&options),
         Task::Chaos(options) => chaos::run(&options),
+        Task::Simulate(options) => simulate::run(&options),
         Task::Kernels(options) => kernels::run(&options),
         Task::Fuzz(options) => fuzz::run(&options),
     }

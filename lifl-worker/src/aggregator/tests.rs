@@ -537,7 +537,7 @@ fn close_to_the_largest(timing: Timing, goal: Option<u32>) -> Bench {
         timing,
         goal,
         updates: UpdateKind::Deltas,
-        model: 0.9 * LARGEST,
+        model: 0.45 * LARGEST,
         ..Setup::default()
     });
     bench.frames(&announced(WorkerId::NONE));
@@ -547,8 +547,8 @@ fn close_to_the_largest(timing: Timing, goal: Option<u32>) -> Bench {
 /// As large as nothing may be in a model.
 const LARGEST: f32 = (1_u64 << 60) as f32;
 
-/// An update that is finite, and its sum with the model is not.
-const OVERFLOWING: f32 = 0.4 * LARGEST;
+/// An update that is finite, and its sum with the model is not, if it has most of the samples.
+const OVERFLOWING: f32 = 0.9 * LARGEST;
 
 const BOTH: [Timing; 2] = [Timing::Lazy, Timing::Eager];
 
@@ -556,7 +556,7 @@ const BOTH: [Timing; 2] = [Timing::Lazy, Timing::Eager];
 fn with_a_goal_another_update_is_awaited_for_one_that_overflows() {
     for timing in BOTH {
         let mut bench = close_to_the_largest(timing, Some(2));
-        let [honest, overflowing] = [bench.update(0, 1, 3.0), bench.update(1, 1, OVERFLOWING)];
+        let [honest, overflowing] = [bench.update(0, 1, 3.0), bench.update(1, 9, OVERFLOWING)];
         let mut sent = bench.frames(&[honest, overflowing]);
         assert!(
             of_kind(&sent, FrameKind::Model).is_empty(),
@@ -582,8 +582,8 @@ fn with_a_goal_another_update_is_awaited_for_one_that_overflows() {
 fn what_comes_beside_an_update_that_overflows_counts_in_its_place_and_is_not_late() {
     for timing in BOTH {
         let mut bench = close_to_the_largest(timing, Some(2));
-        let values = [3.0, OVERFLOWING, 5.0];
-        let updates = [0, 1, 2].map(|child| bench.update(child, 1, values[child]));
+        let (values, samples) = ([3.0, OVERFLOWING, 5.0], [1, 9, 1]);
+        let updates = [0, 1, 2].map(|child| bench.update(child, samples[child], values[child]));
         let sent = bench.frames(&updates);
         let model = of_kind(&sent, FrameKind::Model);
         assert_eq!((model.len(), model[0].covers), (1, 2));
@@ -609,7 +609,7 @@ fn a_round_that_is_closed_waits_for_nobody_in_the_place_of_an_update_that_overfl
             round: 1,
             ..Frame::default()
         };
-        let [honest, overflowing] = [bench.update(0, 1, 3.0), bench.update(1, 1, OVERFLOWING)];
+        let [honest, overflowing] = [bench.update(0, 1, 3.0), bench.update(1, 9, OVERFLOWING)];
         let mut sent = bench.frames(&[honest, overflowing, close]);
         let model = of_kind(&sent, FrameKind::Model);
         assert_eq!((model.len(), model[0].covers), (1, 1));

@@ -1,9 +1,12 @@
-//! Whole jobs over the local shell: the shipped coordinator, aggregators and trainers, with workers that die at any moment.
+//! Whole jobs over the local shell: the shipped coordinator, aggregators and trainers, with workers that die or stop for a while
+//! at any moment, daemons that die, and updates that a model has no room for.
 //!
 //! What must hold, whatever happens: the job ends, and well; each round's model is the sample-weighted mean of the updates that
-//! its cover names, with the optimizer's step from the state of the round before; no trainer's work is in it twice; where
-//! rounds wait for all, no trainer that lived through the round is missing; and when nothing is on its way any more, nobody
-//! holds anything of anybody's.
+//! its cover names, with the optimizer's step from the state of the round before; no trainer's work is in it twice; who hears
+//! that its update counts is in the model; where rounds wait for all, no trainer that lived through the round is missing; and
+//! when nothing is on its way any more, nobody holds anything of anybody's, and every update has its verdict.
+//!
+//! Which jobs, and how many: [`cases`].
 
 use std::cell::RefCell;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
@@ -18,21 +21,20 @@ use lifl_common::config::{
     Transport, UpdateKind, WorkerSpec,
 };
 use lifl_common::control::{Event as DaemonEvent, PeerLost};
-use lifl_common::frame::{Frame, FrameKind};
+use lifl_common::frame::{Frame, FrameKind, Refusal};
 use lifl_common::id::{ArenaId, WorkerId};
 use lifl_common::kernel::Counters;
 use lifl_common::update::{Cover, DType, Metadata, Schema, TensorSpec, UpdateInfo, image};
-use proptest::prelude::*;
 use rand::Rng;
 use rand::seq::IndexedRandom;
 
-use super::{Delays, Event, LocalAggregator, LocalNetwork, LocalTrainer, Requests, Worker, WorkerError};
+use super::{
+    Delays, Event, Learner, LocalAggregator, LocalNetwork, LocalTrainer, Requests, Worker, WorkerError,
+};
 use crate::aggregator::{Aggregator, Config, LoadedModel, Top};
 use crate::coordinator::failures::MOST_DEATHS;
-use crate::coordinator::membership::Membership;
-use crate::coordinator::pairing::pair;
 use crate::coordinator::policy::Synchronous;
-use crate::coordinator::{Coordinator, Event as Report, Input, Output};
+use crate::coordinator::{Coordinator, Event as Report, Failure, Input, Output};
 use crate::slots::{STATE_SLOTS, most_held, slots};
 use crate::trainer::Trainer;
 
@@ -65,6 +67,11 @@ impl Worker for LocalCoordinator {
                         worker,
                         name: String::new(),
                     })))
+            }
+            Event::DaemonBack(workers) => {
+                let (first, last) = (WorkerId(0), WorkerId(u32::MAX));
+                let living = DaemonEvent::Living { first, last, workers };
+                desk.inputs.push_back(Input::Daemon(living));
             }
             Event::Timeout => desk.inputs.push_back(Input::Timeout),
             Event::Start | Event::Undelivered(..) | Event::ArenaOpened(..) | Event::Work => {}
@@ -99,10 +106,58 @@ impl Worker for LocalCoordinator {
 #[derive(Clone, Copy, Debug)]
 struct Disturbance {
     seed: u64,
-    /// How many workers die.
+    /// How many workers die by themselves.
     deaths: u32,
+    /// How often a worker stops for a while.
+    freezes: u32,
+    /// How often a daemon dies.
+    daemon_deaths: u32,
+    /// Whether the updates of some trainers are so large that a model may have no sum with them.
+    overflows: bool,
     /// How long training takes at most; a frame's way takes a millisecond at most.
     training: Duration,
+}
+
+/// A number that neither model nor update may be as large as.
+const LARGEST: f32 = (1_u64 << 60) as f32;
+
+/// What the first element of a model is whose sum with an update may be too large, and what some trainers add to it.
+const CLOSE: f32 = 0.45 * LARGEST;
+const OVERFLOWING: f32 = 0.9 * LARGEST;
+
+/// How long a worker stops at most, and a daemon is away. A worker hangs after two seconds.
+const FROZEN: Duration = Duration::from_secs(6);
+const AWAY: Duration = Duration::from_millis(50);
+
+/// A verdict that a trainer of that number has heard, and of which round's update.
+type Verdict = (u32, u32, Option<Refusal>);
+
+/// How a trainer of the simulation trains.
+struct SimulatedLearner {
+    share: u32,
+    updates: UpdateKind,
+    overflows: bool,
+    verdicts: Rc<RefCell<Vec<Verdict>>>,
+}
+
+impl Learner for SimulatedLearner {
+    fn train(&mut self, round: u32, model: &[u8], out: &mut [u8]) -> Option<UpdateInfo> {
+        let model = floats(model);
+        let mut trained = train(self.share, round, &model, self.overflows);
+        if self.updates == UpdateKind::Deltas {
+            trained.iter_mut().zip(&model).for_each(|(new, old)| *new -= old);
+        }
+        write_floats(out, &trained);
+        Some(UpdateInfo {
+            samples: samples(self.share),
+            cover: Cover::of(self.share),
+            ..UpdateInfo::default()
+        })
+    }
+
+    fn settled(&mut self, round: u32, refusal: Option<Refusal>) {
+        self.verdicts.borrow_mut().push((self.share, round, refusal));
+    }
 }
 
 /// What becomes of a worker's process.
@@ -114,6 +169,7 @@ enum Process {
 
 struct Simulation {
     network: LocalNetwork,
+    disturbance: Disturbance,
     desk: Rc<RefCell<Desk>>,
     job: Arc<JobSpec>,
     schema: Arc<Schema>,
@@ -138,7 +194,12 @@ struct Simulation {
     expected_state: Option<Vec<u8>>,
     /// Trainers that died in the round that runs, or were not there when it began.
     missing: BTreeSet<usize>,
+    /// Who is in the model of each round that was decided.
+    covers: BTreeMap<u32, Cover>,
+    verdicts: Rc<RefCell<Vec<Verdict>>>,
     deaths: u32,
+    freezes: u32,
+    daemon_deaths: u32,
     /// Of each worker, since it finished a round.
     deaths_of: BTreeMap<usize, u32>,
 }
@@ -148,14 +209,26 @@ fn samples(share: u32) -> u64 {
     u64::from(1 + share * 7 % 13)
 }
 
-/// What a trainer makes of a model in a round.
-fn train(share: u32, round: u32, model: &[f32]) -> Vec<f32> {
+/// Whether a trainer's updates are too large, where some are.
+fn overflows(share: u32) -> bool {
+    share % 3 == 1
+}
+
+/// What a trainer makes of a model in a round. Where some of them overflow, the first element is too large for noise.
+fn train(share: u32, round: u32, model: &[f32], some_overflow: bool) -> Vec<f32> {
     let noise = |at: usize| {
         let mixed = (share * 7919 + round * 104_729 + at as u32 * 31).wrapping_mul(2_654_435_761);
         mixed as f32 / u32::MAX as f32 - 0.5
     };
     let weights = model.iter().enumerate();
-    weights.map(|(at, weight)| weight * 0.5 + noise(at)).collect()
+    let trained = weights.map(
+        |(at, weight)| match (some_overflow && at == 0, overflows(share)) {
+            (true, true) => weight + OVERFLOWING,
+            (true, false) => *weight,
+            _ => weight * 0.5 + noise(at),
+        },
+    );
+    trained.collect()
 }
 
 fn floats(bytes: &[u8]) -> Vec<f32> {
@@ -199,8 +272,13 @@ impl Simulation {
         let schema = Schema::new(vec![TensorSpec::new("w", DType::F32, [PARAMETERS])]);
         let schema = Arc::new(schema.expect("a schema"));
         let starts = 0..job.workers.len();
+        let mut model: Vec<f32> = (0..PARAMETERS).map(|at| at as f32 / 10.0).collect();
+        if disturbance.overflows {
+            model[0] = CLOSE;
+        }
         Self {
             network,
+            disturbance,
             desk,
             state_schema: state_schema(&schema, &job.optimizer),
             schema,
@@ -211,20 +289,24 @@ impl Simulation {
             alive: BTreeMap::new(),
             last_id: COORDINATOR.0,
             candidate: None,
-            model: (0..PARAMETERS).map(|at| at as f32 / 10.0).collect(),
+            model,
             made_in: 0,
             round: 0,
             state: None,
             expected_state: None,
             missing: BTreeSet::new(),
+            covers: BTreeMap::new(),
+            verdicts: Rc::default(),
             deaths: 0,
+            freezes: 0,
+            daemon_deaths: 0,
             deaths_of: BTreeMap::new(),
             job,
         }
     }
 
     /// Runs the job; gives when it ended, and the model.
-    fn run(&mut self, deaths: u32) -> (Duration, Vec<f32>) {
+    fn run(&mut self) -> (Duration, Vec<f32>) {
         let mut steps = 0;
         loop {
             steps += 1;
@@ -234,7 +316,7 @@ impl Simulation {
             if self.obey() {
                 break;
             }
-            self.disturb(deaths);
+            self.disturb();
             let went_on = self.network.step().expect("every worker goes on");
             if !went_on {
                 // Nothing else happens before.
@@ -244,11 +326,11 @@ impl Simulation {
                 due.for_each(|process| process.0 = Duration::ZERO);
             }
         }
-        assert_eq!(self.round, self.job.rounds);
         while self.network.step().expect("every worker goes on") {}
         for (id, worker) in self.network.workers() {
             assert!(worker.is_idle(), "{id} holds something, or waits for something");
         }
+        self.check_verdicts();
         (self.network.now(), self.model.clone())
     }
 
@@ -282,8 +364,11 @@ impl Simulation {
         }
     }
 
-    /// A worker's process, and its registration.
+    /// A worker's process, and its registration, for which there must be a daemon.
     fn start(&mut self, index: usize) {
+        if let Some(back) = self.network.daemon_back() {
+            return self.processes.push((back, index, Process::Starts));
+        }
         self.last_id += 1;
         let (id, job) = (WorkerId(self.last_id), Arc::clone(&self.job));
         let spec = &job.workers[index];
@@ -305,27 +390,19 @@ impl Simulation {
     }
 
     fn trainer(&mut self, id: WorkerId, spec: &WorkerSpec, share: u32) -> Box<dyn Worker> {
-        let deltas = self.job.updates == UpdateKind::Deltas;
-        let learn = move |round: u32, model: &[u8], out: &mut [u8]| {
-            let model = floats(model);
-            let mut trained = train(share, round, &model);
-            if deltas {
-                trained.iter_mut().zip(&model).for_each(|(new, old)| *new -= old);
-            }
-            write_floats(out, &trained);
-            Some(UpdateInfo {
-                samples: samples(share),
-                cover: Cover::of(share),
-                ..UpdateInfo::default()
-            })
-        };
+        let learner = Box::new(SimulatedLearner {
+            share,
+            updates: self.job.updates,
+            overflows: self.disturbance.overflows,
+            verdicts: Rc::clone(&self.verdicts),
+        });
         let (schema, trainer) = (Arc::clone(&self.schema), Trainer::new(id, COORDINATOR));
         let arena = self
             .network
             .make_arena(arena_of(id, 0), 1, &schema)
             .expect("memory");
         let name = spec.name.clone();
-        Box::new(LocalTrainer::new(trainer, name, schema, arena, Box::new(learn)))
+        Box::new(LocalTrainer::new(trainer, name, schema, arena, learner))
     }
 
     fn aggregator(&mut self, id: WorkerId, spec: &WorkerSpec) -> Box<dyn Worker> {
@@ -401,8 +478,9 @@ impl Simulation {
                         };
                         (id, counters)
                     });
-                    let counters = counters.collect();
-                    self.tell(Input::Status(Some(counters)));
+                    let counters: Vec<_> = counters.collect();
+                    let there = self.network.daemon_back().is_none();
+                    self.tell(Input::Status(there.then_some(counters)));
                 }
                 Some(Output::MapArenas(id)) => {
                     for arena in [arena_of(id, 0), arena_of(id, 1)] {
@@ -429,7 +507,12 @@ impl Simulation {
                         .collect();
                 }
                 Some(Output::Done(result)) => {
-                    result.expect("the job ends well");
+                    match result {
+                        // Nobody's update had room beside the model.
+                        Err(Failure::NothingFolded) if self.disturbance.overflows => {}
+                        result => result.expect("the job ends well"),
+                    }
+                    assert_eq!(self.round, self.job.rounds);
                     return true;
                 }
                 Some(Output::Report(_) | Output::DropProxy(_) | Output::Send(_)) => {}
@@ -455,14 +538,17 @@ impl Simulation {
 
     fn kill(&mut self, index: usize) {
         if let Some((id, _)) = self.alive.remove(&index) {
+            *self.deaths_of.entry(index).or_default() += 1;
             self.missing.insert(index);
             self.network.kill(id);
             self.later(index, Process::Ends);
         }
     }
 
-    /// Now and then a worker dies, but for the last round, and nobody so often that it is given up.
-    fn disturb(&mut self, deaths: u32) {
+    /// Now and then a worker dies or stops, or the daemon dies, but for the last round, and nobody dies so often that it is given
+    /// up.
+    fn disturb(&mut self) {
+        let wanted = self.disturbance;
         let last = self.round + 1 >= self.job.rounds;
         let may_die = |index: &usize| {
             self.deaths_of
@@ -471,15 +557,45 @@ impl Simulation {
         };
         let alive: Vec<usize> = self.alive.keys().copied().filter(may_die).collect();
         let begun = self.desk.borrow().coordinator.round() > 0;
-        if !begun || last || self.deaths >= deaths || self.alive.len() <= 2 {
+        if !begun || last || self.alive.len() <= 2 {
             return;
         }
-        if self.network.random().random_bool(0.02)
+        if self.deaths < wanted.deaths
+            && self.network.random().random_bool(0.02)
             && let Some(&victim) = alive.choose(self.network.random())
         {
             self.deaths += 1;
-            *self.deaths_of.entry(victim).or_default() += 1;
             self.kill(victim);
+        }
+        if self.freezes < wanted.freezes
+            && self.network.random().random_bool(0.02)
+            && let Some(&victim) = alive.choose(self.network.random())
+            && let Some(&(id, _)) = self.alive.get(&victim)
+        {
+            self.freezes += 1;
+            let time = self.network.delay(FROZEN);
+            self.network.freeze(id, time);
+        }
+        if self.daemon_deaths < wanted.daemon_deaths && self.network.random().random_bool(0.02) {
+            self.daemon_deaths += 1;
+            let time = self.network.delay(AWAY);
+            self.network.lose_daemon(time);
+        }
+    }
+
+    /// Every verdict is that of the model of its round.
+    fn check_verdicts(&self) {
+        for (share, round, refusal) in &*self.verdicts.borrow() {
+            let counts = self.covers.get(round).is_some_and(|cover| cover.contains(*share));
+            assert!(
+                counts || refusal.is_some(),
+                "trainer {share} was told that it is in the model of round {round}"
+            );
+            let said = refusal.filter(|refusal| *refusal != Refusal::RoundOver);
+            assert!(
+                !counts || said.is_none(),
+                "trainer {share} is in the model of round {round} and was told {said:?}"
+            );
         }
     }
 
@@ -495,7 +611,10 @@ impl Simulation {
             let tolerance = if self.state_schema.is_some() { 1e-3 } else { 1e-6 };
             for (found, expected) in found.iter().zip(&expected) {
                 let off = (f64::from(*found) - expected).abs();
-                assert!(off < tolerance, "round {round}: {found} is not {expected}");
+                assert!(
+                    off < tolerance * expected.abs().max(1.0),
+                    "round {round}: {found} is not {expected}"
+                );
             }
         } else {
             assert_eq!(found, self.model, "round {round} changed nothing");
@@ -507,18 +626,31 @@ impl Simulation {
         let waits = self.job.workers.iter().all(|spec| spec.agg_goal.is_none());
         if waits && self.job.round_timeout_s.is_none() && (changed || self.job.quorum == 1) {
             for index in left_out {
-                let excused = self.missing.contains(index);
+                let excused = self.missing.contains(index) || self.may_overflow(*index);
                 assert!(
                     excused,
                     "round {round}: trainer {index} lived and is not in the model"
                 );
             }
         }
+        let cover = if changed {
+            metadata.info.cover
+        } else {
+            Cover::default()
+        };
+        self.covers.insert(round, cover);
         (self.model, self.round) = (found, round);
         self.made_in = metadata.round;
         let settled = (0..self.job.workers.len()).filter(|&index| self.is_settled(index));
         let settled: Vec<usize> = settled.collect();
         self.deaths_of.retain(|index, _| !settled.contains(index));
+    }
+
+    /// Whether a trainer may be left out because an update that its own is in, its parent's or that above, has no sum with the
+    /// model.
+    fn may_overflow(&self, trainer: usize) -> bool {
+        let own = self.job.workers[trainer].share.is_some_and(overflows);
+        self.disturbance.overflows && (own || self.job.levels() > 1)
     }
 
     /// Flat FedAvg in double precision over those trainers, with the optimizer's step, and their samples.
@@ -527,7 +659,10 @@ impl Simulation {
         let shares = self.job.workers.iter().filter_map(|spec| spec.share);
         for share in shares.filter(|share| cover.contains(*share)) {
             total += samples(share);
-            for (sum, value) in sum.iter_mut().zip(train(share, round, &self.model)) {
+            for (sum, value) in
+                sum.iter_mut()
+                    .zip(train(share, round, &self.model, self.disturbance.overflows))
+            {
                 *sum += f64::from(value) * samples(share) as f64;
             }
         }
@@ -564,164 +699,4 @@ fn arena_of(id: WorkerId, number: u32) -> ArenaId {
     ArenaId::of(id, number).expect("not so many workers")
 }
 
-/// A job of so many workers on each level. With `goals` the aggregators above trainers wait for all but one.
-fn job(levels: &[u32], timing: Timing, updates: UpdateKind, goals: bool) -> JobSpec {
-    let deepest = levels.len() - 1;
-    let group = |level: usize| {
-        Some(Group {
-            channel: format!("channel-{level}"),
-            group: "default".to_owned(),
-        })
-    };
-    let worker = |level: usize, number: u32| WorkerSpec {
-        name: format!("worker-{level}-{number}"),
-        role: format!("role-{level}"),
-        task_id: None,
-        kind: match level {
-            0 => Kind::Top,
-            level if level == deepest => Kind::Trainer,
-            _ => Kind::Aggregator,
-        },
-        level: level as u32,
-        up: level.checked_sub(1).and_then(group),
-        down: group(level).filter(|_| level < deepest),
-        transport: Transport::Shm,
-        agg_goal: (goals && level + 1 == deepest).then(|| (levels[deepest] / levels[level]).max(2) - 1),
-        select: None,
-        share: (level == deepest).then_some(number),
-        dataset: None,
-    };
-    let numbers = |(level, &count): (usize, &u32)| (0..count).map(move |number| (level, number));
-    let workers = levels.iter().enumerate().flat_map(numbers);
-    JobSpec {
-        id: "simulated".to_owned(),
-        name: "simulated".to_owned(),
-        rounds: 5,
-        seed: 7,
-        timing,
-        updates,
-        workers: workers.map(|(level, number)| worker(level, number)).collect(),
-        brokers: Brokers::default(),
-        model: ModelSpec::Synthetic {
-            parameters: PARAMETERS as u64,
-            dtype: DType::F32,
-        },
-        samples: SampleShape::default(),
-        base_model: None,
-        training: TrainingSpec {
-            epochs: 1,
-            batch_size: 1,
-            learning_rate: 0.1,
-            weight_decay: 0.0,
-            proximal_mu: 0.0,
-        },
-        optimizer: Optimizer::FedAvg,
-        data: None,
-        quorum: 1,
-        round_timeout_s: None,
-        grace_time_s: 2.0,
-        spin_us: 0,
-        max_run_time_s: 300,
-    }
-}
-
-fn run(job: JobSpec, disturbance: Disturbance) -> (Duration, Vec<f32>) {
-    Simulation::new(job, disturbance).run(disturbance.deaths)
-}
-
-proptest! {
-    #![proptest_config(ProptestConfig { cases: ProptestConfig::default().cases.max(1500), ..ProptestConfig::default() })]
-
-    #[test]
-    fn nothing_is_lost_and_nothing_counts_twice(
-        seed in any::<u64>(),
-        levels in prop_oneof![
-            Just(vec![1, 3]), Just(vec![1, 2, 4]), Just(vec![1, 3, 7]), Just(vec![1, 2, 4, 8]), Just(vec![1, 1, 2, 5])
-        ],
-        deaths in 0_u32..12,
-        training in prop_oneof![Just(1_u64), Just(10), Just(100)],
-        eager in any::<bool>(),
-        deltas in any::<bool>(),
-        goals in any::<bool>(),
-        adam in any::<bool>(),
-        quorum in 1_u32..3,
-        timeout_ms in prop_oneof![Just(None), Just(Some(1_u32)), Just(Some(30))],
-    ) {
-        let timing = if eager { Timing::Eager } else { Timing::Lazy };
-        let updates = if deltas { UpdateKind::Deltas } else { UpdateKind::Weights };
-        let mut job = job(&levels, timing, updates, goals);
-        job.quorum = quorum;
-        job.round_timeout_s = timeout_ms.map(|timeout| f64::from(timeout) / 1e3);
-        if adam {
-            job.optimizer = Optimizer::FedAdam(Adaptive {
-                tau: 0.01,
-                ..Adaptive::default()
-            });
-        }
-        run(job, Disturbance { seed, deaths, training: Duration::from_millis(training) });
-    }
-}
-
-/// It may have an update of the round before whose parent died before it passed the verdict on.
-#[test]
-fn an_aggregator_with_nobody_to_aggregate_is_told_that_the_round_begins() {
-    let job = Arc::new(job(&[1, 2, 1], Timing::Lazy, UpdateKind::Weights, false));
-    let mut membership = Membership::new(COORDINATOR, Arc::clone(&job), vec![1; 4]);
-    for (at, spec) in job.workers.iter().enumerate() {
-        let id = WorkerId(10 + at as u32);
-        membership.joined(id, &spec.name);
-        membership.ready(id);
-    }
-    membership.plan(1, pair(&job.workers, |_| true));
-    let begins = membership.announce().into_iter();
-    let begins = begins.filter(|frame| frame.kind == FrameKind::Begin as u16);
-    let begins: Vec<(WorkerId, u64)> = begins.map(|frame| (frame.to, frame.value)).collect();
-    assert!(begins.contains(&(WorkerId(12), 0)), "{begins:?}");
-    assert_eq!(begins.len(), job.workers.len());
-}
-
-#[test]
-fn many_deaths_in_a_deep_tree() {
-    let mut job = job(&[1, 2, 4, 8], Timing::Lazy, UpdateKind::Weights, false);
-    job.rounds = 61;
-    let training = Duration::from_millis(10);
-    let disturbance = Disturbance {
-        seed: 1,
-        deaths: 200,
-        training,
-    };
-    let mut simulation = Simulation::new(job, disturbance);
-    simulation.run(disturbance.deaths);
-    assert!(simulation.deaths > 60, "{} died", simulation.deaths);
-}
-
-#[test]
-fn covers_of_more_trainers_than_one_word_names_are_told_whole() {
-    let mut job = job(&[1, 2, 4, 8], Timing::Lazy, UpdateKind::Weights, false);
-    job.rounds = 11;
-    for share in job.workers.iter_mut().filter_map(|worker| worker.share.as_mut()) {
-        *share *= 40;
-    }
-    let training = Duration::from_millis(1);
-    run(
-        job,
-        Disturbance {
-            seed: 5,
-            deaths: 20,
-            training,
-        },
-    );
-}
-
-#[test]
-fn equal_seeds_replay() {
-    let job = || job(&[1, 2, 4, 8], Timing::Eager, UpdateKind::Weights, true);
-    let disturbance = |seed| Disturbance {
-        seed,
-        deaths: 9,
-        training: Duration::from_millis(20),
-    };
-    let first = run(job(), disturbance(3));
-    assert_eq!(first, run(job(), disturbance(3)));
-    assert_ne!(first.0, run(job(), disturbance(4)).0);
-}
+mod cases;

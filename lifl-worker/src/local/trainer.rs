@@ -4,14 +4,21 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use lifl_common::arena::{OwnedArena, PeerArena};
+use lifl_common::frame::Refusal;
 use lifl_common::update::{Schema, UpdateInfo, image};
 
 use super::{Event, Requests, Worker, WorkerError};
 use crate::parent::LentModel;
 use crate::trainer::{Input, Output, Trainer};
 
-/// Trains in a round, from a model's data into an update's; `None` if nothing comes of it.
-pub(crate) type Learn = Box<dyn FnMut(u32, &[u8], &mut [u8]) -> Option<UpdateInfo>>;
+/// What a trainer does with models.
+pub(crate) trait Learner {
+    /// Trains in a round, from a model's data into an update's; `None` if nothing comes of it.
+    fn train(&mut self, round: u32, model: &[u8], out: &mut [u8]) -> Option<UpdateInfo>;
+
+    /// Hears what became of the update: `None` if it counts.
+    fn settled(&mut self, round: u32, refusal: Option<Refusal>);
+}
 
 /// A trainer with an arena of one slot.
 pub(crate) struct LocalTrainer {
@@ -19,7 +26,7 @@ pub(crate) struct LocalTrainer {
     name: String,
     schema: Arc<Schema>,
     arena: OwnedArena,
-    learn: Learn,
+    learner: Box<dyn Learner>,
     /// The model of the training that was asked for, and its arena as soon as that is open.
     training: Option<(LentModel, Option<Arc<PeerArena>>)>,
 }
@@ -36,14 +43,14 @@ impl LocalTrainer {
         name: String,
         schema: Arc<Schema>,
         arena: OwnedArena,
-        learn: Learn,
+        learner: Box<dyn Learner>,
     ) -> Self {
         Self {
             trainer,
             name,
             schema,
             arena,
-            learn,
+            learner,
             training: None,
         }
     }
@@ -58,7 +65,7 @@ impl LocalTrainer {
         let (_, data) = image::check(bytes, schema)?;
         let mut slot = self.arena.begin().ok_or(NoFreeSlot)?;
         let out = &mut slot.bytes_mut()[image::data_range(schema)];
-        let Some(info) = (self.learn)(round, &bytes[data], out) else {
+        let Some(info) = self.learner.train(round, &bytes[data], out) else {
             self.trainer.handle(Input::Nothing(round));
             return Ok(());
         };
@@ -90,7 +97,7 @@ impl Worker for LocalTrainer {
                 }
             }
             Event::Work => self.train()?,
-            Event::Timeout => {}
+            Event::DaemonBack(_) | Event::Timeout => {}
         }
         while let Some(output) = self.trainer.poll_output() {
             match output {
@@ -100,8 +107,9 @@ impl Worker for LocalTrainer {
                     self.training = Some((model, None));
                     requests.open_now = Some(model.key.arena);
                 }
-                Output::Settled { key, .. } => {
+                Output::Settled { round, key, refusal } => {
                     self.arena.free(key);
+                    self.learner.settled(round, refusal);
                 }
             }
         }

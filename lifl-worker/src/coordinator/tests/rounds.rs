@@ -227,12 +227,9 @@ fn goals_and_selectors_say_who_is_left_out() {
         .filter(|&trainer| told.iter().any(|(to, ..)| *to == driver.ids[trainer]))
         .collect();
     assert_eq!(selected.len(), 2, "one of each leaf");
-    let (frame, metadata) = driver.model(1);
-    let metadata = Metadata {
-        cover: Cover::of(selected[0] as u32 - 5),
-        samples: SAMPLES,
-        ..metadata
-    };
+    let (frame, mut metadata) = driver.model(1);
+    metadata.info.cover = Cover::of(selected[0] as u32 - 5);
+    metadata.info.samples = SAMPLES;
     driver.handle(Input::Frame(Frame { covers: 1, ..frame }));
     driver.handle(Input::Checked(Ok(metadata)));
     assert_eq!(
