@@ -40,9 +40,9 @@ pub enum ClientError {
         #[source]
         source: io::Error,
     },
-    /// Somebody listens and takes no connection: as many wait as may.
+    /// Somebody listens and accepts no connection: its backlog stays full.
     #[error(
-        "the daemon at {path} is too busy: it has let nobody in for {} s, and no more may wait; try again later",
+        "the daemon at {path} is too busy: it has accepted no connection for {} s, and its backlog is full; try again later",
         waited.as_secs()
     )]
     Busy {
@@ -136,17 +136,17 @@ impl ClientError {
         }
     }
 
+    /// Whether the connection is broken.
+    fn is_disconnect(&self) -> bool {
+        matches!(self, Self::Closed | Self::Packet(PacketError::Io(_)))
+    }
+
     /// Whether it may be otherwise in a moment, with a daemon that is just being started.
     pub fn is_passing(&self) -> bool {
         match self {
-            Self::Connect { .. }
-            | Self::Busy { .. }
-            | Self::Silent { .. }
-            | Self::Closed
-            | Self::Gone { .. }
-            | Self::Packet(PacketError::Io(_)) => true,
+            Self::Connect { .. } | Self::Busy { .. } | Self::Silent { .. } | Self::Gone { .. } => true,
             Self::Refused { code, .. } => *code == ErrorCode::NotYet,
-            _ => false,
+            error => error.is_disconnect(),
         }
     }
 }
@@ -154,9 +154,9 @@ impl ClientError {
 /// How often something is asked again that the daemon does not have yet.
 const NOT_YET: Duration = Duration::from_millis(100);
 
-/// How long the daemon may take for what it does outside of its registry: a broker that is connected to, memory, a worker's
-/// socket.
-const LONG_ANSWER: Duration = Duration::from_secs(60);
+/// How long the daemon may take to register a worker: its socket is looked at and put into the kernel's map outside of the
+/// registry's task.
+const ANSWER_TO_REGISTER: Duration = Duration::from_secs(60);
 
 /// How long whoever does not wait for a daemon that is away waits for one that is there.
 const ANSWER_NOW: Duration = Duration::from_secs(2);
@@ -363,9 +363,12 @@ impl Client {
             let refused = given.id;
             drop(given);
             let ordinary = self.ask_for_arena(layout, Some(refused)).await;
-            given = ordinary.map_err(|source| ClientError::HugePages {
-                why: why.clone(),
-                source: Box::new(source),
+            given = ordinary.map_err(|error| match error {
+                ClientError::Refused { .. } => ClientError::HugePages {
+                    why: why.clone(),
+                    source: Box::new(error),
+                },
+                error => error,
             })?;
             given.note = Some(why);
             arena = given.map();
@@ -624,7 +627,7 @@ impl Client {
                 Ok(Some((Message::Reply(_), _))) if self.owed > 0 => self.owed -= 1,
                 Ok(Some((Message::Reply(_), _))) => return Err(ClientError::Unexpected { request: "none" }),
                 Ok(None) => self.line_down()?,
-                Err(error) if error.is_passing() => self.line_down()?,
+                Err(error) if error.is_disconnect() => self.line_down()?,
                 Err(error) => return Err(error),
             }
         }
@@ -651,11 +654,7 @@ impl Client {
                     code: ErrorCode::NotYet,
                     ..
                 }) if repeatable && Instant::now() < given_up => tokio::time::sleep(NOT_YET).await,
-                Err(ClientError::Refused { code, message }) => {
-                    return Err(ClientError::Refused { code, message });
-                }
-                Err(error @ ClientError::Silent { .. }) => return Err(error),
-                Err(error) if error.is_passing() => {
+                Err(error) if error.is_disconnect() => {
                     self.line_down()?;
                     if !repeatable || !self.waits {
                         return Err(ClientError::Closed);
@@ -675,9 +674,7 @@ impl Client {
             // Whoever asks does something else instead.
             _ if !self.waits => ANSWER_NOW,
             _ if self.is_worker => ANSWER_TO_WORKER,
-            Request::CreateArena { .. } | Request::OpenGateway { .. } | Request::Register { .. } => {
-                LONG_ANSWER
-            }
+            Request::Register { .. } => ANSWER_TO_REGISTER,
             _ => ANSWER,
         }
     }

@@ -10,9 +10,10 @@ use nix::sys::socket::{AddressFamily, Backlog, SockFlag, SockType, UnixAddr, acc
 use tokio::time::Instant;
 
 use super::{Client, ClientError};
+use crate::arena::{Layout, memfd};
 use crate::control::packet::PacketSocket;
-use crate::control::{Message, PROTOCOL, Reply, Request, Status, Welcome};
-use crate::id::{JobId, WorkerId};
+use crate::control::{ErrorCode, Message, PROTOCOL, Reply, Request, Status, Welcome};
+use crate::id::{ArenaId, JobId, WorkerId};
 use crate::plane::PlaneKind;
 
 fn listener(path: &Path) -> OwnedFd {
@@ -45,22 +46,11 @@ fn welcome() -> Welcome {
 /// A daemon that greets, registers, and answers each other request after a time of its own; after the last, at once.
 async fn slow_daemon(listener: OwnedFd, delays: Vec<u64>) {
     let mut delays = delays.into_iter();
-    let accepted = loop {
-        match accept4(listener.as_raw_fd(), SockFlag::SOCK_NONBLOCK) {
-            Ok(accepted) => break accepted,
-            Err(Errno::EAGAIN) => tokio::time::sleep(Duration::from_millis(1)).await,
-            Err(errno) => panic!("{errno}"),
-        }
-    };
-    // SAFETY: accept4 has just made it, and nobody else knows it.
-    let socket = PacketSocket::new(unsafe { OwnedFd::from_raw_fd(accepted) }).expect("watched");
+    let socket = accepted(&listener).await;
     while let Ok(Some((request, _))) = socket.recv::<Request>().await {
         let reply = match request {
             Request::Hello { .. } => Reply::Welcome(welcome()),
-            Request::Register { .. } => Reply::Registered {
-                worker: WorkerId(2),
-                owner: WorkerId(1),
-            },
+            Request::Register { .. } => registered(),
             _ => {
                 let delay = delays.next().unwrap_or(0);
                 tokio::time::sleep(Duration::from_secs(delay)).await;
@@ -74,6 +64,71 @@ async fn slow_daemon(listener: OwnedFd, delays: Vec<u64>) {
             }
         };
         let _ = socket.send(&Message::Reply(reply), &[]).await;
+    }
+}
+
+fn registered() -> Reply {
+    Reply::Registered {
+        worker: WorkerId(2),
+        owner: WorkerId(1),
+    }
+}
+
+async fn accepted(listener: &OwnedFd) -> PacketSocket {
+    let accepted = loop {
+        match accept4(listener.as_raw_fd(), SockFlag::SOCK_NONBLOCK) {
+            Ok(accepted) => break accepted,
+            Err(Errno::EAGAIN) => tokio::time::sleep(Duration::from_millis(1)).await,
+            Err(errno) => panic!("{errno}"),
+        }
+    };
+    // SAFETY: accept4 has just made it, and nobody else knows it.
+    PacketSocket::new(unsafe { OwnedFd::from_raw_fd(accepted) }).expect("watched")
+}
+
+/// A daemon that gives huge pages which cannot be used, and to the request for others answers with an error, or is gone.
+async fn daemon_of_huge_pages(listener: OwnedFd, refuses: bool) {
+    let socket = accepted(&listener).await;
+    while let Ok(Some((request, _))) = socket.recv::<Request>().await {
+        let empty = memfd::create("test", 0, false).expect("a memfd");
+        let (reply, fds) = match request {
+            Request::Hello { .. } => (Reply::Welcome(welcome()), vec![]),
+            Request::CreateArena { instead_of: None, .. } => {
+                let created = Reply::ArenaCreated {
+                    arena: ArenaId(8),
+                    page_bytes: memfd::HUGE_PAGE_BYTES,
+                    note: None,
+                };
+                (created, vec![empty.as_raw_fd()])
+            }
+            Request::CreateArena { .. } if refuses => {
+                let refused = Reply::Error {
+                    code: ErrorCode::Full,
+                    message: "the pool is full".to_owned(),
+                };
+                (refused, vec![])
+            }
+            Request::CreateArena { .. } => return,
+            _ => (registered(), vec![]),
+        };
+        let _ = socket.send(&Message::Reply(reply), &fds).await;
+    }
+}
+
+#[tokio::test]
+async fn only_a_refusal_of_ordinary_pages_is_told_as_a_lack_of_huge_ones() {
+    for refuses in [true, false] {
+        let (_folder, path) = place();
+        tokio::spawn(daemon_of_huge_pages(listener(&path), refuses));
+        let mut client = Client::connect(&path).await.expect("connected");
+        client.register(JobId(1), "top", "t").await.expect("registered");
+        let layout = Layout::for_objects(1, 1 << 20).expect("small");
+        let error = client.create_arena(layout).await.expect_err("no arena");
+        let expected = match refuses {
+            true => matches!(error, ClientError::HugePages { .. }),
+            false => matches!(error, ClientError::Gone { .. }),
+        };
+        assert!(expected, "{error}");
     }
 }
 
