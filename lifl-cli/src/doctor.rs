@@ -318,8 +318,8 @@ fn socket_folder() -> Check {
 
 /// A daemon that listens: what it runs as, and whether it has kept more than it needs.
 fn daemon() -> Check {
-    // A daemon that is busy or does not answer is tried for 10 s, at two places at most.
-    const PATIENCE: Duration = Duration::from_secs(25);
+    // A daemon has 10 s to accept the connection, 10 s to greet and 10 s to answer; only one that greets is asked.
+    const PATIENCE: Duration = Duration::from_secs(35);
     let asked = on_thread(|| {
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_all()

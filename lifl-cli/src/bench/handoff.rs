@@ -228,14 +228,7 @@ impl Way for BareWay<'_> {
             to: WorkerId(1),
             ..Frame::default()
         };
-        let mut answer = [0; Frame::BYTES];
-        let sent = monotonic_ns();
-        self.near.write_all(message.as_bytes())?;
-        ensure!(
-            echo::read_whole(&mut self.near, &mut answer)?,
-            "the receiver is gone"
-        );
-        Ok([sent, echo::answered(&answer)?, monotonic_ns()])
+        exchange(&mut self.near, message.as_bytes(), &mut [0; Frame::BYTES])
     }
 
     fn receiver(&self) -> u32 {
@@ -414,6 +407,18 @@ impl Way for WorkerWay<'_> {
     }
 }
 
+/// Sends a message and waits for its answer; gives when it was sent, received there, and answered here.
+fn exchange(
+    stream: &mut (impl std::io::Read + Write),
+    message: &[u8],
+    answer: &mut [u8],
+) -> anyhow::Result<[u64; 3]> {
+    let sent = monotonic_ns();
+    stream.write_all(message)?;
+    ensure!(echo::read_whole(stream, answer)?, "the receiver is gone");
+    Ok([sent, echo::answered(answer)?, monotonic_ns()])
+}
+
 /// The bytes themselves.
 struct BytesWay<'a, S> {
     stream: S,
@@ -455,14 +460,7 @@ impl<'a> BytesWay<'a, TcpStream> {
 
 impl<S: std::io::Read + Write> Way for BytesWay<'_, S> {
     fn once(&mut self) -> anyhow::Result<[u64; 3]> {
-        let mut answer = [0; 8];
-        let sent = monotonic_ns();
-        self.stream.write_all(self.update)?;
-        ensure!(
-            echo::read_whole(&mut self.stream, &mut answer)?,
-            "the receiver is gone"
-        );
-        Ok([sent, echo::answered(&answer)?, monotonic_ns()])
+        exchange(&mut self.stream, self.update, &mut [0; 8])
     }
 
     fn receiver(&self) -> u32 {

@@ -26,7 +26,6 @@ use anyhow::{Context, anyhow};
 use lifl_common::client::{Client, FrameSocket};
 use lifl_common::config::{Dataset, JobSpec, SampleShape};
 use lifl_common::id::{JobId, WorkerId};
-use lifl_common::limits;
 use lifl_common::update::Schema;
 use tokio_util::sync::CancellationToken;
 
@@ -40,12 +39,11 @@ pub use self::resume::Resumed;
 use self::workers::Workers;
 use crate::base_model;
 use crate::dir::Trust;
-use crate::exit::{Because, Cause, Failure, Outcome};
+use crate::exit::{Because, Cause, Failure, Outcome, cause_of};
 use crate::inputs;
 use crate::memory;
 use crate::privileges::Privileges;
 use crate::requirements;
-use lifl_learn::LearnError;
 use lifl_learn::data::{self, Progress};
 
 /// How to run a job.
@@ -299,7 +297,7 @@ async fn with_node(
         .because(Cause::Machine)?;
     let gateway = Gateway::open(job, &schema, &mut client, options.node.insecure).await?;
     let workers = Workers::start(job, job_id, &node.socket, &folder, &gateway, from)
-        .map_err(|error| Failure::new(refused_by(&error), error))?;
+        .map_err(|error| Failure::new(cause_of(&error), error))?;
     let mut run = Run {
         job,
         schema,
@@ -358,8 +356,8 @@ async fn known(job: &JobSpec) -> Outcome<lifl_learn::Known> {
     let job = job.clone();
     let known = tokio::task::spawn_blocking(move || lifl_learn::known(&job)).await;
     let known = known.context("the data could not be read").because(Cause::Job)?;
-    known.map_err(|error| match error.downcast_ref() {
-        Some(LearnError::Threads { .. }) => Failure::new(Cause::Machine, error),
+    known.map_err(|error| match cause_of(&error) {
+        Cause::Machine => Failure::new(Cause::Machine, error),
         _ => Failure::new(Cause::Config, error),
     })
 }
@@ -398,17 +396,6 @@ fn check_room(job: &JobSpec, schema: &Schema, node: &Node) -> Outcome {
         ));
     }
     Ok(())
-}
-
-/// What a process that cannot be started tells of: the machine where it is the system's answer.
-fn refused_by(error: &anyhow::Error) -> Cause {
-    let system = error
-        .chain()
-        .find_map(|cause| cause.downcast_ref::<std::io::Error>());
-    match system.and_then(limits::explain_refusal) {
-        Some(_) => Cause::Machine,
-        None => Cause::Job,
-    }
 }
 
 /// The workers by role, from the top down.

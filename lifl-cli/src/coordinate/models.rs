@@ -29,6 +29,8 @@ struct Model {
     /// What the optimizer remembers with it.
     state: Option<Lent>,
     metadata: Metadata,
+    /// Where its tensors' data lies: the header was checked once.
+    data: Range<usize>,
     /// The round's event, but for what evaluation tells.
     event: Option<Event>,
 }
@@ -99,11 +101,13 @@ impl Models {
             Some(state) => Some(self.lent(client, state).await?),
             None => None,
         };
-        let (metadata, _) = image::check(object(&model)?, &self.schema).context("it is not the job's")?;
+        let checked = image::check(object(&model)?, &self.schema);
+        let (metadata, data) = checked.context("it is not the job's")?;
         self.checked = Some(Model {
             model,
             state,
             metadata: metadata.clone(),
+            data,
             event: None,
         });
         Ok(metadata)
@@ -158,9 +162,8 @@ impl Models {
         self.examined = Some(Arc::clone(&model));
         let (schema, evaluator) = (self.schema.clone(), self.evaluator.take());
         self.task = Some(spawn_blocking(move || {
-            let bytes = object(&model.model)?;
-            let (_, data) = image::check(bytes, &schema).context("the top's model is not the job's")?;
-            let tensors = Tensors::new(&schema, &bytes[data]);
+            let data = &object(&model.model)?[model.data.clone()];
+            let tensors = Tensors::new(&schema, data);
             let evaluation = evaluator.as_ref().map(|evaluator| evaluator.evaluate(tensors));
             Ok(Examined::Evaluated(evaluation.transpose()?, evaluator))
         }));
