@@ -14,4 +14,6 @@ mod local;
 pub mod node_link;
 pub mod parent;
 pub mod slots;
+#[cfg(all(test, feature = "jobs"))]
+mod test_job;
 pub mod trainer;

@@ -8,7 +8,7 @@ use lifl_common::control::Welcome;
 use lifl_common::limits::{self, Cgroups};
 use lifl_daemon::plane;
 use lifl_daemon::pool::HugePages;
-use lifl_worker::coordinator::pairing::{Pair, pair};
+use lifl_worker::coordinator::{Pair, pair};
 use serde_json::json;
 
 use super::{SMALL, runtime};

@@ -1,6 +1,6 @@
 //! Drives the coordinator's state machine: passes it what comes from frames, daemon and processes, and does what it wants done.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
 use anyhow::anyhow;
@@ -10,10 +10,9 @@ use lifl_common::control::{Event as DaemonEvent, GatewayStatus, JobTraffic, Stat
 use lifl_common::frame::Frame;
 use lifl_common::id::WorkerId;
 use lifl_learn::Known;
-use lifl_worker::coordinator::failures::MOST_DEATHS;
-use lifl_worker::coordinator::policy::Synchronous;
 use lifl_worker::coordinator::{
-    Coordinator, Event as Decision, Failure as JobFailure, Input, Output, WorkerEvent,
+    Coordinator, Event as Decision, Failure as JobFailure, Input, MOST_DEATHS, Output, Synchronous,
+    WorkerEvent,
 };
 
 use super::awake::Awake;
@@ -32,9 +31,6 @@ const MOST_UNREAD: usize = 1 << 16;
 /// How often the clock and the memory that is in use are looked at, at the least.
 const PAUSE: Duration = Duration::from_millis(100);
 
-/// How long a dead worker's name may be registered: the daemon notices a death at once.
-const VACANT: Duration = Duration::from_secs(5);
-
 /// What an input may take for each worker.
 const PAUSE_A_WORKER: Duration = Duration::from_millis(2);
 
@@ -50,8 +46,6 @@ pub(super) struct Driver<'r, 'j> {
     round_begun_ns: u64,
     moved_before: JobTraffic,
     peak: Peak,
-    /// Whose process has ended and has no successor yet, and since when.
-    vacant: BTreeMap<usize, Duration>,
     /// Who has left because the machine, or its daemon, lacks something.
     lacking: BTreeSet<usize>,
 }
@@ -78,7 +72,6 @@ impl<'r, 'j> Driver<'r, 'j> {
             round_begun_ns: monotonic_ns(),
             moved_before: JobTraffic::default(),
             peak: Peak::default(),
-            vacant: BTreeMap::new(),
             lacking: BTreeSet::new(),
         }
     }
@@ -101,7 +94,6 @@ impl<'r, 'j> Driver<'r, 'j> {
             if self.do_outputs().await? {
                 return self.finish().await;
             }
-            self.look_for_strangers().await?;
             self.peak.sample(self.workers.pids());
         }
     }
@@ -118,7 +110,6 @@ impl<'r, 'j> Driver<'r, 'j> {
             },
             event = self.run.client.event() => Input::Daemon(event.because(Cause::Job)?),
             (worker, exit) = self.workers.exited() => {
-                self.vacant.insert(worker, self.awake.time());
                 if exit.code == Some(Cause::Machine as i32) {
                     self.lacking.insert(worker);
                 }
@@ -201,6 +192,15 @@ impl<'r, 'j> Driver<'r, 'j> {
                 };
                 self.handle(Input::Status(status.map(counters)));
             }
+            Output::FindHolder(worker) => {
+                let status = self.status_now().await?;
+                let name = &self.run.job.workers[worker].name;
+                let mut registered = status.iter().flat_map(|status| &status.workers);
+                let holder = registered
+                    .find(|other| other.name == *name)
+                    .map(|other| other.pid);
+                self.handle(Input::NameTaken { worker, holder });
+            }
             Output::MapArenas(top) => self.map_arenas(top).await?,
             Output::CheckModel(lent) => {
                 let checked = self.models.check(&mut self.run.client, &lent).await;
@@ -258,61 +258,7 @@ impl<'r, 'j> Driver<'r, 'j> {
         {
             self.workers.begin_from(round);
         }
-        self.workers.start_one(worker)?;
-        self.vacant.remove(&worker);
-        Ok(())
-    }
-
-    /// Looks whether a dead worker's name is held by a process that is none of this run's: another of this user, since nobody
-    /// else may register. Its successor cannot have the name then. The job goes on without a trainer, and without an
-    /// aggregator it cannot.
-    async fn look_for_strangers(&mut self) -> Outcome {
-        let now = self.awake.time();
-        let is_old = |(_, since): &(&usize, &Duration)| now.saturating_sub(**since) > VACANT;
-        let old: Vec<usize> = self
-            .vacant
-            .iter()
-            .filter(is_old)
-            .map(|(&worker, _)| worker)
-            .collect();
-        if old.is_empty() {
-            return Ok(());
-        }
-        // A daemon that is away has not noticed the deaths yet.
-        let Some(status) = self.status_now().await? else {
-            self.vacant.values_mut().for_each(|since| *since = now);
-            return Ok(());
-        };
-        for worker in old {
-            self.vacant.remove(&worker);
-            let spec = &self.run.job.workers[worker];
-            let mut registered = status.workers.iter();
-            // The gateway's proxy of a remote worker is the daemon's.
-            let Some(holder) = registered.find(|other| other.name == spec.name && !spec.is_remote()) else {
-                continue;
-            };
-            let how = format!(
-                "process {}, which is not of this run, has registered under its name",
-                holder.pid
-            );
-            if spec.kind != Kind::Trainer {
-                let error = anyhow!(
-                    "{} cannot be replaced: {how}; end that process, and go on with lifl run --resume {}",
-                    spec.name,
-                    self.run.folder.path().display()
-                );
-                return Err(Failure::new(Cause::Job, error));
-            }
-            let event = Event::WorkerLost {
-                worker: spec.name.clone(),
-                round: self.coordinator.round(),
-                how,
-                last_words: self.run.folder.last_words(&spec.name),
-                restarting: false,
-            };
-            self.reporter.event(&event).because(Cause::Job)?;
-        }
-        Ok(())
+        self.workers.start_one(worker)
     }
 
     /// On the relay plane the frame socket closes with the daemon: what the control connection says tells more.
@@ -355,7 +301,7 @@ impl<'r, 'j> Driver<'r, 'j> {
             }
             Decision::Worker { worker, round, what } => (self.name(worker), round, what),
         };
-        let last_words = self.run.folder.last_words(&worker);
+        let last_words = |worker: &str| self.run.folder.last_words(worker);
         let event = match what {
             WorkerEvent::Killed(reason) => {
                 let line = format!("round {round}: {worker} is ended: {reason}");
@@ -372,17 +318,17 @@ impl<'r, 'j> Driver<'r, 'j> {
                 return Ok(());
             }
             WorkerEvent::Lost { how, restarting } => Event::WorkerLost {
-                worker,
                 round,
                 how,
-                last_words,
+                last_words: last_words(&worker),
                 restarting,
+                worker,
             },
             WorkerEvent::Replaced => Event::WorkerReplaced { worker, round },
             WorkerEvent::Failed => Event::TrainerFailed {
-                worker,
                 round,
-                why: last_words,
+                why: last_words(&worker),
+                worker,
             },
             WorkerEvent::UpdateRefused(refusal) => Event::UpdateRefused {
                 worker,
@@ -464,10 +410,19 @@ impl<'r, 'j> Driver<'r, 'j> {
                 let log = self.run.folder.log_tail(&name, 5);
                 let when = match round {
                     0 => "before the first round".to_owned(),
-                    _ => format!("in round {round}, {MOST_DEATHS} times without having finished one"),
+                    _ => format!(
+                        "in round {round}, {} times without having finished one",
+                        MOST_DEATHS + 1
+                    ),
                 };
                 anyhow!("{name} is gone {when} ({how}); the end of its log:\n{log}")
             }
+            JobFailure::NameTaken { worker, holder } => anyhow!(
+                "{} cannot be replaced: process {holder}, which is not of this run, has registered under its name; end that \
+                 process, and go on with lifl run --resume {}",
+                self.name(worker),
+                self.run.folder.path().display()
+            ),
             JobFailure::TopNotStarted { error } => anyhow!(error),
             JobFailure::TooFewTrainers { round, trainers: 0 } => anyhow!(
                 "round {round}: no trainer that is left has a way to the top; {}",

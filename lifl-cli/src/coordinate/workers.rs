@@ -166,9 +166,9 @@ impl Workers {
                         .is_some_and(|(_, kill)| kill.is_cancelled());
                     let code = status.as_ref().ok().and_then(ExitStatus::code);
                     let how = match status {
-                        Ok(status) if by_us => explain(status),
-                        Ok(status) => explain(status) + self.oom.explain(status, &OomKills::so_far()),
-                        Err(error) => error.to_string(),
+                        Ok(status) if by_us && status.signal() == Some(Signal::SIGKILL as i32) => None,
+                        Ok(status) => Some(explain(status) + self.oom.explain(status, &OomKills::so_far())),
+                        Err(error) => Some(error.to_string()),
                     };
                     return (index, Exit { how, code });
                 }
@@ -212,8 +212,8 @@ impl Workers {
 
 /// A process's end.
 pub(super) struct Exit {
-    /// In words.
-    pub(super) how: String,
+    /// In words; `None` if it was [killed](Workers::kill).
+    pub(super) how: Option<String>,
     /// Its exit code, if it has left by itself.
     pub(super) code: Option<i32>,
 }

@@ -28,12 +28,19 @@ pub enum Input {
     Exited {
         /// The worker.
         worker: usize,
-        /// What its end was.
-        how: String,
+        /// What its end was; `None` if [`Output::Kill`] was.
+        how: Option<String>,
     },
     /// The answer to [`Output::AskStatus`]: what each registration has sent, as the plane counts it; `None` while there is no
     /// daemon that knows.
     Status(Option<Vec<(WorkerId, Counters)>>),
+    /// The answer to [`Output::FindHolder`].
+    NameTaken {
+        /// The worker.
+        worker: usize,
+        /// The process that is registered under its name; `None` if no daemon can say.
+        holder: Option<u32>,
+    },
     /// The answer to [`Output::CheckModel`]: what the image says of itself, or why it cannot be read or is not of the job's
     /// schema.
     Checked(Result<Metadata, String>),
@@ -68,6 +75,9 @@ pub enum Output {
     /// Ask the daemon for the counters of all that is registered, without waiting for a daemon that is away. Answered by
     /// [`Input::Status`].
     AskStatus,
+    /// Look up which process is registered under that worker's name, without waiting for a daemon that is away. Answered by
+    /// [`Input::NameTaken`].
+    FindHolder(usize),
     /// Map a new top's arenas while it lives: what it makes may be wanted when it does not.
     MapArenas(WorkerId),
     /// Check that a model is an image of the job's schema, and read what it says of itself. Answered by [`Input::Checked`].
@@ -166,6 +176,13 @@ pub enum Failure {
         round: u32,
         /// What its end was.
         how: String,
+    },
+    /// A process that is not of this run holds a dead aggregator's name.
+    NameTaken {
+        /// The aggregator's index.
+        worker: usize,
+        /// That process.
+        holder: u32,
     },
     /// The top's successor cannot be started.
     TopNotStarted {

@@ -18,7 +18,7 @@ use lifl_common::kernel::Counters;
 
 /// What was asked and answered.
 #[derive(Debug, Default)]
-pub struct Liveness {
+pub(super) struct Liveness {
     /// When whoever has not been heard of since was asked, and what it had sent by then.
     asked: BTreeMap<WorkerId, (Duration, Counters)>,
     /// The last round in which each was known to have answered its parent.
@@ -27,16 +27,16 @@ pub struct Liveness {
 
 /// What follows from a look at the counters.
 #[derive(Debug, Default, PartialEq, Eq)]
-pub struct Verdicts {
+pub(super) struct Verdicts {
     /// Who is to be asked.
-    pub ask: Vec<WorkerId>,
+    pub(super) ask: Vec<WorkerId>,
     /// Who hangs.
-    pub hang: Vec<WorkerId>,
+    pub(super) hang: Vec<WorkerId>,
 }
 
 impl Liveness {
     /// Looks at all workers that can be asked, in order. `sent` is what one has sent, `None` if the plane does not have it.
-    pub fn look(
+    pub(super) fn look(
         &mut self,
         workers: &[WorkerId],
         sent: impl Fn(WorkerId) -> Option<Counters>,
@@ -66,17 +66,17 @@ impl Liveness {
     }
 
     /// A worker has said in which round it answered last.
-    pub fn heard(&mut self, id: WorkerId, round: u32) {
+    pub(super) fn heard(&mut self, id: WorkerId, round: u32) {
         self.answered.insert(id, round);
     }
 
     /// Whether a worker is known to have answered in that round.
-    pub fn has_answered(&self, id: WorkerId, round: u32) -> bool {
+    pub(super) fn has_answered(&self, id: WorkerId, round: u32) -> bool {
         self.answered.get(&id) == Some(&round)
     }
 
     /// For a while nobody could be heard of: all are asked anew.
-    pub fn reset(&mut self) {
+    pub(super) fn reset(&mut self) {
         self.asked.clear();
     }
 }

@@ -62,9 +62,16 @@ struct Round {
     below: BTreeMap<usize, (Cover, u64)>,
 }
 
+impl Round {
+    /// Who was told of the round and answers to the parent from that place: the worker, or its proxy.
+    fn told(&self, index: usize) -> Option<WorkerId> {
+        self.proxies.get(&index).or(self.own.get(&index)).copied()
+    }
+}
+
 /// The job's workers, by their index in the job.
 #[derive(Debug)]
-pub struct Membership {
+pub(super) struct Membership {
     coordinator: WorkerId,
     job: Arc<JobSpec>,
     /// The training samples that each worker has, 0 for an aggregator.
@@ -81,7 +88,7 @@ pub struct Membership {
 
 impl Membership {
     /// A job's workers, none of which is registered yet. `samples` is by worker.
-    pub fn new(coordinator: WorkerId, job: Arc<JobSpec>, samples: Vec<u64>) -> Self {
+    pub(super) fn new(coordinator: WorkerId, job: Arc<JobSpec>, samples: Vec<u64>) -> Self {
         let names = job.workers.iter().enumerate();
         Self {
             coordinator,
@@ -96,13 +103,23 @@ impl Membership {
         }
     }
 
-    /// A worker or a proxy has registered under that name. Gives which worker of the job it is or stands for.
-    pub fn joined(&mut self, id: WorkerId, name: &str) -> Option<usize> {
+    /// A worker or a proxy has registered under that name. Gives which worker of the job it is or stands for; `None` if the
+    /// job has no worker of that name, or one that needs no proxy, or only a proxy, and the name is that of the other.
+    pub(super) fn joined(&mut self, id: WorkerId, name: &str) -> Option<usize> {
         let (name, is_proxy) = match proxied(name) {
             Some(name) => (name, true),
             None => (name, false),
         };
         let index = *self.names.get(name)?;
+        let spec = &self.job.workers[index];
+        let expected = if is_proxy {
+            spec.is_remote()
+        } else {
+            spec.is_local()
+        };
+        if !expected {
+            return None;
+        }
         let member = &mut self.members[index];
         let place = if is_proxy {
             &mut member.proxy
@@ -121,7 +138,7 @@ impl Membership {
     }
 
     /// A registration can begin. Gives the worker's index when it is complete with that, for the first time.
-    pub fn ready(&mut self, id: WorkerId) -> Option<usize> {
+    pub(super) fn ready(&mut self, id: WorkerId) -> Option<usize> {
         let index = self.index(id)?;
         let before = self.is_present(index);
         let member = &mut self.members[index];
@@ -135,7 +152,7 @@ impl Membership {
     }
 
     /// A worker, or a proxy, is gone. Gives whose place it had.
-    pub fn left(&mut self, id: WorkerId) -> Option<usize> {
+    pub(super) fn left(&mut self, id: WorkerId) -> Option<usize> {
         let index = self.ids.remove(&id)?;
         let member = &mut self.members[index];
         for place in [&mut member.own, &mut member.proxy] {
@@ -147,28 +164,28 @@ impl Membership {
     }
 
     /// Nobody is awaited in that place any more.
-    pub fn give_up(&mut self, index: usize) {
+    pub(super) fn give_up(&mut self, index: usize) {
         self.members[index].given_up = true;
     }
 
     /// The registrations with numbers from `first` to `last`, in order.
-    pub fn ids(&self, first: WorkerId, last: WorkerId) -> Vec<WorkerId> {
+    pub(super) fn ids(&self, first: WorkerId, last: WorkerId) -> Vec<WorkerId> {
         let ids = self.ids.keys().copied();
         ids.filter(|id| (first..=last).contains(id)).collect()
     }
 
     /// Which worker of the job a registration is, or stands for.
-    pub fn index(&self, id: WorkerId) -> Option<usize> {
+    pub(super) fn index(&self, id: WorkerId) -> Option<usize> {
         self.ids.get(&id).copied()
     }
 
     /// Registrations that can begin.
-    pub fn ready_count(&self) -> usize {
+    pub(super) fn ready_count(&self) -> usize {
         self.ready
     }
 
     /// Whether whoever belongs in that place is there and can begin.
-    pub fn is_present(&self, index: usize) -> bool {
+    pub(super) fn is_present(&self, index: usize) -> bool {
         let (spec, member) = (&self.job.workers[index], &self.members[index]);
         let ready = |place: Option<Registered>| place.is_some_and(|known| known.ready);
         let there = (ready(member.own) || !spec.is_local()) && (ready(member.proxy) || !spec.is_remote());
@@ -176,7 +193,7 @@ impl Membership {
     }
 
     /// How many of those workers are absent and have not been given up.
-    pub fn awaited(&self, which: impl Fn(&WorkerSpec) -> bool) -> usize {
+    pub(super) fn awaited(&self, which: impl Fn(&WorkerSpec) -> bool) -> usize {
         let awaited = |&index: &usize| {
             which(&self.job.workers[index]) && !self.is_present(index) && !self.members[index].given_up
         };
@@ -184,15 +201,14 @@ impl Membership {
     }
 
     /// Who answers to the parent from that place in this round, while it is there: the worker, or its proxy.
-    pub fn participant(&self, index: usize) -> Option<WorkerId> {
+    pub(super) fn participant(&self, index: usize) -> Option<WorkerId> {
         let (member, round) = (&self.members[index], &self.round);
         let id = member.proxy.or(member.own)?.id;
-        let told = round.proxies.get(&index).or(round.own.get(&index));
-        (told == Some(&id) && !round.vacated.contains(&index)).then_some(id)
+        (round.told(index) == Some(id) && !round.vacated.contains(&index)).then_some(id)
     }
 
     /// The registrations that can begin, in order, each with whether it is a proxy.
-    pub fn connected(&self) -> impl Iterator<Item = (WorkerId, bool)> {
+    pub(super) fn connected(&self) -> impl Iterator<Item = (WorkerId, bool)> {
         self.ids.iter().filter_map(|(&id, &index)| {
             let known = self.members[index].registrations().find(|known| known.id == id)?;
             let proxy = self.members[index].proxy.is_some_and(|proxy| proxy.id == id);
@@ -201,19 +217,19 @@ impl Membership {
     }
 
     /// The parent of a worker in this round.
-    pub fn parent(&self, index: usize) -> Option<usize> {
+    pub(super) fn parent(&self, index: usize) -> Option<usize> {
         self.round.pairs.get(&index)?.parent
     }
 
     /// The training samples that those trainers have.
-    pub fn samples_of(&self, cover: &Cover) -> u64 {
+    pub(super) fn samples_of(&self, cover: &Cover) -> u64 {
         let workers = self.job.workers.iter().zip(&self.samples);
         let covered = workers.filter(|(worker, _)| worker.share.is_some_and(|share| cover.contains(share)));
         covered.fold(0, |sum: u64, (_, samples)| sum.saturating_add(*samples))
     }
 
-    /// Takes the pairing of a new round; gives how many trainers take part.
-    pub fn plan(&mut self, number: u32, pairs: BTreeMap<usize, Pair>) -> u32 {
+    /// Takes the pairing of a new round.
+    pub(super) fn plan(&mut self, number: u32, pairs: BTreeMap<usize, Pair>) {
         let told = |place: fn(&Member) -> Option<Registered>| -> BTreeMap<usize, WorkerId> {
             let of = pairs
                 .keys()
@@ -229,7 +245,6 @@ impl Membership {
             below: self.below(&pairs),
             pairs,
         };
-        self.trainers().count() as u32
     }
 
     /// The trainers below each aggregator of a round but the top, whose update nobody takes.
@@ -257,8 +272,7 @@ impl Membership {
     /// The frames that tell a parent of one child: who it is, and what its update may say at most.
     fn child_frames(&self, parent: WorkerId, child: usize) -> Vec<Frame> {
         let round = &self.round;
-        let id = round.proxies.get(&child).or(round.own.get(&child));
-        let id = id.filter(|_| !round.vacated.contains(&child));
+        let id = round.told(child).filter(|_| !round.vacated.contains(&child));
         let (words, samples) = match (self.job.workers[child].share, round.below.get(&child)) {
             (Some(share), _) => (vec![(share / 64, 1 << (share % 64))], self.samples[child]),
             (None, Some((cover, samples))) => {
@@ -268,7 +282,7 @@ impl Membership {
             (None, None) => (vec![(0, 0)], 0),
         };
         let left = (0..words.len() as u32).rev();
-        let id = id.copied().unwrap_or(WorkerId::NONE);
+        let id = id.unwrap_or(WorkerId::NONE);
         let frame = |((at, word), left)| {
             let frame = Frame {
                 samples,
@@ -280,13 +294,13 @@ impl Membership {
     }
 
     /// The trainers that take part in the round, or took part.
-    pub fn trainers(&self) -> impl Iterator<Item = usize> {
+    pub(super) fn trainers(&self) -> impl Iterator<Item = usize> {
         let indices = self.round.pairs.keys().copied();
         indices.filter(|&index| self.job.workers[index].kind == Kind::Trainer)
     }
 
     /// The aggregators of the round that have trainers as children.
-    pub fn parents_of_trainers(&self) -> impl Iterator<Item = usize> {
+    pub(super) fn parents_of_trainers(&self) -> impl Iterator<Item = usize> {
         let is_trainer = |&child: &usize| self.job.workers[child].kind == Kind::Trainer;
         let pairs = self.round.pairs.iter();
         pairs
@@ -295,12 +309,12 @@ impl Membership {
     }
 
     /// Whether that worker takes part in the round.
-    pub fn takes_part(&self, index: usize) -> bool {
+    pub(super) fn takes_part(&self, index: usize) -> bool {
         self.round.pairs.contains_key(&index)
     }
 
     /// The round that was [planned](Self::plan), to all who do not hear of it from their parent.
-    pub fn announce(&mut self) -> Vec<Frame> {
+    pub(super) fn announce(&mut self) -> Vec<Frame> {
         let hear = self.round.pairs.keys().copied();
         let hear = hear.filter(|&index| !self.is_told_by_parent(index));
         let mut frames: Vec<Frame> = hear.flat_map(|index| self.announcement(index)).collect();
@@ -330,15 +344,14 @@ impl Membership {
         let round = &self.round;
         let parent = round.pairs.get(&index).and_then(|pair| pair.parent);
         let parent = parent.and_then(|parent| round.own.get(&parent));
-        let child = round.proxies.get(&index).or(round.own.get(&index));
-        let (Some(child), Some(parent)) = (child, parent) else {
+        let (Some(child), Some(parent)) = (round.told(index), parent) else {
             return false;
         };
-        self.job.workers[index].kind == Kind::Trainer && self.parents.get(child) == Some(parent)
+        self.job.workers[index].kind == Kind::Trainer && self.parents.get(&child) == Some(parent)
     }
 
     /// A successor can begin: if its place in the round waits for it, it, its parent and its children hear of it.
-    pub fn succeeds(&mut self, index: usize) -> Vec<Frame> {
+    pub(super) fn succeeds(&mut self, index: usize) -> Vec<Frame> {
         if self.round.vacated.contains(&index) {
             return Vec::new();
         }
@@ -357,7 +370,7 @@ impl Membership {
     }
 
     /// Nobody is waited for in that place in this round: its parent hears of it, once.
-    pub fn vacated(&mut self, index: usize) -> Vec<Frame> {
+    pub(super) fn vacated(&mut self, index: usize) -> Vec<Frame> {
         let Some(pair) = self.round.pairs.get(&index) else {
             return Vec::new();
         };
@@ -366,13 +379,13 @@ impl Membership {
     }
 
     /// Tells an aggregator not to wait for those who have not answered.
-    pub fn close(&self, index: usize) -> Option<Frame> {
+    pub(super) fn close(&self, index: usize) -> Option<Frame> {
         let to = self.members[index].own?.id;
         Some(self.frame(to, FrameKind::Close, WorkerId::NONE, 0))
     }
 
     /// Asks a worker for a sign of life.
-    pub fn ping(&self, worker: WorkerId) -> Frame {
+    pub(super) fn ping(&self, worker: WorkerId) -> Frame {
         self.frame(worker, FrameKind::Ping, WorkerId::NONE, 0)
     }
 

@@ -24,12 +24,12 @@
 //! Any process of the job's user can register and send frames. Whose frame decides anything is looked up in the
 //! [`membership`], and what the top says of its model is held against what is known of the trainers.
 
-pub mod failures;
+mod failures;
 mod io;
-pub mod liveness;
-pub mod membership;
-pub mod pairing;
-pub mod policy;
+mod liveness;
+mod membership;
+mod pairing;
+mod policy;
 mod rounds;
 #[cfg(test)]
 mod tests;
@@ -43,11 +43,13 @@ use lifl_common::control::{self, DeadLetter};
 use lifl_common::frame::{Frame, FrameKind, Refusal};
 use lifl_common::id::WorkerId;
 
-use self::failures::{Failures, KillReason};
+use self::failures::Failures;
+pub use self::failures::{KillReason, MOST_DEATHS};
 pub use self::io::{Event, Failure, Input, LentModel, Output, WorkerEvent};
 use self::liveness::Liveness;
 use self::membership::Membership;
-use self::policy::RoundPolicy;
+pub use self::pairing::{Pair, pair};
+pub use self::policy::{Admission, RoundPolicy, Synchronous};
 use self::rounds::{Examination, Phase, RoundClock};
 
 /// The coordinator of one job.
@@ -134,11 +136,12 @@ impl Coordinator {
                 Err(error) => self.not_started(now, worker, error),
             },
             Input::Exited { worker, how } => {
-                if self.failures.process_ended(worker) {
+                if self.failures.process_ended(worker, now) {
                     self.lost(worker);
                 }
                 self.tell_of_loss(worker, how);
             }
+            Input::NameTaken { worker, holder } => self.name_taken(now, worker, holder),
             Input::Status(counters) => self.status(now, counters),
             Input::Checked(checked) => self.checked(checked),
             Input::Evaluated { loss } => self.evaluated(loss),
@@ -251,8 +254,11 @@ impl Coordinator {
     fn daemon_event(&mut self, now: Duration, event: control::Event) {
         match event {
             control::Event::PeerJoined { worker: id, name } => {
-                if let Some(worker) = self.membership.joined(id, &name) {
-                    self.failures.registered(worker);
+                match self.membership.joined(id, &name) {
+                    Some(worker) => self.failures.registered(worker),
+                    None => {
+                        tracing::warn!(%id, name, "registered as what the job has no place for: it takes no part")
+                    }
                 }
                 if self.early.remove(&id) {
                     self.ready(now, id);
@@ -339,14 +345,31 @@ impl Coordinator {
     }
 
     /// A worker that is dead has said its last words. Before the first round that ends the job.
-    fn tell_of_loss(&mut self, worker: usize, how: String) {
-        let Some(how) = self.failures.tell(worker, how) else {
-            return;
-        };
+    fn tell_of_loss(&mut self, worker: usize, how: Option<String>) {
+        let how = self.failures.cause_of_death(worker, how);
         let (round, restarting) = (self.round, !self.failures.is_given_up(worker));
         if round == 0 || (self.job.workers[worker].kind == Kind::Top && !restarting) {
             return self.done(Err(Failure::WorkerGone { worker, round, how }));
         }
+        self.report_of(worker, WorkerEvent::Lost { how, restarting });
+    }
+
+    /// A dead worker's name stays registered, so that no successor can have it: the job goes on without a trainer, and cannot
+    /// without an aggregator.
+    fn name_taken(&mut self, now: Duration, worker: usize, holder: Option<u32>) {
+        if !self.failures.is_name_held(worker) {
+            return;
+        }
+        let Some(holder) = holder else {
+            return self.failures.look_up_again(worker, now);
+        };
+        if self.job.workers[worker].kind != Kind::Trainer {
+            return self.done(Err(Failure::NameTaken { worker, holder }));
+        }
+        self.failures.give_up(worker);
+        self.give_up(worker);
+        let how = format!("process {holder}, which is not of this run, has registered under its name");
+        let restarting = false;
         self.report_of(worker, WorkerEvent::Lost { how, restarting });
     }
 

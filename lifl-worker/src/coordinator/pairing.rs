@@ -73,7 +73,7 @@ pub fn pair(workers: &[WorkerSpec], present: impl Fn(usize) -> bool) -> BTreeMap
 
 /// Leaves of each aggregator's children as many as it [selects](WorkerSpec::select), drawn anew for each round, and takes
 /// out the others with all below them. Equal seeds select equally among equal children.
-pub fn select(workers: &[WorkerSpec], pairs: &mut BTreeMap<usize, Pair>, seed: u64, round: u32) {
+pub(super) fn select(workers: &[WorkerSpec], pairs: &mut BTreeMap<usize, Pair>, seed: u64, round: u32) {
     // From the top down, which is their order, so that nothing is drawn for who is out.
     for (index, worker) in workers.iter().enumerate() {
         let Some(k) = worker.select.map(|k| k as usize) else {
@@ -109,42 +109,12 @@ fn drop_subtree(pairs: &mut BTreeMap<usize, Pair>, index: usize) {
 mod tests {
     use proptest::prelude::*;
 
-    use lifl_common::config::Transport;
-
     use super::*;
-
-    fn group(channel: &str, group: &str) -> Option<Group> {
-        Some(Group {
-            channel: channel.into(),
-            group: group.into(),
-        })
-    }
-
-    fn worker(kind: Kind, level: u32, up: Option<Group>, down: Option<Group>) -> WorkerSpec {
-        let (name, role) = (format!("w{level}"), format!("r{level}"));
-        WorkerSpec {
-            name,
-            role,
-            task_id: None,
-            kind,
-            level,
-            up,
-            down,
-            transport: Transport::Shm,
-            share: None,
-            agg_goal: None,
-            select: None,
-            dataset: None,
-        }
-    }
+    use crate::test_job::job;
 
     /// One top, two middles, four leaves, eight trainers, all in one group a channel.
     fn three_levels() -> Vec<WorkerSpec> {
-        let mut workers = vec![worker(Kind::Top, 0, None, group("global", "d"))];
-        workers.extend((0..2).map(|_| worker(Kind::Aggregator, 1, group("global", "d"), group("hier", "d"))));
-        workers.extend((0..4).map(|_| worker(Kind::Aggregator, 2, group("hier", "d"), group("param", "d"))));
-        workers.extend((0..8).map(|_| worker(Kind::Trainer, 3, group("param", "d"), None)));
-        workers
+        job(&[1, 2, 4, 8]).workers
     }
 
     #[test]
@@ -168,17 +138,14 @@ mod tests {
 
     #[test]
     fn groups_are_separate_subtrees() {
-        let mut workers = vec![worker(Kind::Top, 0, None, group("global", "d"))];
-        for side in ["east", "west"] {
-            workers.push(worker(
-                Kind::Aggregator,
-                1,
-                group("global", "d"),
-                group("param", side),
-            ));
+        let mut workers = job(&[1, 2, 3]).workers;
+        let group =
+            |of: &mut Option<Group>, name: &str| of.as_mut().expect("a group").group = name.to_owned();
+        for (worker, side) in [(1, "east"), (2, "west")] {
+            group(&mut workers[worker].down, side);
         }
-        for side in ["west", "west", "east"] {
-            workers.push(worker(Kind::Trainer, 2, group("param", side), None));
+        for (worker, side) in [(3, "west"), (4, "west"), (5, "east")] {
+            group(&mut workers[worker].up, side);
         }
         let pairs = pair(&workers, |_| true);
         assert_eq!(pairs[&1].children, [5]);

@@ -11,7 +11,7 @@ use lifl_common::kernel::Counters;
 use lifl_common::update::{Cover, Metadata};
 
 use super::Coordinator;
-use super::failures::KillReason;
+use super::failures::{KillReason, Overdue};
 use super::io::{Event, Failure, LentModel, Output};
 use super::liveness::Verdicts;
 use super::policy::Admission;
@@ -65,8 +65,11 @@ impl Coordinator {
             return;
         }
         self.restart_lost(now);
-        for (worker, why) in self.failures.overdue(now) {
-            self.kill(worker, why);
+        for (worker, what) in self.failures.overdue(now) {
+            match what {
+                Overdue::Kill(why) => self.kill(worker, why),
+                Overdue::NameHeld => self.outputs.push_back(Output::FindHolder(worker)),
+            }
         }
         match self.phase {
             Phase::Starting if self.ready_count() + 1 == self.job.registrations() as usize => {
@@ -118,6 +121,8 @@ impl Coordinator {
         let awaited = self.membership.awaited(|spec| spec.kind == Kind::Trainer);
         match self.policy.admit(trainers, awaited) {
             Admission::Wait => return,
+            // Those who die are told of first, with what they died of.
+            Admission::Never if self.failures.is_anyone_dying() => return,
             Admission::Never => return self.done(Err(Failure::TooFewTrainers { round, trainers })),
             Admission::Begin => {}
         }
@@ -217,15 +222,20 @@ impl Coordinator {
         }
     }
 
-    /// A successor has taken over in the round that runs: one that is decided is not begun anew. If the round is closed, the
-    /// successor is told when those below it have said again what they have.
+    /// A successor has taken over in the round that runs: one that is decided is not begun anew. If the round is closed, a
+    /// successor above trainers is told when those below it have said again what they have.
     pub(super) fn succeeded(&mut self, now: Duration, worker: usize) {
         if self.phase != Phase::Running {
             return;
         }
         let frames = self.membership.succeeds(worker);
         self.send(frames);
-        if self.clock.closed && self.membership.takes_part(worker) {
+        if self.clock.closed
+            && self
+                .membership
+                .parents_of_trainers()
+                .any(|parent| parent == worker)
+        {
             self.clock.to_close.insert((now + SAY_AGAIN, worker));
         }
     }

@@ -4,17 +4,15 @@ mod deaths;
 mod rounds;
 mod sequences;
 
-use lifl_common::config::{
-    Brokers, Group, ModelSpec, Optimizer, SampleShape, Timing, TrainingSpec, Transport, UpdateKind,
-    WorkerSpec,
-};
+use lifl_common::config::Transport;
 use lifl_common::control::{Event as DaemonEvent, PeerLost};
 use lifl_common::id::{ArenaId, Generation, Key};
 use lifl_common::kernel::Counters;
-use lifl_common::update::{Cover, DType, Metadata, UpdateInfo};
+use lifl_common::session::proxy_name;
+use lifl_common::update::{Cover, Metadata, UpdateInfo};
 
-use super::policy::Synchronous;
 use super::*;
+use crate::test_job;
 
 const COORDINATOR: WorkerId = WorkerId(1);
 const TOP: usize = 0;
@@ -25,61 +23,7 @@ const SAMPLES: u64 = 10;
 
 /// One top, two middles (1, 2), two leaves (3, 4) and four trainers, of which 5 and 7 are below leaf 3.
 fn job() -> JobSpec {
-    let group = |channel: &str| {
-        Some(Group {
-            channel: channel.into(),
-            group: "default".into(),
-        })
-    };
-    let channels = ["global", "hierarchy", "param"];
-    let level_of = |index: usize| [0, 1, 1, 2, 2, 3, 3, 3, 3][index];
-    let worker = |index: usize| {
-        let level: usize = level_of(index);
-        WorkerSpec {
-            name: format!("w{index}"),
-            role: format!("role-{level}"),
-            task_id: None,
-            kind: [Kind::Top, Kind::Aggregator, Kind::Aggregator, Kind::Trainer][level],
-            level: level as u32,
-            up: level.checked_sub(1).and_then(|above| group(channels[above])),
-            down: channels.get(level).and_then(|channel| group(channel)),
-            transport: Transport::Shm,
-            share: (level == 3).then(|| index as u32 - 5),
-            agg_goal: None,
-            select: None,
-            dataset: None,
-        }
-    };
-    JobSpec {
-        id: "1".into(),
-        name: "job".into(),
-        rounds: 3,
-        seed: 7,
-        timing: Timing::Lazy,
-        updates: UpdateKind::Weights,
-        workers: (0..9).map(worker).collect(),
-        brokers: Brokers::default(),
-        model: ModelSpec::Synthetic {
-            parameters: 4,
-            dtype: DType::F32,
-        },
-        samples: SampleShape::default(),
-        base_model: None,
-        training: TrainingSpec {
-            epochs: 1,
-            batch_size: 1,
-            learning_rate: 0.1,
-            weight_decay: 0.0,
-            proximal_mu: 0.0,
-        },
-        optimizer: Optimizer::FedAvg,
-        data: None,
-        quorum: 1,
-        round_timeout_s: None,
-        grace_time_s: 30.0,
-        spin_us: 0,
-        max_run_time_s: 300,
-    }
+    test_job::job(&[1, 2, 2, 4])
 }
 
 /// A coordinator and what its driver knows.
@@ -156,12 +100,17 @@ impl Driver {
 
     /// A worker registers, without being ready.
     fn register(&mut self, worker: usize) -> WorkerId {
-        self.last_id += 1;
-        let id = WorkerId(self.last_id);
+        let id = self.register_as(&self.job.workers[worker].name.clone());
         self.ids[worker] = id;
-        let name = self.job.workers[worker].name.clone();
-        self.handle(Input::Daemon(DaemonEvent::PeerJoined { worker: id, name }));
         id
+    }
+
+    /// Some process registers under that name.
+    fn register_as(&mut self, name: &str) -> WorkerId {
+        self.last_id += 1;
+        let (worker, name) = (WorkerId(self.last_id), name.to_owned());
+        self.handle(Input::Daemon(DaemonEvent::PeerJoined { worker, name }));
+        worker
     }
 
     fn join(&mut self, worker: usize) {
@@ -188,8 +137,13 @@ impl Driver {
         })));
     }
 
+    /// A process ends that the coordinator had killed.
+    fn killed(&mut self, worker: usize) {
+        self.handle(Input::Exited { worker, how: None });
+    }
+
     fn exit(&mut self, worker: usize) {
-        let how = "it was killed by SIGKILL".to_owned();
+        let how = Some(KILLED.to_owned());
         self.handle(Input::Exited { worker, how });
     }
 

@@ -16,10 +16,7 @@ use std::time::Duration;
 
 use lifl_aggregate::{ServerOptimizer, State, Threads, state_schema};
 use lifl_common::arena::{PeerArena, WritableSlot};
-use lifl_common::config::{
-    Adaptive, Brokers, Group, JobSpec, Kind, ModelSpec, Optimizer, SampleShape, Timing, TrainingSpec,
-    Transport, UpdateKind, WorkerSpec,
-};
+use lifl_common::config::{Adaptive, JobSpec, Kind, Optimizer, Timing, UpdateKind, WorkerSpec};
 use lifl_common::control::{Event as DaemonEvent, PeerLost};
 use lifl_common::frame::{Frame, FrameKind, Refusal};
 use lifl_common::id::{ArenaId, WorkerId};
@@ -32,9 +29,7 @@ use super::{
     Delays, Event, Learner, LocalAggregator, LocalNetwork, LocalTrainer, Requests, Worker, WorkerError,
 };
 use crate::aggregator::{Aggregator, Config, LoadedModel, Top};
-use crate::coordinator::failures::MOST_DEATHS;
-use crate::coordinator::policy::Synchronous;
-use crate::coordinator::{Coordinator, Event as Report, Failure, Input, Output};
+use crate::coordinator::{Coordinator, Event as Report, Failure, Input, MOST_DEATHS, Output, Synchronous};
 use crate::slots::{STATE_SLOTS, most_held, slots};
 use crate::trainer::Trainer;
 
@@ -357,8 +352,7 @@ impl Simulation {
             match process {
                 Process::Starts => self.start(worker),
                 Process::Ends => {
-                    let how = "it was killed".to_owned();
-                    self.tell(Input::Exited { worker, how });
+                    self.tell(Input::Exited { worker, how: None });
                 }
             }
         }
@@ -515,6 +509,7 @@ impl Simulation {
                     assert_eq!(self.round, self.job.rounds);
                     return true;
                 }
+                Some(order @ Output::FindHolder(_)) => panic!("{order:?}"),
                 Some(Output::Report(_) | Output::DropProxy(_) | Output::Send(_)) => {}
             }
         }

@@ -1,6 +1,5 @@
 //! Who dies, hangs or cannot be started, and what becomes of the round.
 
-use super::super::failures::MOST_DEATHS;
 use super::*;
 
 #[test]
@@ -264,7 +263,7 @@ fn a_process_that_has_disconnected_has_two_seconds_to_end() {
     assert_eq!(driver.take(), []);
     driver.pass(Duration::from_millis(1));
     assert_eq!(driver.take(), [Output::Kill(LEAF)]);
-    driver.exit(LEAF);
+    driver.killed(LEAF);
     let how = "its connection to the daemon was closed, so it was ended";
     assert_eq!(driver.take(), [lost(LEAF, 1, how, true), Output::Start(LEAF)]);
 }
@@ -276,6 +275,71 @@ fn a_process_whose_connection_outlives_it_is_replaced_when_both_are_gone() {
     assert_eq!(driver.take(), [lost(LEAF, 1, KILLED, true)]);
     driver.disconnect(LEAF);
     assert_eq!(driver.take(), [Output::Start(LEAF)]);
+}
+
+#[test]
+fn what_a_process_that_is_to_be_killed_has_died_of_before_is_told() {
+    let mut driver = Driver::running(job());
+    driver.disconnect(LEAF);
+    driver.pass(Duration::from_secs(2));
+    driver.take();
+    let how = "it was killed by SIGSEGV, core dumped";
+    driver.handle(Input::Exited {
+        worker: LEAF,
+        how: Some(how.to_owned()),
+    });
+    assert_eq!(driver.take(), [lost(LEAF, 1, how, true), Output::Start(LEAF)]);
+}
+
+#[test]
+fn a_name_that_outlives_its_process_is_looked_up() {
+    let how = "process 7, which is not of this run, has registered under its name";
+    for worker in [5, LEAF] {
+        let mut driver = Driver::running(job());
+        driver.exit(worker);
+        driver.take();
+        driver.pass(Duration::from_millis(4999));
+        assert_eq!(driver.take(), []);
+        driver.pass(Duration::from_millis(1));
+        assert_eq!(driver.take(), [Output::FindHolder(worker)]);
+        driver.pass(Duration::from_secs(10));
+        assert_eq!(driver.take(), [], "once");
+        driver.handle(Input::NameTaken { worker, holder: None });
+        driver.pass(Duration::from_secs(5));
+        assert_eq!(driver.take(), [Output::FindHolder(worker)], "the daemon was away");
+        let holder = 7;
+        driver.handle(Input::NameTaken {
+            worker,
+            holder: Some(holder),
+        });
+        let expected = match worker {
+            LEAF => Output::Done(Err(Failure::NameTaken { worker, holder })),
+            _ => lost(worker, 1, how, false),
+        };
+        assert_eq!(driver.take(), [expected]);
+        driver.disconnect(worker);
+        driver.decide(1);
+        let starts = driver.take().contains(&Output::Start(worker));
+        assert!(!starts, "{worker} is given up");
+    }
+}
+
+#[test]
+fn a_name_that_is_free_again_is_its_successors() {
+    let mut driver = Driver::running(job());
+    driver.exit(LEAF);
+    driver.pass(Duration::from_secs(5));
+    driver.disconnect(LEAF);
+    driver.take();
+    driver.handle(Input::NameTaken {
+        worker: LEAF,
+        holder: Some(7),
+    });
+    assert_eq!(driver.take(), [], "it was, and is not any more");
+    driver.started(LEAF);
+    driver.join(LEAF);
+    driver.decide(1);
+    assert!(driver.take().contains(&Output::Evaluate(1)));
 }
 
 #[test]
@@ -294,7 +358,8 @@ fn a_successor_that_does_not_become_ready_is_killed() {
     });
     let outputs = driver.take();
     assert_eq!(outputs[..2], [killed, Output::Kill(LEAF)]);
-    driver.die(LEAF);
+    driver.disconnect(LEAF);
+    driver.killed(LEAF);
     let how = "it did not become ready, so it was ended";
     assert_eq!(driver.take()[..], [lost(LEAF, 1, how, true), Output::Start(LEAF)]);
 }
@@ -305,7 +370,7 @@ fn a_remote_worker_that_is_gone_is_not_started_again() {
     job.workers[5].transport = Transport::P2p;
     let mut driver = Driver::new(job, 1);
     // It is registered by its proxy alone.
-    driver.job.workers[5].name = lifl_common::session::proxy_name("w5");
+    driver.job.workers[5].name = proxy_name("w5");
     driver.all_join();
     let outputs = driver.take();
     assert!(outputs.contains(&Output::Report(Event::RoundBegins(1))));
@@ -325,13 +390,13 @@ fn a_remote_workers_process_is_killed_when_its_session_is_over() {
     let mut job = job();
     job.workers[5].transport = Transport::P2p;
     let mut driver = Driver::new(job, 1);
-    driver.job.workers[5].name = lifl_common::session::proxy_name("w5");
+    driver.job.workers[5].name = proxy_name("w5");
     driver.all_join();
     driver.take();
     driver.disconnect(5);
     driver.pass(Duration::from_secs(2));
     assert_eq!(others(driver.take()), [Output::DropProxy(5), Output::Kill(5)]);
-    driver.exit(5);
+    driver.killed(5);
     let how = "its session with the gateway was over, so it was ended";
     assert_eq!(driver.take(), [lost(5, 1, how, false)]);
 }

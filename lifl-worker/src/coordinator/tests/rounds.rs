@@ -25,6 +25,45 @@ fn the_first_round_begins_when_all_are_ready() {
     }
 }
 
+/// It may have an update of the round before whose parent died before it passed the verdict on.
+#[test]
+fn an_aggregator_with_nobody_to_aggregate_is_told_that_the_round_begins() {
+    let mut driver = Driver::new(test_job::job(&[1, 2, 1]), 1);
+    driver.all_join();
+    let mut told = frames(&driver.take());
+    told.retain(|(_, kind, _)| *kind == FrameKind::Begin);
+    assert!(told.contains(&(driver.ids[2], FrameKind::Begin, 0)), "{told:?}");
+    assert_eq!(told.len(), driver.ids.len());
+}
+
+#[test]
+fn who_registers_in_a_place_that_its_worker_has_not_takes_no_part() {
+    let mut remote = job();
+    remote.workers[6].transport = Transport::P2p;
+    for (job, name) in [
+        (job(), proxy_name("w5")),
+        (remote, "w6".to_owned()),
+        (job(), "w9".to_owned()),
+    ] {
+        let mut driver = Driver::new(job, 1);
+        let stranger = driver.register_as(&name);
+        driver.frame(stranger, FrameKind::Ready, 0);
+        driver.all_join();
+        if name == "w6" {
+            assert_eq!(frames(&driver.take()), [], "its proxy is awaited");
+            let proxy = driver.register_as(&proxy_name(&name));
+            driver.frame(proxy, FrameKind::Ready, 0);
+        }
+        let told = frames(&driver.take());
+        assert!(!told.is_empty(), "{name}: the round begins");
+        let hears =
+            |(to, _, value): &&(WorkerId, FrameKind, u64)| *to == stranger || *value == u64::from(stranger.0);
+        assert_eq!(told.iter().find(hears), None, "{name}");
+        driver.frame(stranger, FrameKind::Nothing, 1);
+        assert_eq!(driver.take(), [], "{name}");
+    }
+}
+
 #[test]
 fn a_model_is_evaluated_told_of_written_and_given_back_in_this_order() {
     let mut driver = Driver::running(job());
@@ -314,6 +353,23 @@ fn a_successor_hears_that_the_round_is_closed_when_its_children_have_said_what_t
     assert_eq!(closes(&driver.take()), [driver.ids[LEAF]]);
 }
 
+/// It waits for aggregators, which have been told; they may take longer.
+#[test]
+fn a_successor_that_is_not_above_trainers_is_not_told_that_the_round_is_closed() {
+    for worker in [TOP, MIDDLE, 5] {
+        let mut driver = Driver::running(timed());
+        for trainer in TRAINERS {
+            driver.frame(driver.ids[trainer], FrameKind::Pong, 1);
+        }
+        pass_to(&mut driver, 10.1);
+        driver.replace(worker);
+        driver.take();
+        let ready = driver.now.as_secs_f64();
+        pass_to(&mut driver, ready + 1.1);
+        assert_eq!(closes(&driver.take()), [], "{worker}");
+    }
+}
+
 #[test]
 fn a_trainer_that_still_owes_its_update_is_killed() {
     let mut driver = Driver::running(timed());
@@ -342,11 +398,19 @@ fn a_round_needs_a_quorum_to_begin() {
     driver.started(5);
     driver.join(5);
     assert!(driver.take().contains(&begins(2)));
-    for _ in 0..=failures::MOST_DEATHS {
+    for _ in 0..MOST_DEATHS {
         driver.replace(5);
     }
+    driver.disconnect(5);
     driver.decide(2);
     driver.examine();
+    driver.take();
+    driver.exit(5);
+    assert_eq!(
+        driver.outputs[0],
+        lost(5, 3, KILLED, false),
+        "its death is told of first"
+    );
     let failure = Failure::TooFewTrainers {
         round: 3,
         trainers: 3,

@@ -14,6 +14,7 @@ use super::*;
 struct Asked {
     starts: Vec<usize>,
     status: bool,
+    holder: Option<usize>,
     check: Option<LentModel>,
     evaluate: bool,
     write: bool,
@@ -36,6 +37,8 @@ struct World {
     naming: BTreeMap<WorkerId, Vec<u64>>,
     sent: u64,
     done: Option<Result<(), Failure>>,
+    /// All that has been put out.
+    log: Vec<Output>,
 }
 
 impl World {
@@ -63,6 +66,7 @@ impl World {
             naming: BTreeMap::new(),
             sent: 0,
             done: None,
+            log: Vec::new(),
         };
         world.driver.all_join();
         world.observe();
@@ -77,6 +81,7 @@ impl World {
     fn observe(&mut self) {
         for output in self.driver.take() {
             assert_eq!(self.done, None, "{output:?} comes after the end");
+            self.log.push(output.clone());
             match output {
                 Output::Send(frame) => self.sent(&frame),
                 Output::Start(worker) => {
@@ -90,6 +95,10 @@ impl World {
                 }
                 Output::DropProxy(_) | Output::MapArenas(_) => {}
                 Output::AskStatus => assert!(!std::mem::replace(&mut self.asked.status, true)),
+                Output::FindHolder(worker) => {
+                    assert!(!self.running[worker] && self.id(worker).is_some() && !self.given_up[worker]);
+                    self.asked.holder = Some(worker);
+                }
                 Output::CheckModel(lent) => assert_eq!(self.asked.check.replace(lent), None),
                 Output::Decided { round, .. } => {
                     self.decided += 1;
@@ -183,9 +192,20 @@ impl World {
                 value: u64::from(number % 40),
                 ..Frame::default()
             })),
+            // A process of the user's takes a dead worker's name.
+            13 if id.is_none() && !self.running[worker] => {
+                self.driver.register(worker);
+            }
+            14 => self.answer_holder((!number.is_multiple_of(3)).then_some(number)),
             _ => {}
         }
         self.observe();
+    }
+
+    fn answer_holder(&mut self, holder: Option<u32>) {
+        if let Some(worker) = self.asked.holder.take() {
+            self.driver.handle(Input::NameTaken { worker, holder });
+        }
     }
 
     /// The top lends what is to be the round's model, as often as one likes.
@@ -334,7 +354,7 @@ proptest! {
 
     #[test]
     fn whatever_happens_the_job_goes_on_to_its_end(
-        actions in proptest::collection::vec((0_u8..13, 0_usize..9, 0_u32..600), 0..120),
+        actions in proptest::collection::vec((0_u8..15, 0_usize..9, 0_u32..600), 0..120),
     ) {
         let mut world = World::new();
         for (action, worker, number) in actions {
@@ -347,6 +367,7 @@ proptest! {
             Ok(()) => prop_assert_eq!((world.decided, world.released), (rounds, rounds)),
             Err(Failure::TooFewTrainers { trainers, .. }) => prop_assert!(trainers < 2),
             Err(Failure::WorkerGone { worker, .. }) => prop_assert_eq!(worker, TOP),
+            Err(Failure::NameTaken { worker, .. }) => prop_assert!(!TRAINERS.contains(&worker)),
             Err(Failure::TopNotStarted { .. }) => {}
             Err(failure) => prop_assert!(false, "{:?}", failure),
         }
@@ -355,16 +376,17 @@ proptest! {
     /// The same inputs give the same outputs.
     #[test]
     fn a_sequence_replays(
-        actions in proptest::collection::vec((0_u8..13, 0_usize..9, 0_u32..600), 0..60),
+        actions in proptest::collection::vec((0_u8..15, 0_usize..9, 0_u32..600), 0..60),
     ) {
         let outputs = |actions: &[(u8, usize, u32)]| {
             let mut world = World::new();
-            let mut told = Vec::new();
+            let mut timeouts = Vec::new();
             for &(action, worker, number) in actions {
                 world.act(action, worker, number);
-                told.push(format!("{:?} {:?}", world.children, world.driver.coordinator.timeout()));
+                timeouts.push(world.driver.coordinator.timeout());
             }
-            told
+            world.run();
+            (world.log, timeouts)
         };
         prop_assert_eq!(outputs(&actions), outputs(&actions));
     }

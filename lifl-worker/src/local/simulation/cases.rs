@@ -9,8 +9,7 @@ use proptest::strategy::ValueTree;
 use proptest::test_runner::{RngAlgorithm, TestRng, TestRunner};
 
 use super::*;
-use crate::coordinator::membership::Membership;
-use crate::coordinator::pairing::pair;
+use crate::test_job;
 
 /// Among the tests.
 const CASES: u32 = 3000;
@@ -178,81 +177,19 @@ fn for_as_long_as_one_likes() {
 
 /// A job of so many workers on each level. With `goals` the aggregators above trainers wait for all but one.
 fn job(levels: &[u32], timing: Timing, updates: UpdateKind, goals: bool) -> JobSpec {
-    let deepest = levels.len() - 1;
-    let group = |level: usize| {
-        Some(Group {
-            channel: format!("channel-{level}"),
-            group: "default".to_owned(),
-        })
-    };
-    let worker = |level: usize, number: u32| WorkerSpec {
-        name: format!("worker-{level}-{number}"),
-        role: format!("role-{level}"),
-        task_id: None,
-        kind: match level {
-            0 => Kind::Top,
-            level if level == deepest => Kind::Trainer,
-            _ => Kind::Aggregator,
-        },
-        level: level as u32,
-        up: level.checked_sub(1).and_then(group),
-        down: group(level).filter(|_| level < deepest),
-        transport: Transport::Shm,
-        agg_goal: (goals && level + 1 == deepest).then(|| (levels[deepest] / levels[level]).max(2) - 1),
-        select: None,
-        share: (level == deepest).then_some(number),
-        dataset: None,
-    };
-    let numbers = |(level, &count): (usize, &u32)| (0..count).map(move |number| (level, number));
-    let workers = levels.iter().enumerate().flat_map(numbers);
-    JobSpec {
-        id: "simulated".to_owned(),
-        name: "simulated".to_owned(),
+    let mut job = JobSpec {
         rounds: 5,
-        seed: 7,
         timing,
         updates,
-        workers: workers.map(|(level, number)| worker(level, number)).collect(),
-        brokers: Brokers::default(),
-        model: ModelSpec::Synthetic {
-            parameters: PARAMETERS as u64,
-            dtype: DType::F32,
-        },
-        samples: SampleShape::default(),
-        base_model: None,
-        training: TrainingSpec {
-            epochs: 1,
-            batch_size: 1,
-            learning_rate: 0.1,
-            weight_decay: 0.0,
-            proximal_mu: 0.0,
-        },
-        optimizer: Optimizer::FedAvg,
-        data: None,
-        quorum: 1,
-        round_timeout_s: None,
         grace_time_s: 2.0,
-        spin_us: 0,
-        max_run_time_s: 300,
+        ..test_job::job(levels)
+    };
+    let deepest = levels.len() - 1;
+    for worker in job.workers.iter_mut().filter(|_| goals) {
+        let level = worker.level as usize;
+        worker.agg_goal = (level + 1 == deepest).then(|| (levels[deepest] / levels[level]).max(2) - 1);
     }
-}
-
-/// It may have an update of the round before whose parent died before it passed the verdict on.
-#[test]
-fn an_aggregator_with_nobody_to_aggregate_is_told_that_the_round_begins() {
-    let job = Arc::new(job(&[1, 2, 1], Timing::Lazy, UpdateKind::Weights, false));
-    let mut membership = Membership::new(COORDINATOR, Arc::clone(&job), vec![1; 4]);
-    for (at, spec) in job.workers.iter().enumerate() {
-        let id = WorkerId(10 + at as u32);
-        membership.joined(id, &spec.name);
-        membership.ready(id);
-    }
-    membership.plan(1, pair(&job.workers, |_| true));
-    let begins = membership.announce().into_iter();
-    let begins = begins.filter(|frame| frame.kind == FrameKind::Begin as u16);
-    let begins: Vec<(WorkerId, u64)> = begins.map(|frame| (frame.to, frame.value)).collect();
-    assert!(begins.contains(&(WorkerId(12), 0)), "{begins:?}");
-    assert_eq!(begins.len(), job.workers.len());
+    job
 }
 
 #[test]
