@@ -4,8 +4,8 @@ use std::ops::Range;
 
 use lifl_common::session::handshake::{GatewayHandshake, HELLO_BYTES, Hello, Participant, WorkerHandshake};
 use lifl_common::session::{
-    Broken, Buffer, Exchange, Happened, JobToken, Message, Object, Room, SealKey, SessionKeys, Wire, mqtt,
-    tcp,
+    Buffer, Destination, JobToken, Message, Object, SealKey, SessionError, SessionKeys, TransferEvent,
+    Transfers, Wire, mqtt, tcp,
 };
 use lifl_common::update::UpdateInfo;
 use nix::sys::socket::{setsockopt, sockopt};
@@ -240,32 +240,35 @@ fn were_sent<'a>(objects: &[(Object, Vec<u8>)], messages: impl IntoIterator<Item
 
 /// Takes what a connection brings, until it ends or is broken.
 async fn receive(mut wire: Wire) -> Vec<(Object, Vec<u8>)> {
-    let mut exchange = Exchange::default();
+    let mut transfers = Transfers::default();
     let mut objects = Vec::new();
     loop {
-        match exchange.next(&mut wire).await {
-            Ok(Happened::Offered(header)) => {
+        match transfers.next(&mut wire).await {
+            Ok(TransferEvent::Offered(header)) => {
                 let object = *header.object().expect("a header");
                 if object.length <= ROOM_BYTES {
-                    let room = Room::Private(Buffer::new(object.length as usize));
-                    exchange.accept(&mut wire, object, room);
-                    assert!(object.length == 0 || exchange.receiving() == Some(object.round));
+                    let destination = Destination::Private(Buffer::new(object.length as usize));
+                    transfers.accept(&mut wire, object, destination);
+                    assert!(object.length == 0 || transfers.receiving() == Some(object.round));
                 }
             }
-            Ok(Happened::Received { object, mut room }) => {
-                objects.push((object, room.data_mut().to_vec()));
+            Ok(TransferEvent::Received {
+                object,
+                mut destination,
+            }) => {
+                objects.push((object, destination.data_mut().to_vec()));
             }
-            Ok(Happened::Message(message)) => {
+            Ok(TransferEvent::Message(message)) => {
                 assert!(!matches!(
                     message,
                     Message::Ping | Message::Chunk { .. } | Message::Ack { .. } | Message::Bye { .. }
                 ));
             }
-            Ok(Happened::Sent(round)) => panic!("nothing was sent, but round {round} has arrived"),
-            Ok(Happened::Overdue) => panic!("nobody minds how long it takes"),
+            Ok(TransferEvent::Sent(round)) => panic!("nothing was sent, but round {round} has arrived"),
+            Ok(TransferEvent::Overdue) => panic!("nobody minds how long it takes"),
             Err(broken) => {
                 assert!(
-                    !matches!(broken, Broken::Silent(_) | Broken::Stalled(_)),
+                    !matches!(broken, SessionError::Silent(_) | SessionError::Stalled(_)),
                     "{broken}"
                 );
                 return objects;

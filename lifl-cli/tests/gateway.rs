@@ -11,7 +11,8 @@ use lifl_cli::task::Tasks;
 use lifl_common::config::{self, Overrides};
 use lifl_common::session::handshake::Participant;
 use lifl_common::session::{
-    Buffer, Exchange, Happened, JobToken, Message, Object, Room, SECRET_VARIABLE, Source, Wire, tcp,
+    Buffer, Destination, JobToken, Message, Object, SECRET_VARIABLE, Source, TransferEvent, Transfers, Wire,
+    tcp,
 };
 use lifl_common::update::UpdateInfo;
 use nix::sys::signal::Signal;
@@ -279,7 +280,7 @@ fn besiege(port: u16) {
 struct Stage {
     listener: TcpListener,
     worker: std::process::Child,
-    exchange: Exchange,
+    transfers: Transfers,
     participant: Participant,
     job: config::JobSpec,
     _place: Place,
@@ -320,7 +321,7 @@ impl Stage {
         Self {
             listener,
             worker,
-            exchange: Exchange::default(),
+            transfers: Transfers::default(),
             participant,
             job,
             _place: place,
@@ -331,7 +332,7 @@ impl Stage {
     async fn session(&mut self) -> Wire {
         let mut wire = self.proved().await;
         wire.send(&Message::Welcome);
-        self.exchange.resume(&mut wire);
+        self.transfers.resume(&mut wire);
         wire
     }
 
@@ -345,8 +346,8 @@ impl Stage {
         tcp::gateway_wire(stream, keys).expect("open")
     }
 
-    async fn next(&mut self, wire: &mut Wire) -> Happened {
-        within(self.exchange.next(wire)).await.expect("open")
+    async fn next(&mut self, wire: &mut Wire) -> TransferEvent {
+        within(self.transfers.next(wire)).await.expect("open")
     }
 }
 
@@ -359,7 +360,7 @@ async fn cut_after(stage: &mut Stage, wire: Wire, bytes: u64) {
     let traffic = std::sync::Arc::new(lifl_common::session::Traffic::default());
     let mut wire = wire;
     wire.count_in(std::sync::Arc::clone(&traffic));
-    // Looked at whenever the exchange has got on, and not by the clock: on a busy machine all may have gone over by then.
+    // Looked at whenever the transfer has got on, and not by the clock: on a busy machine all may have gone over by then.
     let enough = std::future::poll_fn(|_| {
         if traffic.sent() + traffic.received() < bytes {
             std::task::Poll::Pending
@@ -372,10 +373,10 @@ async fn cut_after(stage: &mut Stage, wire: Wire, bytes: u64) {
         () = enough => {}
         () = async {
             loop {
-                if let Happened::Offered(header) = stage.next(&mut wire).await {
+                if let TransferEvent::Offered(header) = stage.next(&mut wire).await {
                     let object = *header.object().expect("a header");
-                    let room = Room::Private(Buffer::new(object.length as usize));
-                    stage.exchange.accept(&mut wire, object, room);
+                    let destination = Destination::Private(Buffer::new(object.length as usize));
+                    stage.transfers.accept(&mut wire, object, destination);
                 }
             }
         } => {}
@@ -395,33 +396,33 @@ async fn a_trainer_takes_up_what_broke_and_trains_once() {
     let mut wire = stage.session().await;
     assert!(matches!(
         stage.next(&mut wire).await,
-        Happened::Message(Message::Ready)
+        TransferEvent::Message(Message::Ready)
     ));
     let model = std::sync::Arc::new(Buffer::new(schema.data_bytes()));
     stage
-        .exchange
+        .transfers
         .offer(Some(&mut wire), Message::Model(object), Source::Private(model));
     // In the middle of the model.
     cut_after(&mut stage, wire, object.length / 2).await;
     let mut wire = stage.session().await;
     let sent = loop {
         match stage.next(&mut wire).await {
-            Happened::Message(Message::Ready) => {}
+            TransferEvent::Message(Message::Ready) => {}
             other => break other,
         }
     };
-    assert!(matches!(sent, Happened::Sent(1)), "{sent:?}");
+    assert!(matches!(sent, TransferEvent::Sent(1)), "{sent:?}");
     // In the middle of the update.
     cut_after(&mut stage, wire, object.length / 2).await;
     let mut wire = stage.session().await;
     let mut headers: Vec<UpdateInfo> = Vec::new();
     let mut update = loop {
         match stage.next(&mut wire).await {
-            Happened::Message(Message::Ready) => {}
-            Happened::Offered(Message::Update(_, header)) => headers.push(header),
-            Happened::Received { object, room } => {
+            TransferEvent::Message(Message::Ready) => {}
+            TransferEvent::Offered(Message::Update(_, header)) => headers.push(header),
+            TransferEvent::Received { object, destination } => {
                 assert_eq!(object.round, 1);
-                break room;
+                break destination;
             }
             other => panic!("{other:?}"),
         }

@@ -12,8 +12,8 @@ use lifl_common::id::{JobId, Key, WorkerId};
 use lifl_common::session::Broker;
 use lifl_common::session::handshake::HandshakeError;
 use lifl_common::session::{
-    Broken, Buffer, Exchange, Happened, JobToken, Message, Object, Room, Secret, Source, Traffic, Wire,
-    proxy_name, tcp,
+    Buffer, Destination, JobToken, Message, Object, Secret, SessionError, Source, Traffic, TransferEvent,
+    Transfers, Wire, proxy_name, tcp,
 };
 use lifl_common::update::{Cover, DType, Metadata, Schema, TensorSpec, UpdateInfo, image};
 use lifl_daemon::plane::Request;
@@ -53,7 +53,7 @@ struct Stage {
 
 /// A worker beyond the node.
 struct Remote {
-    exchange: Exchange,
+    transfers: Transfers,
     name: String,
     secret: Secret,
     instance: u64,
@@ -143,7 +143,7 @@ impl Stage {
         let connected = tcp::connect(address, secret, name, remote.instance);
         let mut wire = within(connected).await.expect("proved");
         within(wire.welcomed()).await.expect("let in");
-        remote.exchange.resume(&mut wire);
+        remote.transfers.resume(&mut wire);
         wire
     }
 
@@ -152,7 +152,7 @@ impl Stage {
         let connected = tcp::connect(self.address, &remote.secret, &remote.name, remote.instance);
         let mut wire = within(connected).await.expect("proved");
         match within(wire.welcomed()).await {
-            Err(Broken::Bye { last: true, reason }) => reason,
+            Err(SessionError::Bye { last: true, reason }) => reason,
             other => panic!("{other:?}"),
         }
     }
@@ -240,7 +240,7 @@ impl Stage {
 
     fn remote(&self, name: &str, instance: u64) -> Remote {
         Remote {
-            exchange: Exchange::default(),
+            transfers: Transfers::default(),
             name: name.to_owned(),
             secret: self.token.participant(name),
             instance,
@@ -261,21 +261,21 @@ impl Stage {
 }
 
 impl Remote {
-    async fn next(&mut self, wire: &mut Wire) -> Happened {
-        within(self.exchange.next(wire)).await.expect("open")
+    async fn next(&mut self, wire: &mut Wire) -> TransferEvent {
+        within(self.transfers.next(wire)).await.expect("open")
     }
 
     /// Takes the model that comes.
-    async fn model(&mut self, wire: &mut Wire) -> (Object, Room) {
+    async fn model(&mut self, wire: &mut Wire) -> (Object, Destination) {
         loop {
             match self.next(wire).await {
-                Happened::Offered(Message::Model(object)) => {
-                    let room = Room::Private(Buffer::new(object.length as usize));
-                    self.exchange.accept(wire, object, room);
+                TransferEvent::Offered(Message::Model(object)) => {
+                    let destination = Destination::Private(Buffer::new(object.length as usize));
+                    self.transfers.accept(wire, object, destination);
                 }
-                Happened::Received { object, room } => {
+                TransferEvent::Received { object, destination } => {
                     within(wire.flush()).await.expect("open");
-                    return (object, room);
+                    return (object, destination);
                 }
                 other => panic!("{other:?}"),
             }
@@ -285,8 +285,8 @@ impl Remote {
     async fn verdict(&mut self, wire: &mut Wire) -> (u32, u16) {
         loop {
             match self.next(wire).await {
-                Happened::Message(Message::Verdict { round, refusal }) => return (round, refusal),
-                Happened::Sent(_) => {}
+                TransferEvent::Message(Message::Verdict { round, refusal }) => return (round, refusal),
+                TransferEvent::Sent(_) => {}
                 other => panic!("{other:?}"),
             }
         }
@@ -313,10 +313,11 @@ async fn an_update_goes_on_where_it_broke_and_counts_once() {
     assert_eq!(stage.expect(FrameKind::Ready).await.from, proxy);
 
     stage.begin(proxy, 1).await;
-    let (object, mut room) = remote.model(&mut wire).await;
+    let (object, mut destination) = remote.model(&mut wire).await;
     assert_eq!(object, stage.object(1));
     assert!(
-        room.data_mut()
+        destination
+            .data_mut()
             .chunks_exact(4)
             .all(|four| four == 1.0_f32.to_le_bytes())
     );
@@ -324,19 +325,19 @@ async fn an_update_goes_on_where_it_broke_and_counts_once() {
 
     // A third of the update, then the connection breaks; the same again; then the rest.
     remote
-        .exchange
+        .transfers
         .offer(Some(&mut wire), stage.update(1), filled(&stage, 3.0));
     for third in 1..3 {
-        while remote.exchange.moved() < object.length + third * object.length / 3 {
+        while remote.transfers.moved() < object.length + third * object.length / 3 {
             let pause = Duration::from_millis(1);
-            let happened = tokio::time::timeout(pause, remote.exchange.next(&mut wire)).await;
-            assert!(happened.is_err(), "{happened:?}");
+            let event = tokio::time::timeout(pause, remote.transfers.next(&mut wire)).await;
+            assert!(event.is_err(), "{event:?}");
         }
         wire = stage.enter(&mut remote).await;
     }
     let traffic = Arc::new(Traffic::default());
     wire.count_in(Arc::clone(&traffic));
-    assert!(matches!(remote.next(&mut wire).await, Happened::Sent(1)));
+    assert!(matches!(remote.next(&mut wire).await, TransferEvent::Sent(1)));
     let sent = traffic.sent();
     assert!(sent < object.length / 2, "{sent} bytes: it began anew");
 
@@ -367,9 +368,9 @@ async fn an_update_goes_on_where_it_broke_and_counts_once() {
     // Said again after yet another break, it is known, and lent no second time.
     let mut wire = stage.enter(&mut remote).await;
     remote
-        .exchange
+        .transfers
         .offer(Some(&mut wire), stage.update(1), filled(&stage, 3.0));
-    assert!(matches!(remote.next(&mut wire).await, Happened::Sent(1)));
+    assert!(matches!(remote.next(&mut wire).await, TransferEvent::Sent(1)));
     let accepted = Frame {
         round: 1,
         key: lent.key,
@@ -390,7 +391,7 @@ async fn an_update_goes_on_where_it_broke_and_counts_once() {
 
     stage.client.end_job("that was it").await.expect("its own");
     match remote.next(&mut wire).await {
-        Happened::Message(Message::End(reason)) => assert_eq!(reason, "that was it"),
+        TransferEvent::Message(Message::End(reason)) => assert_eq!(reason, "that was it"),
         other => panic!("{other:?}"),
     }
     drop((stage.client, stage.frames));
@@ -408,7 +409,7 @@ async fn updates_that_are_none_are_refused_by_name() {
     stage.model_is_back(proxy).await;
     // Of a round that is not, of another shape, and a second try.
     remote
-        .exchange
+        .transfers
         .offer(Some(&mut wire), stage.update(9), filled(&stage, 1.0));
     assert_eq!(remote.verdict(&mut wire).await, (9, Refusal::NotExpected as u16));
     let Message::Update(mut object, info) = stage.update(1) else {
@@ -416,12 +417,14 @@ async fn updates_that_are_none_are_refused_by_name() {
     };
     object.schema += 1;
     let other = Message::Update(object, info);
-    remote.exchange.offer(Some(&mut wire), other, filled(&stage, 1.0));
+    remote
+        .transfers
+        .offer(Some(&mut wire), other, filled(&stage, 1.0));
     assert_eq!(remote.verdict(&mut wire).await, (1, Refusal::WrongShape as u16));
     // The parent does not wait for it.
     stage.expect_nothing(1).await;
     remote
-        .exchange
+        .transfers
         .offer(Some(&mut wire), stage.update(1), filled(&stage, 1.0));
     assert_eq!(remote.verdict(&mut wire).await, (1, Refusal::WrongShape as u16));
 
@@ -431,9 +434,9 @@ async fn updates_that_are_none_are_refused_by_name() {
         remote.model(&mut wire).await;
         stage.model_is_back(proxy).await;
         remote
-            .exchange
+            .transfers
             .offer(Some(&mut wire), stage.update(round), filled(&stage, f32::NAN));
-        assert!(matches!(remote.next(&mut wire).await, Happened::Sent(sent) if sent == round));
+        assert!(matches!(remote.next(&mut wire).await, TransferEvent::Sent(sent) if sent == round));
         let lent = stage.expect(FrameKind::Update).await;
         let refused = Frame {
             round,
@@ -463,10 +466,10 @@ async fn what_is_late_is_not_taken() {
     let traffic = Arc::new(Traffic::default());
     wire.count_in(Arc::clone(&traffic));
     remote
-        .exchange
+        .transfers
         .offer(Some(&mut wire), stage.update(1), filled(&stage, 1.0));
     tokio::select! {
-        happened = remote.exchange.next(&mut wire) => panic!("{happened:?}"),
+        event = remote.transfers.next(&mut wire) => panic!("{event:?}"),
         () = within(async {
             while traffic.sent() < 1 << 20 {
                 tokio::task::yield_now().await;
@@ -476,17 +479,17 @@ async fn what_is_late_is_not_taken() {
     stage.begin(proxy, 2).await;
     let (round, refusal) = loop {
         match remote.next(&mut wire).await {
-            Happened::Message(Message::Verdict { round, refusal }) => break (round, refusal),
-            Happened::Offered(Message::Model(object)) => {
+            TransferEvent::Message(Message::Verdict { round, refusal }) => break (round, refusal),
+            TransferEvent::Offered(Message::Model(object)) => {
                 assert_eq!(object.round, 2);
-                let room = Room::Private(Buffer::new(object.length as usize));
-                remote.exchange.accept(&mut wire, object, room);
+                let destination = Destination::Private(Buffer::new(object.length as usize));
+                remote.transfers.accept(&mut wire, object, destination);
             }
             other => panic!("{other:?}"),
         }
     };
     assert_eq!((round, refusal), (1, Refusal::NotExpected as u16));
-    remote.exchange.withdraw();
+    remote.transfers.withdraw();
     remote.model(&mut wire).await;
     stage.model_is_back(proxy).await;
     stage.leave().await;
@@ -503,7 +506,7 @@ async fn only_the_jobs_own_workers_are_let_in() {
     let refused = async |secret: &Secret, name: &str| {
         let connected = tcp::connect(stage.address, secret, name, 1);
         match within(connected).await.map(drop) {
-            Err(Broken::Handshake(error)) => assert_eq!(error, HandshakeError::Proof),
+            Err(SessionError::Handshake(error)) => assert_eq!(error, HandshakeError::Proof),
             other => panic!("{name}: {other:?}"),
         }
     };
@@ -701,7 +704,7 @@ async fn who_has_the_connection_can_put_nothing_into_the_session() {
             .expect("open");
         let broken = within(async {
             loop {
-                if let Err(broken) = remote.exchange.next(&mut wire).await {
+                if let Err(broken) = remote.transfers.next(&mut wire).await {
                     return broken;
                 }
             }
@@ -710,20 +713,20 @@ async fn who_has_the_connection_can_put_nothing_into_the_session() {
         assert!(
             matches!(
                 broken,
-                Broken::Bye { last: false, .. } | Broken::Closed | Broken::Io(_)
+                SessionError::Bye { last: false, .. } | SessionError::Closed | SessionError::Io(_)
             ),
             "{broken}"
         );
         // The parent has heard nothing of it: the next that it hears is what the worker says.
         let mut wire = stage.enter(&mut remote).await;
         remote
-            .exchange
+            .transfers
             .offer(Some(&mut wire), stage.update(round), filled(&stage, 1.0));
         loop {
             match remote.next(&mut wire).await {
-                Happened::Sent(sent) if sent == round => break,
+                TransferEvent::Sent(sent) if sent == round => break,
                 // Of the round before, again.
-                Happened::Message(Message::Verdict { round: judged, .. }) if judged < round => {}
+                TransferEvent::Message(Message::Verdict { round: judged, .. }) if judged < round => {}
                 other => panic!("{other:?}"),
             }
         }
@@ -800,7 +803,7 @@ async fn who_only_pings_does_not_hold_up_the_round() {
     stage.begin(proxy, 2).await;
     let offered = remote.next(&mut wire).await;
     assert!(
-        matches!(offered, Happened::Offered(Message::Model(_))),
+        matches!(offered, TransferEvent::Offered(Message::Model(_))),
         "{offered:?}"
     );
     wire.send(&Message::Ack { round: 2, offset: 0 });
@@ -819,11 +822,13 @@ async fn pings_without_end_end_the_session() {
     for _ in 0..100 {
         wire.send(&Message::Ping);
     }
-    let broken = within(remote.exchange.next(&mut wire)).await.expect_err("closed");
+    let broken = within(remote.transfers.next(&mut wire))
+        .await
+        .expect_err("closed");
     assert!(
         matches!(
             broken,
-            Broken::Closed | Broken::Io(_) | Broken::Bye { last: false, .. }
+            SessionError::Closed | SessionError::Io(_) | SessionError::Bye { last: false, .. }
         ),
         "{broken}"
     );

@@ -15,12 +15,12 @@ use std::time::Duration;
 use lifl_common::config::Transport;
 use lifl_common::frame::Refusal;
 use lifl_common::session::reach::{Exposed, Reach};
-use lifl_common::session::{
-    Broken, Exchange, GRACE, HELLO_TIMEOUT, Happened, Malformed, Message, Object, Patience, Room, Secret,
-    Source, Wire, random, tcp,
-};
 #[cfg(feature = "mqtt")]
 use lifl_common::session::{Broker, mqtt};
+use lifl_common::session::{
+    Destination, GRACE, HELLO_TIMEOUT, Malformed, Message, Object, ReconnectPolicy, Secret, SessionError,
+    Source, TransferEvent, Transfers, Wire, random, tcp,
+};
 use lifl_common::update::UpdateInfo;
 use tokio::task::{JoinError, JoinHandle};
 
@@ -59,7 +59,7 @@ pub enum GatewayError {
     Exposed(#[from] Exposed),
     /// It has said that it is no use to come again.
     #[error("the gateway turned us away")]
-    TurnedAway(#[source] Broken),
+    TurnedAway(#[source] SessionError),
     /// It has not been reached for [`GRACE`].
     #[error("the gateway was not reached for {} s: {why}", GRACE.as_secs())]
     NotReached {
@@ -96,7 +96,7 @@ pub enum GatewayEvent {
     /// A model is to be had: [`GatewayLink::accept`] it when there is room.
     Offered,
     /// A model has come, into the room that it was given.
-    Model(Object, Room),
+    Model(Object, Destination),
     /// What became of the update of that round; `None`: accepted.
     Verdict(u32, Option<Refusal>),
     /// The job is over.
@@ -108,10 +108,10 @@ pub enum GatewayEvent {
 pub struct GatewayLink {
     address: GatewayAddress,
     identity: Identity,
-    exchange: Exchange,
+    transfers: Transfers,
     wire: Option<Wire>,
-    connecting: Option<JoinHandle<Result<Wire, Broken>>>,
-    patience: Patience,
+    connecting: Option<JoinHandle<Result<Wire, SessionError>>>,
+    reconnect_policy: ReconnectPolicy,
     pause: Duration,
     ready: bool,
     offered: Option<Object>,
@@ -150,7 +150,7 @@ impl GatewayAddress {
         }
     }
 
-    async fn connect(self, identity: Identity) -> Result<Wire, Broken> {
+    async fn connect(self, identity: Identity) -> Result<Wire, SessionError> {
         // A broker loses what is published while the gateway is away from it: that is better said soon again.
         let answer = match self {
             Self::Tcp(_) => HELLO_TIMEOUT,
@@ -174,11 +174,11 @@ impl GatewayAddress {
                 }
             };
             let welcomed = tokio::time::timeout(answer, wire.welcomed()).await;
-            welcomed.unwrap_or(Err(Broken::Silent(answer)))?;
+            welcomed.unwrap_or(Err(SessionError::Silent(answer)))?;
             Ok(wire)
         };
         let connected = tokio::time::timeout(HELLO_TIMEOUT + answer, connected).await;
-        connected.unwrap_or(Err(Broken::Silent(HELLO_TIMEOUT)))
+        connected.unwrap_or(Err(SessionError::Silent(HELLO_TIMEOUT)))
     }
 }
 
@@ -192,10 +192,10 @@ impl GatewayLink {
                 secret,
                 instance: u64::from_le_bytes(random()),
             },
-            exchange: Exchange::default(),
+            transfers: Transfers::default(),
             wire: None,
             connecting: None,
-            patience: Patience::new(),
+            reconnect_policy: ReconnectPolicy::new(),
             pause: Duration::ZERO,
             ready: false,
             offered: None,
@@ -216,16 +216,16 @@ impl GatewayLink {
     }
 
     /// Takes the model that is to be had.
-    pub fn accept(&mut self, room: Room) {
+    pub fn accept(&mut self, destination: Destination) {
         if let (Some(object), Some(wire)) = (self.offered.take(), &mut self.wire) {
-            self.exchange.accept(wire, object, room);
+            self.transfers.accept(wire, object, destination);
         }
     }
 
     /// Sends an update up. Its source must stay as it is until the verdict.
     pub fn update(&mut self, object: Object, info: UpdateInfo, source: Source) {
         let update = Message::Update(object, info);
-        self.exchange.offer(self.wire.as_mut(), update, source);
+        self.transfers.offer(self.wire.as_mut(), update, source);
     }
 
     /// There is no update in that round.
@@ -250,15 +250,17 @@ impl GatewayLink {
                 self.connect().await?;
                 continue;
             };
-            let broken = match self.exchange.next(wire).await {
-                Ok(Happened::Offered(Message::Model(object))) => {
+            let broken = match self.transfers.next(wire).await {
+                Ok(TransferEvent::Offered(Message::Model(object))) => {
                     self.offered = Some(object);
                     return Ok(GatewayEvent::Offered);
                 }
-                Ok(Happened::Received { object, room }) => return Ok(GatewayEvent::Model(object, room)),
-                Ok(Happened::Message(Message::Verdict { round, refusal })) => {
-                    if self.exchange.sending() == Some(round) {
-                        self.exchange.withdraw();
+                Ok(TransferEvent::Received { object, destination }) => {
+                    return Ok(GatewayEvent::Model(object, destination));
+                }
+                Ok(TransferEvent::Message(Message::Verdict { round, refusal })) => {
+                    if self.transfers.sending() == Some(round) {
+                        self.transfers.withdraw();
                     }
                     let refusal = match refusal {
                         0 => None,
@@ -266,10 +268,10 @@ impl GatewayLink {
                     };
                     return Ok(GatewayEvent::Verdict(round, refusal));
                 }
-                Ok(Happened::Message(Message::End(reason))) => return Ok(GatewayEvent::Ended(reason)),
+                Ok(TransferEvent::Message(Message::End(reason))) => return Ok(GatewayEvent::Ended(reason)),
                 // Who trains waits for as long as the gateway does.
-                Ok(Happened::Sent(_) | Happened::Overdue) => continue,
-                Ok(Happened::Offered(other) | Happened::Message(other)) => {
+                Ok(TransferEvent::Sent(_) | TransferEvent::Overdue) => continue,
+                Ok(TransferEvent::Offered(other) | TransferEvent::Message(other)) => {
                     Malformed::Unexpected(other.name()).into()
                 }
                 Err(broken) => broken,
@@ -291,7 +293,7 @@ impl GatewayLink {
         });
         let connected = tokio::select! {
             connected = connecting => connected?,
-            () = tokio::time::sleep_until(self.patience.ends(GRACE)) => {
+            () = tokio::time::sleep_until(self.reconnect_policy.ends(GRACE)) => {
                 let why = self.last.take().unwrap_or_else(|| "it does not answer".to_owned());
                 return Err(GatewayError::NotReached { why });
             }
@@ -306,8 +308,8 @@ impl GatewayLink {
                 if let Some(round) = self.nothing {
                     wire.send(&Message::Nothing(round));
                 }
-                self.patience.opened(&self.exchange, &mut wire);
-                self.exchange.resume(&mut wire);
+                self.reconnect_policy.opened(&self.transfers, &mut wire);
+                self.transfers.resume(&mut wire);
                 self.wire = Some(wire);
             }
             Err(broken) => self.failed(broken)?,
@@ -315,14 +317,14 @@ impl GatewayLink {
         Ok(())
     }
 
-    fn failed(&mut self, broken: Broken) -> Result<(), GatewayError> {
-        if let Broken::Exposed(exposed) = broken {
+    fn failed(&mut self, broken: SessionError) -> Result<(), GatewayError> {
+        if let SessionError::Exposed(exposed) = broken {
             return Err(exposed.into());
         }
         if broken.is_final() {
             return Err(GatewayError::TurnedAway(broken));
         }
-        let of_use = self.patience.broken(&self.exchange);
+        let of_use = self.reconnect_policy.broken(&self.transfers);
         self.pause = if of_use {
             FIRST_PAUSE
         } else {

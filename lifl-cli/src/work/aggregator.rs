@@ -11,7 +11,7 @@ use lifl_aggregate::{ServerOptimizer, Threads};
 use lifl_common::config::{JobSpec, Kind};
 use lifl_common::id::ArenaId;
 use lifl_common::limits;
-use lifl_common::session::{Object, Room, Source};
+use lifl_common::session::{Destination, Object, Source};
 use lifl_common::update::{Schema, image};
 use lifl_worker::aggregator::{Aggregator, Config, Input, Output, Top};
 use lifl_worker::gateway_link::{GatewayEvent, GatewayLink};
@@ -117,8 +117,8 @@ impl Shell<'_> {
                 event = next(&mut self.gateway) => {
                     let input = match event? {
                         GatewayEvent::Offered => Input::ModelOffered,
-                        GatewayEvent::Model(object, Room::Slot { slot, .. }) => Input::ModelReceived(object, slot),
-                        GatewayEvent::Model(_, Room::Private(_)) => {
+                        GatewayEvent::Model(object, Destination::Slot { slot, .. }) => Input::ModelReceived(object, slot),
+                        GatewayEvent::Model(_, Destination::Private(_)) => {
                             anyhow::bail!("a model came into memory that is not a slot");
                         }
                         GatewayEvent::Verdict(round, refusal) => Input::Verdict { round, refusal },
@@ -160,7 +160,7 @@ impl Shell<'_> {
                 }
                 Output::ReceiveModel(slot) => {
                     let data = image::data_range(&self.schema);
-                    self.gateway()?.accept(Room::Slot { slot, data });
+                    self.gateway()?.accept(Destination::Slot { slot, data });
                 }
                 Output::SendAggregate(round, info, key) => {
                     let source = Source::Arena {

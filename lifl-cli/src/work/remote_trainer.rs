@@ -9,7 +9,7 @@ use std::sync::Arc;
 use anyhow::{Context, bail};
 use lifl_common::frame::{Frame, FrameKind};
 use lifl_common::id::{ArenaId, Generation, Key, WorkerId};
-use lifl_common::session::{Buffer, Object, Room, Source};
+use lifl_common::session::{Buffer, Destination, Object, Source};
 use lifl_common::update::{Schema, UpdateInfo};
 use lifl_worker::gateway_link::{GatewayEvent, GatewayLink};
 use lifl_worker::trainer::{Input, Output, Trainer};
@@ -102,7 +102,7 @@ impl RemoteTrainer {
                 }
                 self.hear(COORDINATOR, FrameKind::Begin, offered.round, 0);
             }
-            GatewayEvent::Model(object, Room::Private(buffer)) => {
+            GatewayEvent::Model(object, Destination::Private(buffer)) => {
                 self.model = Some(buffer);
                 self.hear(PARENT, FrameKind::Model, object.round, 0);
             }
@@ -152,7 +152,7 @@ impl RemoteTrainer {
         if self.gateway.offered().is_some()
             && let Some(buffer) = self.free_model.take()
         {
-            self.gateway.accept(Room::Private(buffer));
+            self.gateway.accept(Destination::Private(buffer));
         }
         Ok(())
     }

@@ -3,7 +3,7 @@
 use std::fmt;
 use std::net::SocketAddr;
 
-use super::message::Broken;
+use super::message::SessionError;
 use super::reach::Reach;
 
 /// Where a broker is.
@@ -31,7 +31,7 @@ impl Broker {
     ///
     /// # Errors
     /// If it has none, or one beyond private networks where `insecure` does not allow that.
-    pub async fn addresses(&self, insecure: bool) -> Result<Vec<SocketAddr>, Broken> {
+    pub async fn addresses(&self, insecure: bool) -> Result<Vec<SocketAddr>, SessionError> {
         let host = self.host.trim_start_matches('[').trim_end_matches(']');
         let found: Vec<SocketAddr> = tokio::net::lookup_host((host, self.port)).await?.collect();
         for address in &found {

@@ -147,7 +147,7 @@ pub enum Malformed {
 
 /// Why a session is over or broken.
 #[derive(Debug, thiserror::Error)]
-pub enum Broken {
+pub enum SessionError {
     /// The transport failed.
     #[error("the connection failed")]
     Io(#[from] io::Error),
@@ -195,7 +195,7 @@ pub enum Broken {
     },
 }
 
-impl Broken {
+impl SessionError {
     /// Whether it is no use to try again.
     pub fn is_final(&self) -> bool {
         matches!(self, Self::Bye { last: true, .. } | Self::Exposed(_))

@@ -2,7 +2,7 @@
 //!
 //! The gateway stands in for such a worker with a *proxy*: an ordinary worker of the job in the daemon. The proxy is
 //! lent models and streams them out; it takes updates from the wire straight into its slot and lends them on. Both ends
-//! run the same [`Exchange`] over a [`Wire`], of which there are two: [`tcp`] and, with the feature of that name, `mqtt`.
+//! run the same [`Transfers`] over a [`Wire`], of which there are two: [`tcp`] and, with the feature of that name, `mqtt`.
 //!
 //! # Messages
 //!
@@ -56,29 +56,30 @@
 //! A session that is broken for longer than [`GRACE`] is given up: the proxy leaves the job, and the worker ends.
 
 mod broker;
-mod exchange;
 pub mod handshake;
 mod message;
 #[cfg(feature = "mqtt")]
 pub mod mqtt;
 mod object;
-mod patience;
 pub mod reach;
+mod reconnect_policy;
 mod seal;
 mod secret;
 pub mod tcp;
+mod transfers;
 mod wire;
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 pub use broker::Broker;
-pub use exchange::{Exchange, Happened};
-pub use message::{Broken, Malformed, Message, Object};
-pub use object::{Buffer, Room, Source};
-pub use patience::Patience;
+pub use message::{Malformed, Message, Object, SessionError};
+pub use object::{Buffer, Destination, Source};
+pub use reconnect_policy::ReconnectPolicy;
 pub use seal::{SealKey, SessionKeys};
 pub use secret::{JobDigest, JobToken, ParticipantId, Secret, random};
+pub use transfers::{TransferEvent, Transfers};
+pub use transfers::{TransferEvent, Transfers};
 pub use wire::{Limits, Wire};
 
 /// The version of what is said in sessions; both ends must have the same.

@@ -28,13 +28,13 @@ use rumqttc::v5::{AsyncClient, ConnectionError, Event, EventLoop, MqttOptions, S
 use tokio::sync::{mpsc, watch};
 
 use super::broker::Broker;
-use super::exchange::{Incoming, Outgoing, Sink};
 use super::handshake::{HandshakeError, Participant, WorkerHandshake};
 use super::message::{
-    BYE, Broken, CHUNK, CHUNK_HEAD_BYTES, MAX_CHUNK_BYTES, Malformed, Message, check_length,
+    BYE, CHUNK, CHUNK_HEAD_BYTES, MAX_CHUNK_BYTES, Malformed, Message, SessionError, check_length,
 };
 use super::seal::{SealKey, TAG_BYTES};
 use super::secret::hex;
+use super::transfers::{Incoming, Outgoing, Sink};
 use super::wire::{self, Limits, Queue, Wire};
 use super::{JobDigest, JobToken, MAX_NAME_BYTES, Secret, Traffic, random};
 
@@ -139,24 +139,26 @@ async fn connect(
     insecure: bool,
     probe: &str,
     subscription: &str,
-) -> Result<(Line, Driver), Broken> {
+) -> Result<(Line, Driver), SessionError> {
     let addresses = broker.addresses(insecure).await?;
     let mut chunk_bytes = CHUNK_BYTES;
     let mut nth = 0;
     loop {
-        let address = *addresses.get(nth).ok_or(Broken::Closed)?;
+        let address = *addresses.get(nth).ok_or(SessionError::Closed)?;
         let connected = connect_with(address, probe, subscription, chunk_bytes);
         match tokio::time::timeout(BROKER_TIMEOUT, connected).await {
-            Ok(Err(Broken::Broker(error))) if is_too_long(&error) && chunk_bytes > SHORTEST_CHUNK_BYTES => {
+            Ok(Err(SessionError::Broker(error)))
+                if is_too_long(&error) && chunk_bytes > SHORTEST_CHUNK_BYTES =>
+            {
                 chunk_bytes /= 2;
             }
-            Ok(Err(Broken::Broker(error)))
+            Ok(Err(SessionError::Broker(error)))
                 if matches!(*error, ConnectionError::Io(_)) && nth + 1 < addresses.len() =>
             {
                 nth += 1;
             }
             Ok(connected) => return connected,
-            Err(_) => return Err(Broken::Silent(BROKER_TIMEOUT)),
+            Err(_) => return Err(SessionError::Silent(BROKER_TIMEOUT)),
         }
     }
 }
@@ -165,7 +167,11 @@ async fn connect(
 ///
 /// # Errors
 /// If it does not answer, does not let us subscribe, or is where models may not go.
-pub async fn serve(broker: &Broker, insecure: bool, token: &JobToken) -> Result<(Line, Driver), Broken> {
+pub async fn serve(
+    broker: &Broker,
+    insecure: bool,
+    token: &JobToken,
+) -> Result<(Line, Driver), SessionError> {
     let probe = format!("{}/probe", root(token.digest()));
     connect(broker, insecure, &probe, &subscription(token)).await
 }
@@ -186,7 +192,7 @@ async fn connect_with(
     probe: &str,
     subscription: &str,
     mut chunk_bytes: usize,
-) -> Result<(Line, Driver), Broken> {
+) -> Result<(Line, Driver), SessionError> {
     let id = format!("lifl-{}", hex(&random::<8>()));
     let host = match address.ip() {
         IpAddr::V4(ip) => ip.to_string(),
@@ -203,7 +209,7 @@ async fn connect_with(
         .set_network_options(network);
     let (client, mut events) = AsyncClient::new(options, INBOX);
     let subscribe = client.subscribe(subscription, QoS::AtLeastOnce).await;
-    subscribe.map_err(|_| Broken::Closed)?;
+    subscribe.map_err(|_| SessionError::Closed)?;
     loop {
         match events.poll().await.map_err(Box::new)? {
             Event::Incoming(Packet::ConnAck(acknowledged)) => {
@@ -216,7 +222,7 @@ async fn connect_with(
                 // Nobody reads it: only the answer counts.
                 let message = vec![0; ENVELOPE_BYTES + CHUNK_HEAD_BYTES + chunk_bytes + TAG_BYTES];
                 let published = client.try_publish(probe, QoS::AtLeastOnce, false, message);
-                published.map_err(|_| Broken::Closed)?;
+                published.map_err(|_| SessionError::Closed)?;
             }
             Event::Incoming(Packet::PubAck(_)) => break,
             _ => {}
@@ -259,7 +265,7 @@ pub async fn dial(
     worker: &str,
     instance: u64,
     answer: Duration,
-) -> Result<(Wire, impl Future<Output = ()> + use<>), Broken> {
+) -> Result<(Wire, impl Future<Output = ()> + use<>), SessionError> {
     let topic = format!("{}/{}", root(secret.job()), level(worker));
     let (up, down, probe) = (
         format!("{topic}/up"),
@@ -282,7 +288,7 @@ pub async fn dial(
             match handshake.answer(&payload[ENVELOPE_BYTES..]) {
                 Ok((proof, keys)) => {
                     line.publish(&up, enveloped(session, 1, &proof).into()).await?;
-                    return Ok::<_, Broken>(keys);
+                    return Ok::<_, SessionError>(keys);
                 }
                 Err(error) => heard = error,
             }
@@ -290,7 +296,7 @@ pub async fn dial(
     };
     let keys = match tokio::time::timeout(answer, shaken).await {
         Ok(keys) => keys?,
-        Err(_) if heard == HandshakeError::Unknown => return Err(Broken::Silent(answer)),
+        Err(_) if heard == HandshakeError::Unknown => return Err(SessionError::Silent(answer)),
         Err(_) => return Err(heard.into()),
     };
     let (mut inbound, publishes) = Inbound::new(session, keys.down);
@@ -406,7 +412,7 @@ impl Driver {
     ///
     /// # Errors
     /// If the connection fails; it is not taken up again.
-    pub async fn next(&mut self) -> Result<(Bytes, Bytes), Broken> {
+    pub async fn next(&mut self) -> Result<(Bytes, Bytes), SessionError> {
         loop {
             match self.events.poll().await {
                 Ok(Event::Incoming(Packet::Publish(publish))) => return Ok((publish.topic, publish.payload)),
@@ -459,7 +465,7 @@ impl Line {
     ///
     /// # Errors
     /// If the connection has failed.
-    pub async fn challenge(&self, topic: &str, session: u64, challenge: &[u8]) -> Result<(), Broken> {
+    pub async fn challenge(&self, topic: &str, session: u64, challenge: &[u8]) -> Result<(), SessionError> {
         self.publish(topic, enveloped(session, 0, challenge).into()).await
     }
 
@@ -482,9 +488,9 @@ impl Line {
 
     /// Publishes, and counts what the broker has to acknowledge. When it is cancelled it may have been published all the
     /// same.
-    async fn publish(&self, topic: &str, payload: Bytes) -> Result<(), Broken> {
+    async fn publish(&self, topic: &str, payload: Bytes) -> Result<(), SessionError> {
         let published = self.client.publish_bytes(topic, QoS::AtLeastOnce, false, payload);
-        published.await.map_err(|_| Broken::Closed)?;
+        published.await.map_err(|_| SessionError::Closed)?;
         self.published.fetch_add(1, Ordering::Release);
         Ok(())
     }
@@ -526,8 +532,8 @@ pub(super) struct Reader {
 
 impl Reader {
     /// The next message. Cancel-safe: a publish is taken whole or not.
-    pub(super) async fn next(&mut self, incoming: &mut Incoming) -> Result<Message, Broken> {
-        let payload = self.publishes.recv().await.ok_or(Broken::Closed)?;
+    pub(super) async fn next(&mut self, incoming: &mut Incoming) -> Result<Message, SessionError> {
+        let payload = self.publishes.recv().await.ok_or(SessionError::Closed)?;
         self.traffic.add_received(payload.len() + TAG_BYTES);
         let Some((_, sequence)) = envelope(&payload) else {
             return Err(Malformed::Fields(0).into());
@@ -538,14 +544,14 @@ impl Reader {
             return Ok(Message::decode(body)?);
         }
         if sequence != self.next {
-            return Err(Broken::Gap);
+            return Err(SessionError::Gap);
         }
-        self.next = self.next.checked_add(1).ok_or(Broken::Gap)?;
+        self.next = self.next.checked_add(1).ok_or(SessionError::Gap)?;
         message(body, incoming)
     }
 }
 
-fn message(body: &[u8], incoming: &mut Incoming) -> Result<Message, Broken> {
+fn message(body: &[u8], incoming: &mut Incoming) -> Result<Message, SessionError> {
     if body.first() != Some(&CHUNK) {
         return Ok(Message::decode(body)?);
     }
@@ -575,7 +581,11 @@ pub(super) struct Writer {
 }
 
 impl Writer {
-    pub(super) async fn drive(&mut self, mut outgoing: Option<&mut Outgoing>, limits: &Limits) -> Broken {
+    pub(super) async fn drive(
+        &mut self,
+        mut outgoing: Option<&mut Outgoing>,
+        limits: &Limits,
+    ) -> SessionError {
         loop {
             match self.publish(outgoing.as_deref_mut(), limits).await {
                 Ok(true) => {}
@@ -586,7 +596,7 @@ impl Writer {
     }
 
     /// Publishes what is in the queue, and waits until the broker has it.
-    pub(super) async fn flush(&mut self) -> Result<(), Broken> {
+    pub(super) async fn flush(&mut self) -> Result<(), SessionError> {
         let limits = Limits {
             chunk_bytes: 0,
             window_bytes: 0,
@@ -594,11 +604,15 @@ impl Writer {
         while self.publish(None, &limits).await? {}
         let published = self.line.published.load(Ordering::Acquire);
         let all = self.line.acknowledged.wait_for(|count| *count >= published).await;
-        all.map(drop).map_err(|_| Broken::Closed)
+        all.map(drop).map_err(|_| SessionError::Closed)
     }
 
     /// Publishes one message; says whether there was one.
-    async fn publish(&mut self, outgoing: Option<&mut Outgoing>, limits: &Limits) -> Result<bool, Broken> {
+    async fn publish(
+        &mut self,
+        outgoing: Option<&mut Outgoing>,
+        limits: &Limits,
+    ) -> Result<bool, SessionError> {
         if self.current.is_none() {
             let body = match self.queue.pop()? {
                 Some(body) => Some(body),
@@ -607,7 +621,7 @@ impl Writer {
             let Some(body) = body else { return Ok(false) };
             let sealed = sealed(&self.key, self.session, self.next, self.next.into(), &body);
             self.current = Some(sealed.into());
-            self.next = self.next.checked_add(1).ok_or(Broken::Gap)?;
+            self.next = self.next.checked_add(1).ok_or(SessionError::Gap)?;
         }
         let Some(current) = &self.current else {
             return Ok(false);

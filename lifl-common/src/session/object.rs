@@ -64,7 +64,7 @@ impl Source {
 
 /// Where what comes is put.
 #[derive(Debug)]
-pub enum Room {
+pub enum Destination {
     /// A slot of the receiver's arena.
     Slot {
         /// The slot.
@@ -76,7 +76,7 @@ pub enum Room {
     Private(Buffer),
 }
 
-impl Room {
+impl Destination {
     /// The data's place.
     pub fn data_mut(&mut self) -> &mut [u8] {
         match self {

@@ -8,16 +8,16 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
 
-use super::exchange::{Incoming, Outgoing, Sink};
 use super::handshake::{
     CHALLENGE, CHALLENGE_BYTES, GatewayHandshake, HELLO_BYTES, HandshakeError, Hello, PROOF_BYTES,
     Participant, WorkerHandshake,
 };
 use super::message::{
-    BYE, Broken, CHUNK, CHUNK_HEAD_BYTES, MAX_CONTROL_BYTES, MAX_REASON_BYTES, Malformed, Message,
+    BYE, CHUNK, CHUNK_HEAD_BYTES, MAX_CONTROL_BYTES, MAX_REASON_BYTES, Malformed, Message, SessionError,
     check_length,
 };
 use super::seal::{Seal, SealKey, SessionKeys, TAG_BYTES};
+use super::transfers::{Incoming, Outgoing, Sink};
 use super::wire::{self, Limits, Queue, Wire};
 use super::{Secret, Traffic};
 
@@ -88,7 +88,7 @@ pub async fn connect(
     secret: &Secret,
     name: &str,
     instance: u64,
-) -> Result<Wire, Broken> {
+) -> Result<Wire, SessionError> {
     introduce(TcpStream::connect(address).await?, secret, name, instance).await
 }
 
@@ -101,7 +101,7 @@ pub async fn introduce(
     secret: &Secret,
     name: &str,
     instance: u64,
-) -> Result<Wire, Broken> {
+) -> Result<Wire, SessionError> {
     stream.set_nodelay(true)?;
     let handshake = WorkerHandshake::new(secret, name, instance, 0);
     write_first(&mut stream, &handshake.hello()).await?;
@@ -113,7 +113,7 @@ pub async fn introduce(
     });
     let challenge = challenge.await?;
     if let Ok(Message::Bye { reason, .. }) = Message::decode(challenge) {
-        return Err(Broken::Refused(reason));
+        return Err(SessionError::Refused(reason));
     }
     let (proof, keys) = handshake.answer(challenge)?;
     write_first(&mut stream, &proof).await?;
@@ -124,7 +124,7 @@ pub async fn introduce(
 ///
 /// # Errors
 /// If something else comes.
-pub async fn hello(stream: &mut TcpStream) -> Result<Hello, Broken> {
+pub async fn hello(stream: &mut TcpStream) -> Result<Hello, SessionError> {
     stream.set_nodelay(true)?;
     let mut bytes = [0; HELLO_BYTES];
     let hello = read_first(stream, &mut bytes, |_, length| length == HELLO_BYTES).await?;
@@ -139,7 +139,7 @@ pub async fn challenge(
     stream: &mut TcpStream,
     hello: &Hello,
     known: Option<&Participant>,
-) -> Result<SessionKeys, Broken> {
+) -> Result<SessionKeys, SessionError> {
     let (handshake, challenge) = GatewayHandshake::answer(hello, known, 0);
     write_first(stream, &challenge).await?;
     let mut bytes = [0; PROOF_BYTES];
@@ -171,7 +171,7 @@ async fn read_first<'a>(
     stream: &mut TcpStream,
     bytes: &'a mut [u8],
     may_be: impl FnOnce(u8, usize) -> bool,
-) -> Result<&'a [u8], Broken> {
+) -> Result<&'a [u8], SessionError> {
     let mut head = [0; LENGTH_BYTES + 1];
     read_exact(stream, &mut head).await?;
     let [l0, l1, l2, l3, kind] = head;
@@ -184,10 +184,10 @@ async fn read_first<'a>(
     Ok(&bytes[..length])
 }
 
-async fn read_exact(stream: &mut TcpStream, bytes: &mut [u8]) -> Result<(), Broken> {
+async fn read_exact(stream: &mut TcpStream, bytes: &mut [u8]) -> Result<(), SessionError> {
     match stream.read_exact(bytes).await {
         Ok(_) => Ok(()),
-        Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => Err(Broken::Closed),
+        Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => Err(SessionError::Closed),
         Err(error) => Err(error.into()),
     }
 }
@@ -234,7 +234,7 @@ impl Reader {
     ///
     /// Until the tag has been compared only the length, the kind and a chunk's place are looked at. A chunk's data lies in
     /// its place by then, where nobody takes it for received.
-    pub(super) async fn next(&mut self, incoming: &mut Incoming) -> Result<Message, Broken> {
+    pub(super) async fn next(&mut self, incoming: &mut Incoming) -> Result<Message, SessionError> {
         self.fill(LENGTH_BYTES + 1).await?;
         let announced = u32::from_le_bytes([self.head[0], self.head[1], self.head[2], self.head[3]]);
         let (kind, bytes) = (self.head[LENGTH_BYTES], u64::from(announced));
@@ -280,11 +280,11 @@ impl Reader {
         while self.half.read(&mut scratch).await.is_ok_and(|read| read > 0) {}
     }
 
-    async fn fill(&mut self, end: usize) -> Result<(), Broken> {
+    async fn fill(&mut self, end: usize) -> Result<(), SessionError> {
         while self.filled < end {
             let read = self.half.read(&mut self.head[self.filled..end]).await?;
             if read == 0 {
-                return Err(Broken::Closed);
+                return Err(SessionError::Closed);
             }
             self.filled += read;
             self.traffic.add_received(read);
@@ -292,7 +292,7 @@ impl Reader {
         Ok(())
     }
 
-    async fn data(&mut self, chunk: &Message, incoming: &mut Incoming) -> Result<(), Broken> {
+    async fn data(&mut self, chunk: &Message, incoming: &mut Incoming) -> Result<(), SessionError> {
         let Message::Chunk {
             round,
             offset,
@@ -312,7 +312,7 @@ impl Reader {
             };
             let read = self.half.read(place).await?;
             if read == 0 {
-                return Err(Broken::Closed);
+                return Err(SessionError::Closed);
             }
             if let Some(seal) = &mut self.seal {
                 seal.add(&place[..read]);
@@ -402,7 +402,11 @@ impl ChunkData {
 }
 
 impl Writer {
-    pub(super) async fn drive(&mut self, mut outgoing: Option<&mut Outgoing>, limits: &Limits) -> Broken {
+    pub(super) async fn drive(
+        &mut self,
+        mut outgoing: Option<&mut Outgoing>,
+        limits: &Limits,
+    ) -> SessionError {
         loop {
             match self.write(outgoing.as_deref_mut(), limits).await {
                 Ok(true) => {}
@@ -412,7 +416,7 @@ impl Writer {
         }
     }
 
-    pub(super) async fn flush(&mut self) -> Result<(), Broken> {
+    pub(super) async fn flush(&mut self) -> Result<(), SessionError> {
         // Without an object to go on with, what is left ends.
         while self.write(None, &LIMITS).await? {}
         Ok(())
@@ -425,7 +429,11 @@ impl Writer {
     }
 
     /// Writes a piece; says whether there was one.
-    async fn write(&mut self, mut outgoing: Option<&mut Outgoing>, limits: &Limits) -> Result<bool, Broken> {
+    async fn write(
+        &mut self,
+        mut outgoing: Option<&mut Outgoing>,
+        limits: &Limits,
+    ) -> Result<bool, SessionError> {
         if self.current.is_none() {
             self.current = match self.queue.pop()? {
                 Some(body) => Some(self.message(&body)),
@@ -439,7 +447,7 @@ impl Writer {
         };
         let written = self.half.write(current.rest(outgoing.as_deref())).await?;
         if written == 0 {
-            return Err(Broken::Closed);
+            return Err(SessionError::Closed);
         }
         self.traffic.add_sent(written);
         current.advance(written, outgoing.as_deref());

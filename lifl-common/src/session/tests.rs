@@ -194,24 +194,24 @@ fn model(round: u32, bytes: usize) -> Object {
 }
 
 /// Lets an end receive one object, taking it as soon as it is offered.
-async fn receive(exchange: &mut Exchange, wire: &mut Wire) -> Result<(Object, Room), Broken> {
+async fn receive(transfers: &mut Transfers, wire: &mut Wire) -> Result<(Object, Destination), SessionError> {
     loop {
-        match exchange.next(wire).await? {
-            Happened::Offered(header) => {
+        match transfers.next(wire).await? {
+            TransferEvent::Offered(header) => {
                 let object = *header.object().expect("a header");
-                let room = Room::Private(Buffer::new(object.length as usize));
-                exchange.accept(wire, object, room);
+                let destination = Destination::Private(Buffer::new(object.length as usize));
+                transfers.accept(wire, object, destination);
             }
-            Happened::Received { object, room } => return Ok((object, room)),
+            TransferEvent::Received { object, destination } => return Ok((object, destination)),
             other => panic!("{other:?}"),
         }
     }
 }
 
 /// Keeps an end going until its object is there.
-async fn sent(exchange: &mut Exchange, wire: &mut Wire) -> Result<u32, Broken> {
-    match exchange.next(wire).await? {
-        Happened::Sent(round) => Ok(round),
+async fn sent(transfers: &mut Transfers, wire: &mut Wire) -> Result<u32, SessionError> {
+    match transfers.next(wire).await? {
+        TransferEvent::Sent(round) => Ok(round),
         other => panic!("{other:?}"),
     }
 }
@@ -219,7 +219,7 @@ async fn sent(exchange: &mut Exchange, wire: &mut Wire) -> Result<u32, Broken> {
 #[tokio::test]
 async fn objects_go_both_ways_at_once() {
     let (mut near, mut far) = wires().await;
-    let (mut one, mut other) = (Exchange::default(), Exchange::default());
+    let (mut one, mut other) = (Transfers::default(), Transfers::default());
     let (up, down) = (data(20_000_001, 1), data(19_999_999, 2));
     let offered = |data: &Arc<Buffer>| {
         (
@@ -231,17 +231,21 @@ async fn objects_go_both_ways_at_once() {
     one.offer(Some(&mut near), header, source);
     let (header, source) = offered(&down);
     other.offer(Some(&mut far), header, source);
-    let end = async |exchange: &mut Exchange, wire: &mut Wire| {
+    let end = async |transfers: &mut Transfers, wire: &mut Wire| {
         let (mut got, mut gone) = (None, false);
         while got.is_none() || !gone {
-            match exchange.next(wire).await.expect("open") {
-                Happened::Offered(header) => {
+            match transfers.next(wire).await.expect("open") {
+                TransferEvent::Offered(header) => {
                     let object = *header.object().expect("a header");
-                    exchange.accept(wire, object, Room::Private(Buffer::new(object.length as usize)));
+                    transfers.accept(
+                        wire,
+                        object,
+                        Destination::Private(Buffer::new(object.length as usize)),
+                    );
                 }
-                Happened::Received { room, .. } => got = Some(room),
-                Happened::Sent(_) => gone = true,
-                other @ (Happened::Message(_) | Happened::Overdue) => panic!("{other:?}"),
+                TransferEvent::Received { destination, .. } => got = Some(destination),
+                TransferEvent::Sent(_) => gone = true,
+                other @ (TransferEvent::Message(_) | TransferEvent::Overdue) => panic!("{other:?}"),
             }
         }
         wire.flush().await.expect("open");
@@ -259,7 +263,7 @@ async fn objects_go_both_ways_at_once() {
 async fn a_transfer_goes_on_where_its_connection_broke() {
     let bytes = 30_000_000;
     let original = data(bytes, 9);
-    let (mut sender, mut receiver) = (Exchange::default(), Exchange::default());
+    let (mut sender, mut receiver) = (Transfers::default(), Transfers::default());
     sender.offer(
         None,
         Message::Model(model(1, bytes)),
@@ -289,9 +293,9 @@ async fn a_transfer_goes_on_where_its_connection_broke() {
             break;
         }
     }
-    let (object, mut room) = got.expect("complete");
+    let (object, mut destination) = got.expect("complete");
     assert_eq!(object, model(1, bytes));
-    assert!(room.data_mut() == original.bytes(), "it came otherwise");
+    assert!(destination.data_mut() == original.bytes(), "it came otherwise");
     let twice = whole - bytes as u64;
     assert!(twice < 3 * (9 << 20), "{twice} bytes went twice: it began anew");
 }
@@ -299,7 +303,7 @@ async fn a_transfer_goes_on_where_its_connection_broke() {
 #[tokio::test]
 async fn what_was_complete_is_not_taken_twice() {
     let original = data(1000, 4);
-    let (mut sender, mut receiver) = (Exchange::default(), Exchange::default());
+    let (mut sender, mut receiver) = (Transfers::default(), Transfers::default());
     let header = Message::Model(model(5, 1000));
     for first in [true, false] {
         let (mut near, mut far) = wires().await;
@@ -328,7 +332,7 @@ async fn what_was_complete_is_not_taken_twice() {
 #[tokio::test]
 async fn a_sender_waits_for_a_place() {
     let (mut near, mut far) = wires().await;
-    let (mut sender, mut receiver) = (Exchange::default(), Exchange::default());
+    let (mut sender, mut receiver) = (Transfers::default(), Transfers::default());
     let traffic = Arc::new(Traffic::default());
     far.count_in(Arc::clone(&traffic));
     sender.offer(
@@ -340,7 +344,7 @@ async fn a_sender_waits_for_a_place() {
         offered = receiver.next(&mut far) => offered.expect("open"),
         other = sender.next(&mut near) => panic!("{other:?}"),
     };
-    assert!(matches!(offered, Happened::Offered(Message::Model(_))));
+    assert!(matches!(offered, TransferEvent::Offered(Message::Model(_))));
     let quiet = tokio::time::timeout(Duration::from_millis(50), async {
         tokio::join!(receiver.next(&mut far), sender.next(&mut near))
     });
@@ -349,15 +353,15 @@ async fn a_sender_waits_for_a_place() {
 }
 
 /// What an end with 1,000 bytes of room for round 2 makes of those bytes.
-async fn judged(bytes: &[u8]) -> Broken {
+async fn judged(bytes: &[u8]) -> SessionError {
     let (near, mut far) = connection().await;
     let mut wire = tcp::gateway_wire(near, keys()).expect("open");
-    let mut exchange = Exchange::default();
-    exchange.accept(&mut wire, model(2, 1000), Room::Private(Buffer::new(1000)));
+    let mut transfers = Transfers::default();
+    transfers.accept(&mut wire, model(2, 1000), Destination::Private(Buffer::new(1000)));
     far.write_all(bytes).await.expect("written");
     let judged = async {
         loop {
-            if let Err(broken) = exchange.next(&mut wire).await {
+            if let Err(broken) = transfers.next(&mut wire).await {
                 return broken;
             }
         }
@@ -398,7 +402,7 @@ async fn chunks_out_of_place_end_the_session() {
     ] {
         let broken = judged(&sealed(bodies)).await;
         assert!(
-            matches!(broken, Broken::Malformed(Malformed::Chunk { .. })),
+            matches!(broken, SessionError::Malformed(Malformed::Chunk { .. })),
             "{broken} for {:?}",
             &bodies[0][..13]
         );
@@ -411,19 +415,19 @@ async fn lengths_beyond_all_measure_end_the_session() {
         let odd = [&length.to_le_bytes()[..], &[6]].concat();
         let broken = judged(&odd).await;
         assert!(
-            matches!(broken, Broken::Malformed(Malformed::Length { kind: 6, .. })),
+            matches!(broken, SessionError::Malformed(Malformed::Length { kind: 6, .. })),
             "{broken}"
         );
     }
     let broken = judged(b"GET / HTTP/1.1\r\n\r\n").await;
     assert!(
-        matches!(broken, Broken::Malformed(Malformed::Kind(_))),
+        matches!(broken, SessionError::Malformed(Malformed::Kind(_))),
         "{broken}"
     );
     let beyond = [Message::Ack { round: 9, offset: 5 }.encode(), chunk(9, 0, 5)];
     assert!(matches!(
         judged(&sealed(&beyond)).await,
-        Broken::Malformed(Malformed::Chunk { .. })
+        SessionError::Malformed(Malformed::Chunk { .. })
     ));
 }
 
@@ -441,8 +445,8 @@ async fn what_the_other_end_has_not_sealed_ends_the_session() {
         // A chunk's place is looked at before.
         let misplaced = at == 5 || at == 9;
         let found = match broken {
-            Broken::Malformed(Malformed::Seal) => !misplaced,
-            Broken::Malformed(Malformed::Chunk { .. }) => misplaced,
+            SessionError::Malformed(Malformed::Seal) => !misplaced,
+            SessionError::Malformed(Malformed::Chunk { .. }) => misplaced,
             _ => false,
         };
         assert!(found, "{broken} with byte {at} changed");
@@ -459,14 +463,17 @@ async fn what_the_other_end_has_not_sealed_ends_the_session() {
         [&17_u32.to_le_bytes()[..], &ready, &[0; 16]].concat(),
     ] {
         let broken = judged(&forged).await;
-        assert!(matches!(broken, Broken::Malformed(Malformed::Seal)), "{broken}");
+        assert!(
+            matches!(broken, SessionError::Malformed(Malformed::Seal)),
+            "{broken}"
+        );
     }
 }
 
 #[tokio::test]
 async fn a_chunk_that_was_forged_is_overwritten_by_the_true_one() {
     let original = data(1000, 3);
-    let (mut sender, mut receiver) = (Exchange::default(), Exchange::default());
+    let (mut sender, mut receiver) = (Transfers::default(), Transfers::default());
     let info = UpdateInfo {
         samples: 1,
         cover: Cover::of(0),
@@ -482,30 +489,36 @@ async fn a_chunk_that_was_forged_is_overwritten_by_the_true_one() {
     let mut near = near;
     near.write_all(&forged).await.expect("written");
     let broken = receive(&mut receiver, &mut far).await.expect_err("forged");
-    assert!(matches!(broken, Broken::Malformed(Malformed::Seal)), "{broken}");
+    assert!(
+        matches!(broken, SessionError::Malformed(Malformed::Seal)),
+        "{broken}"
+    );
     assert_eq!(receiver.moved(), 0, "it counts as received");
 
     let (mut near, mut far) = wires().await;
     sender.offer(Some(&mut near), header, Source::Private(Arc::clone(&original)));
-    let ((), mut room) = tokio::join!(
+    let ((), mut destination) = tokio::join!(
         async {
             sent(&mut sender, &mut near).await.expect("open");
         },
         async {
-            let (_, room) = receive(&mut receiver, &mut far).await.expect("complete");
+            let (_, destination) = receive(&mut receiver, &mut far).await.expect("complete");
             far.flush().await.expect("open");
-            room
+            destination
         }
     );
-    assert!(room.data_mut() == original.bytes(), "the forged bytes stayed");
+    assert!(
+        destination.data_mut() == original.bytes(),
+        "the forged bytes stayed"
+    );
 }
 
 #[tokio::test]
 async fn an_acknowledgement_of_what_was_not_sent_ends_the_session() {
     let (near, mut far) = connection().await;
     let mut wire = tcp::gateway_wire(near, keys()).expect("open");
-    let mut exchange = Exchange::default();
-    exchange.offer(
+    let mut transfers = Transfers::default();
+    transfers.offer(
         Some(&mut wire),
         Message::Model(model(1, 100)),
         Source::Private(data(100, 1)),
@@ -515,9 +528,9 @@ async fn an_acknowledgement_of_what_was_not_sent_ends_the_session() {
         offset: 101,
     };
     far.write_all(&sealed(&[beyond.encode()])).await.expect("written");
-    let broken = exchange.next(&mut wire).await.expect_err("broken");
+    let broken = transfers.next(&mut wire).await.expect_err("broken");
     assert!(
-        matches!(broken, Broken::Malformed(Malformed::Ack { .. })),
+        matches!(broken, SessionError::Malformed(Malformed::Ack { .. })),
         "{broken}"
     );
 }
@@ -528,9 +541,13 @@ async fn messages_that_move_nothing_are_bounded() {
     let flooded = async |bodies: Vec<Vec<u8>>| {
         let (near, mut far) = connection().await;
         let mut wire = tcp::gateway_wire(near, keys()).expect("open");
-        let mut exchange = Exchange::default();
-        exchange.accept(&mut wire, model(2, 1 << 20), Room::Private(Buffer::new(1 << 20)));
-        exchange.offer(
+        let mut transfers = Transfers::default();
+        transfers.accept(
+            &mut wire,
+            model(2, 1 << 20),
+            Destination::Private(Buffer::new(1 << 20)),
+        );
+        transfers.offer(
             Some(&mut wire),
             Message::Model(model(1, 1 << 20)),
             Source::Private(data(1 << 20, 1)),
@@ -541,7 +558,7 @@ async fn messages_that_move_nothing_are_bounded() {
         let broken = tokio::select! {
             broken = async {
                 loop {
-                    match exchange.next(&mut wire).await {
+                    match transfers.next(&mut wire).await {
                         Ok(_) => taken += 1,
                         Err(broken) => break broken,
                     }
@@ -552,7 +569,7 @@ async fn messages_that_move_nothing_are_bounded() {
                 tokio::io::copy(&mut reading, &mut tokio::io::sink()).await.expect("read");
             } => panic!("the connection was closed"),
         };
-        assert!(matches!(broken, Broken::Flood), "{broken}");
+        assert!(matches!(broken, SessionError::Flood), "{broken}");
         taken
     };
     let ack = |offset| Message::Ack { round: 1, offset }.encode();
@@ -573,8 +590,12 @@ async fn who_drips_is_overdue_and_who_is_slow_is_not() {
     let delivered = async |piece: usize| {
         let (near, mut far) = connection().await;
         let mut wire = tcp::gateway_wire(near, keys()).expect("open");
-        let mut exchange = Exchange::with_grace(GRACE);
-        exchange.accept(&mut wire, model(2, bytes), Room::Private(Buffer::new(bytes)));
+        let mut transfers = Transfers::with_grace(GRACE);
+        transfers.accept(
+            &mut wire,
+            model(2, bytes),
+            Destination::Private(Buffer::new(bytes)),
+        );
         let begun = tokio::time::Instant::now();
         let drip = async {
             for (number, offset) in (0..bytes).step_by(piece).enumerate() {
@@ -588,14 +609,14 @@ async fn who_drips_is_overdue_and_who_is_slow_is_not() {
         };
         tokio::select! {
             () = drip => unreachable!("it goes on"),
-            happened = exchange.next(&mut wire) => (happened.expect("open"), begun.elapsed()),
+            event = transfers.next(&mut wire) => (event.expect("open"), begun.elapsed()),
         }
     };
-    let (happened, after) = delivered(200 << 10).await;
-    assert!(matches!(happened, Happened::Received { .. }), "{happened:?}");
+    let (event, after) = delivered(200 << 10).await;
+    assert!(matches!(event, TransferEvent::Received { .. }), "{event:?}");
     assert!(after >= Duration::from_secs(60), "{after:?}");
-    let (happened, after) = delivered(100).await;
-    assert!(matches!(happened, Happened::Overdue), "{happened:?}");
+    let (event, after) = delivered(100).await;
+    assert!(matches!(event, TransferEvent::Overdue), "{event:?}");
     assert!(
         after >= GRACE && after < GRACE + Duration::from_secs(2),
         "{after:?}"
@@ -605,7 +626,7 @@ async fn who_drips_is_overdue_and_who_is_slow_is_not() {
 #[tokio::test(start_paused = true)]
 async fn what_waits_for_its_receivers_place_is_not_overdue() {
     let (mut near, mut far) = wires().await;
-    let (mut sender, mut receiver) = (Exchange::with_grace(GRACE), Exchange::default());
+    let (mut sender, mut receiver) = (Transfers::with_grace(GRACE), Transfers::default());
     sender.offer(
         Some(&mut near),
         Message::Model(model(1, 100)),
@@ -615,11 +636,11 @@ async fn what_waits_for_its_receivers_place_is_not_overdue() {
         offered = receiver.next(&mut far) => offered.expect("open"),
         other = sender.next(&mut near) => panic!("{other:?}"),
     };
-    assert!(matches!(offered, Happened::Offered(_)), "{offered:?}");
+    assert!(matches!(offered, TransferEvent::Offered(_)), "{offered:?}");
     let waited = tokio::time::timeout(GRACE * 10, async {
         tokio::select! {
-            happened = sender.next(&mut near) => happened,
-            happened = receiver.next(&mut far) => happened,
+            event = sender.next(&mut near) => event,
+            event = receiver.next(&mut far) => event,
         }
     });
     assert!(waited.await.is_err(), "it was given up");
@@ -628,7 +649,7 @@ async fn what_waits_for_its_receivers_place_is_not_overdue() {
 #[tokio::test(start_paused = true)]
 async fn silence_is_noticed_and_pings_break_it() {
     let (mut near, mut far) = wires().await;
-    let (mut one, mut other) = (Exchange::default(), Exchange::default());
+    let (mut one, mut other) = (Transfers::default(), Transfers::default());
     let spoken = tokio::time::timeout(Duration::from_secs(600), async {
         tokio::select! {
             one = one.next(&mut near) => one,
@@ -640,5 +661,5 @@ async fn silence_is_noticed_and_pings_break_it() {
         .next(&mut near)
         .await
         .expect_err("the other end says nothing any more");
-    assert!(matches!(broken, Broken::Silent(_)), "{broken}");
+    assert!(matches!(broken, SessionError::Silent(_)), "{broken}");
 }

@@ -5,10 +5,10 @@ use std::sync::Arc;
 
 use tokio::time::Instant;
 
-use super::exchange::{Exchange, Happened, Incoming, Outgoing};
-use super::message::{Broken, Malformed, Message};
+use super::message::{Malformed, Message, SessionError};
 #[cfg(feature = "mqtt")]
 use super::mqtt;
+use super::transfers::{Incoming, Outgoing, TransferEvent, Transfers};
 use super::{Traffic, tcp};
 
 /// Messages that wait to be sent; who lets more pile up does not read.
@@ -61,16 +61,16 @@ impl Queue {
         }
     }
 
-    pub(super) fn pop(&mut self) -> Result<Option<Vec<u8>>, Broken> {
+    pub(super) fn pop(&mut self) -> Result<Option<Vec<u8>>, SessionError> {
         if self.waiting.len() > QUEUE {
-            return Err(Broken::Unread);
+            return Err(SessionError::Unread);
         }
         Ok(self.waiting.pop_front())
     }
 }
 
 impl Reader {
-    pub(super) async fn next(&mut self, incoming: &mut Incoming) -> Result<Message, Broken> {
+    pub(super) async fn next(&mut self, incoming: &mut Incoming) -> Result<Message, SessionError> {
         match self {
             Self::Tcp(reader) => reader.next(incoming).await,
             #[cfg(feature = "mqtt")]
@@ -81,7 +81,7 @@ impl Reader {
 
 impl Writer {
     /// Sends whatever may be sent; ends only when the connection does. Cancel-safe.
-    pub(super) async fn drive(&mut self, outgoing: Option<&mut Outgoing>, limits: &Limits) -> Broken {
+    pub(super) async fn drive(&mut self, outgoing: Option<&mut Outgoing>, limits: &Limits) -> SessionError {
         match self {
             Self::Tcp(writer) => writer.drive(outgoing, limits).await,
             #[cfg(feature = "mqtt")]
@@ -125,7 +125,7 @@ impl Wire {
         }
     }
 
-    /// Puts a message into the queue, which [`Exchange::next`] sends.
+    /// Puts a message into the queue, which [`Transfers::next`] sends.
     pub fn send(&mut self, message: &Message) {
         self.said = Instant::now();
         match &mut self.writer {
@@ -139,7 +139,7 @@ impl Wire {
     ///
     /// # Errors
     /// If the connection fails.
-    pub async fn flush(&mut self) -> Result<(), Broken> {
+    pub async fn flush(&mut self) -> Result<(), SessionError> {
         match &mut self.writer {
             Writer::Tcp(writer) => writer.flush().await,
             #[cfg(feature = "mqtt")]
@@ -168,10 +168,10 @@ impl Wire {
     ///
     /// # Errors
     /// If it does not let us in.
-    pub async fn welcomed(&mut self) -> Result<(), Broken> {
-        match Exchange::default().next(self).await? {
-            Happened::Message(Message::Welcome) => Ok(()),
-            Happened::Message(other) => Err(Malformed::Unexpected(other.name()).into()),
+    pub async fn welcomed(&mut self) -> Result<(), SessionError> {
+        match Transfers::default().next(self).await? {
+            TransferEvent::Message(Message::Welcome) => Ok(()),
+            TransferEvent::Message(other) => Err(Malformed::Unexpected(other.name()).into()),
             _ => Err(Malformed::Unexpected("an object").into()),
         }
     }

@@ -11,7 +11,7 @@ use std::io;
 use std::net::SocketAddr;
 use std::time::Duration;
 
-use lifl_common::session::{Broken, HELLO_TIMEOUT, SessionKeys, tcp};
+use lifl_common::session::{HELLO_TIMEOUT, SessionError, SessionKeys, tcp};
 use tokio::net::{TcpListener, TcpStream};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -112,7 +112,7 @@ async fn accept(
                         () = place.evicted() => return,
                         () = open.cancelled() => return,
                     };
-                    keys.map(|keys| Err(keys.err().unwrap_or(Broken::Closed)))
+                    keys.map(|keys| Err(keys.err().unwrap_or(SessionError::Closed)))
                 }
                 Ok(Err(error)) => Ok(Err(error)),
                 Err(late) => Err(late),
@@ -126,7 +126,7 @@ async fn accept(
 async fn judge(
     stream: TcpStream,
     peer: SocketAddr,
-    greeted: Result<Result<(Proven, SessionKeys), Broken>, tokio::time::error::Elapsed>,
+    greeted: Result<Result<(Proven, SessionKeys), SessionError>, tokio::time::error::Elapsed>,
     entrance: &Entrance,
     newcomers: &Newcomers,
 ) {
@@ -135,7 +135,7 @@ async fn judge(
             Ok(wire) => entrance.admit(proven, wire),
             Err(error) => tracing::debug!(%peer, "closed at once: {error}"),
         },
-        Ok(Err(error @ Broken::Handshake(_))) => {
+        Ok(Err(error @ SessionError::Handshake(_))) => {
             newcomers.log_refusal(peer, &error_chain(&error));
             let _ = tokio::time::timeout(FAREWELL, tcp::refuse(stream, REFUSAL)).await;
         }

@@ -20,7 +20,8 @@ use lifl_common::client::{Client, ClientError};
 use lifl_common::frame::Refusal;
 use lifl_common::id::{JobId, Key};
 use lifl_common::session::{
-    Broken, Exchange, Happened, Malformed, Message, Object, Patience, Room, Source, Traffic, Wire, proxy_name,
+    Destination, Malformed, Message, Object, ReconnectPolicy, SessionError, Source, Traffic, TransferEvent,
+    Transfers, Wire, proxy_name,
 };
 use lifl_common::update::{ImageError, Schema, UpdateInfo, image};
 use lifl_worker::node_link::{Incoming, LinkError, NodeLink};
@@ -95,7 +96,7 @@ pub(super) struct Proxy {
     /// Whose the job is.
     uid: u32,
     name: String,
-    exchange: Exchange,
+    transfers: Transfers,
     wire: Option<Wire>,
     schema: Option<Arc<Schema>>,
     /// The job's, once one of its proxies has seen a model: a long one is there once.
@@ -138,9 +139,9 @@ impl Proxy {
 
     /// Gives the reason of an end that is none of the proxy's making.
     async fn serve(&mut self, config: &mut ProxyConfig) -> Result<String, ProxyError> {
-        let mut patience = Patience::new();
+        let mut reconnect_policy = ReconnectPolicy::new();
         loop {
-            let given_up = patience.ends(config.grace);
+            let given_up = reconnect_policy.ends(config.grace);
             tokio::select! {
                 incoming = self.link.next() => match incoming? {
                     Incoming::Frame(frame) => self.protocol.handle(Input::Frame(frame)),
@@ -151,19 +152,19 @@ impl Proxy {
                 Some(mut wire) = config.wires.recv() => {
                     wire.count_in(Arc::clone(&config.traffic));
                     if self.wire.take().is_some() {
-                        patience.broken(&self.exchange);
+                        reconnect_policy.broken(&self.transfers);
                     }
-                    patience.opened(&self.exchange, &mut wire);
+                    reconnect_policy.opened(&self.transfers, &mut wire);
                     self.open(wire);
                 }
-                happened = happened(&mut self.exchange, &mut self.wire) => {
-                    let outcome = match happened {
-                        Ok(happened) => self.happened(happened)?,
+                event = next_event(&mut self.transfers, &mut self.wire) => {
+                    let outcome = match event {
+                        Ok(event) => self.transfer_event(event)?,
                         Err(broken) => Err(broken),
                     };
                     if let Err(broken) = outcome {
                         self.broken(&broken).await;
-                        patience.broken(&self.exchange);
+                        reconnect_policy.broken(&self.transfers);
                     }
                 }
                 () = tokio::time::sleep_until(given_up), if self.wire.is_none() => {
@@ -189,7 +190,7 @@ impl Proxy {
             arena,
             uid: config.uid,
             name: config.name.clone(),
-            exchange: Exchange::with_grace(config.grace),
+            transfers: Transfers::with_grace(config.grace),
             wire: None,
             schema: None,
             shared_schema: Arc::clone(&config.schema),
@@ -205,14 +206,14 @@ impl Proxy {
         if let Some((round, refusal)) = self.verdict {
             wire.send(&Message::Verdict { round, refusal });
         }
-        self.exchange.resume(&mut wire);
+        self.transfers.resume(&mut wire);
         self.wire = Some(wire);
     }
 
-    async fn broken(&mut self, broken: &Broken) {
+    async fn broken(&mut self, broken: &SessionError) {
         let reason = error_chain(broken);
         let wire = self.wire.take();
-        if !matches!(broken, Broken::Malformed(_)) {
+        if !matches!(broken, SessionError::Malformed(_)) {
             // Often enough the end of a job, which its worker may hear of first. One that does not come back is warned of.
             tracing::info!(worker = ?self.name, "session broken: {reason}");
         } else {
@@ -220,7 +221,7 @@ impl Proxy {
             farewell(wire, &Message::Bye { last: false, reason }).await;
         }
         // The worker says again what it wanted.
-        if self.exchange.receiving().is_none() {
+        if self.transfers.receiving().is_none() {
             self.coming = None;
         }
     }
@@ -240,7 +241,7 @@ impl Proxy {
     fn too_slow(&mut self) {
         let round = self.protocol.round();
         tracing::warn!(worker = ?self.name, round, "too slow, left out of the round");
-        self.exchange.abandon();
+        self.transfers.abandon();
         self.coming = None;
         if self.protocol.awaits(round) {
             self.judge(round, Refusal::NotExpected as u16);
@@ -267,16 +268,16 @@ impl Proxy {
         }
         let round = self.protocol.round();
         if let Some((late, _)) = self.coming.take_if(|(coming, _)| coming.round != round) {
-            self.exchange.abandon();
+            self.transfers.abandon();
             self.judge(late.round, Refusal::NotExpected as u16);
         }
         if let (Some((object, _)), Some(schema), Some(wire)) = (&self.coming, &self.schema, &mut self.wire)
-            && self.exchange.receiving() != Some(object.round)
+            && self.transfers.receiving() != Some(object.round)
             && let Some(slot) = self.arena.begin()
         {
             let data = image::data_range(schema);
-            let room = Room::Slot { slot, data };
-            self.exchange.accept(wire, *object, room);
+            let destination = Destination::Slot { slot, data };
+            self.transfers.accept(wire, *object, destination);
         }
         Ok(self.link.flush().await?)
     }
@@ -314,27 +315,27 @@ impl Proxy {
             data,
         };
         let header = Message::Model(Object::of(model.round, &schema));
-        self.exchange.offer(self.wire.as_mut(), header, source);
+        self.transfers.offer(self.wire.as_mut(), header, source);
         Ok(())
     }
 
     /// The model of that round goes back to its lender: it is not sent any further.
     fn stop_sending(&mut self, round: u32) {
-        if self.exchange.sending() == Some(round) {
-            self.exchange.withdraw();
+        if self.transfers.sending() == Some(round) {
+            self.transfers.withdraw();
         }
     }
 
     /// The outer error ends the proxy, the inner one the session.
-    fn happened(&mut self, happened: Happened) -> Result<Result<(), Broken>, ProxyError> {
-        match happened {
-            Happened::Offered(Message::Update(object, info)) => self.offered(object, info),
-            Happened::Received { object, room } => self.received(object, room)?,
-            Happened::Sent(round) => self.protocol.handle(Input::ModelRead(round)),
-            Happened::Message(Message::Ready) => self.protocol.handle(Input::Ready),
-            Happened::Message(Message::Nothing(round)) => self.nothing(round),
-            Happened::Overdue => self.too_slow(),
-            Happened::Offered(other) | Happened::Message(other) => {
+    fn transfer_event(&mut self, event: TransferEvent) -> Result<Result<(), SessionError>, ProxyError> {
+        match event {
+            TransferEvent::Offered(Message::Update(object, info)) => self.offered(object, info),
+            TransferEvent::Received { object, destination } => self.received(object, destination)?,
+            TransferEvent::Sent(round) => self.protocol.handle(Input::ModelRead(round)),
+            TransferEvent::Message(Message::Ready) => self.protocol.handle(Input::Ready),
+            TransferEvent::Message(Message::Nothing(round)) => self.nothing(round),
+            TransferEvent::Overdue => self.too_slow(),
+            TransferEvent::Offered(other) | TransferEvent::Message(other) => {
                 return Ok(Err(Malformed::Unexpected(other.name()).into()));
             }
         }
@@ -365,9 +366,9 @@ impl Proxy {
     }
 
     /// The update's data is in the slot: it is made an image and lent.
-    fn received(&mut self, object: Object, room: Room) -> Result<(), ProxyError> {
-        let (Some((_, info)), Some(schema), Room::Slot { mut slot, .. }) =
-            (self.coming.take(), &self.schema, room)
+    fn received(&mut self, object: Object, destination: Destination) -> Result<(), ProxyError> {
+        let (Some((_, info)), Some(schema), Destination::Slot { mut slot, .. }) =
+            (self.coming.take(), &self.schema, destination)
         else {
             return Err(ProxyError::Unprepared);
         };
@@ -403,9 +404,12 @@ fn look(
 }
 
 /// Waits for the wire; for ever when there is none.
-async fn happened(exchange: &mut Exchange, wire: &mut Option<Wire>) -> Result<Happened, Broken> {
+async fn next_event(
+    transfers: &mut Transfers,
+    wire: &mut Option<Wire>,
+) -> Result<TransferEvent, SessionError> {
     match wire {
-        Some(wire) => exchange.next(wire).await,
+        Some(wire) => transfers.next(wire).await,
         None => std::future::pending().await,
     }
 }

@@ -13,8 +13,8 @@ use std::time::Duration;
 
 use tokio::time::{Instant, sleep_until};
 
-use super::message::{Broken, Malformed, Message, Object};
-use super::object::{Room, Source};
+use super::message::{Malformed, Message, Object, SessionError};
+use super::object::{Destination, Source};
 use super::wire::{Limits, Wire};
 
 /// Silence after which a session is broken.
@@ -40,32 +40,32 @@ const OTHERS: u32 = 4096;
 
 /// What came of waiting.
 #[derive(Debug)]
-pub enum Happened {
-    /// The header of an object that is not here yet: [`Exchange::accept`] it when there is a place.
+pub enum TransferEvent {
+    /// The header of an object that is not here yet: [`Transfers::accept`] it when there is a place.
     Offered(Message),
     /// The object is complete.
     Received {
         /// Which.
         object: Object,
         /// Where it is.
-        room: Room,
+        destination: Destination,
     },
     /// The other end has all of the object of that round.
     Sent(u32),
     /// Any other message.
     Message(Message),
-    /// The other end is too slow with what is being received or sent: [`Exchange::abandon`] or [`Exchange::withdraw`] it.
+    /// The other end is too slow with what is being received or sent: [`Transfers::abandon`] or [`Transfers::withdraw`] it.
     Overdue,
 }
 
 /// The transfers of one worker.
 #[derive(Debug)]
-pub struct Exchange {
+pub struct Transfers {
     incoming: Incoming,
     outgoing: Option<Outgoing>,
     /// The last object that came whole.
     done: Option<Object>,
-    ready: VecDeque<Happened>,
+    ready: VecDeque<TransferEvent>,
     moved: u64,
     pings: Allowance,
     others: Allowance,
@@ -92,7 +92,7 @@ impl Allowance {
         }
     }
 
-    fn take(&mut self) -> Result<(), Broken> {
+    fn take(&mut self) -> Result<(), SessionError> {
         let now = Instant::now();
         let more = (now - self.filled).as_millis() * u128::from(self.per_s) / 1000;
         if more > 0 {
@@ -100,12 +100,12 @@ impl Allowance {
             self.left = u32::try_from(left).unwrap_or(u32::MAX).min(self.most);
             self.filled = now;
         }
-        self.left = self.left.checked_sub(1).ok_or(Broken::Flood)?;
+        self.left = self.left.checked_sub(1).ok_or(SessionError::Flood)?;
         Ok(())
     }
 }
 
-impl Default for Exchange {
+impl Default for Transfers {
     fn default() -> Self {
         Self {
             incoming: Incoming::default(),
@@ -133,7 +133,7 @@ struct Receiving {
     object: Object,
     at: u64,
     acknowledged: u64,
-    room: Room,
+    destination: Destination,
     /// When its first byte might have come.
     since: Instant,
 }
@@ -173,7 +173,7 @@ impl Incoming {
             }
             // It is no longer than the object, whose room was made by this end.
             let start = usize::try_from(offset).map_err(|_| unexpected.clone())?;
-            let data = receiving.room.data_mut();
+            let data = receiving.destination.data_mut();
             let place = start.checked_add(bytes).and_then(|end| data.get_mut(start..end));
             return place.map(Sink::Into).ok_or(unexpected);
         }
@@ -214,7 +214,7 @@ impl Outgoing {
     }
 }
 
-impl Exchange {
+impl Transfers {
     /// Of an end that does not wait for ever: a transfer may take so long to begin or to go on in another session, and
     /// 16 KiB a second for the rest.
     pub fn with_grace(grace: Duration) -> Self {
@@ -300,13 +300,13 @@ impl Exchange {
     }
 
     /// Takes an object that was offered.
-    pub fn accept(&mut self, wire: &mut Wire, object: Object, room: Room) {
+    pub fn accept(&mut self, wire: &mut Wire, object: Object, destination: Destination) {
         self.abandon();
         self.incoming.receiving = Some(Receiving {
             object,
             at: 0,
             acknowledged: 0,
-            room,
+            destination,
             since: Instant::now(),
         });
         wire.send(&Message::Ack {
@@ -332,14 +332,14 @@ impl Exchange {
     ///
     /// # Errors
     /// If the session is broken; the transfers wait for [`resume`](Self::resume).
-    pub async fn next(&mut self, wire: &mut Wire) -> Result<Happened, Broken> {
+    pub async fn next(&mut self, wire: &mut Wire) -> Result<TransferEvent, SessionError> {
         loop {
-            if let Some(happened) = self.ready.pop_front() {
-                return Ok(happened);
+            if let Some(event) = self.ready.pop_front() {
+                return Ok(event);
             }
             let now = Instant::now();
             if now >= wire.heard + SILENCE {
-                return Err(Broken::Silent(SILENCE));
+                return Err(SessionError::Silent(SILENCE));
             }
             if now >= wire.said + PING {
                 wire.send(&Message::Ping);
@@ -350,13 +350,13 @@ impl Exchange {
             {
                 let stalled = outgoing.progress + STALL;
                 if now >= stalled {
-                    return Err(Broken::Stalled(STALL));
+                    return Err(SessionError::Stalled(STALL));
                 }
                 wake = wake.min(stalled);
             }
             if let Some(due) = self.overdue() {
                 if now >= due {
-                    return Ok(Happened::Overdue);
+                    return Ok(TransferEvent::Overdue);
                 }
                 wake = wake.min(due);
             }
@@ -371,25 +371,25 @@ impl Exchange {
         }
     }
 
-    fn take(&mut self, wire: &mut Wire, message: Message) -> Result<(), Broken> {
+    fn take(&mut self, wire: &mut Wire, message: Message) -> Result<(), SessionError> {
         match message {
             Message::Ping => self.pings.take()?,
             Message::Chunk { round, length, .. } => self.chunk(wire, round, length)?,
             Message::Ack { round, offset } => self.acknowledged(round, offset)?,
-            Message::Bye { last, reason } => return Err(Broken::Bye { last, reason }),
+            Message::Bye { last, reason } => return Err(SessionError::Bye { last, reason }),
             header @ (Message::Model(_) | Message::Update(..)) => {
                 self.others.take()?;
                 self.offered(wire, header)?;
             }
             other => {
                 self.others.take()?;
-                self.ready.push_back(Happened::Message(other));
+                self.ready.push_back(TransferEvent::Message(other));
             }
         }
         Ok(())
     }
 
-    fn chunk(&mut self, wire: &mut Wire, round: u32, bytes: usize) -> Result<(), Broken> {
+    fn chunk(&mut self, wire: &mut Wire, round: u32, bytes: usize) -> Result<(), SessionError> {
         let mut little = (bytes as u64) < LITTLE_BYTES;
         if let Some(receiving) = &mut self.incoming.receiving
             && receiving.object.round == round
@@ -415,13 +415,17 @@ impl Exchange {
     /// Tells of the object that has come whole, if it has.
     fn received(&mut self) {
         let complete = |receiving: &mut Receiving| receiving.at == receiving.object.length;
-        if let Some(Receiving { object, room, .. }) = self.incoming.receiving.take_if(complete) {
+        if let Some(Receiving {
+            object, destination, ..
+        }) = self.incoming.receiving.take_if(complete)
+        {
             self.done = Some(object);
-            self.ready.push_back(Happened::Received { object, room });
+            self.ready
+                .push_back(TransferEvent::Received { object, destination });
         }
     }
 
-    fn acknowledged(&mut self, round: u32, offset: u64) -> Result<(), Broken> {
+    fn acknowledged(&mut self, round: u32, offset: u64) -> Result<(), SessionError> {
         // Of an object that was given up.
         let Some(outgoing) = self.outgoing.as_mut().filter(|it| it.object.round == round) else {
             return self.others.take();
@@ -453,7 +457,7 @@ impl Exchange {
         outgoing.progress = Instant::now();
         if offset == outgoing.object.length {
             self.outgoing = None;
-            self.ready.push_back(Happened::Sent(round));
+            self.ready.push_back(TransferEvent::Sent(round));
         }
         Ok(())
     }
@@ -477,7 +481,7 @@ impl Exchange {
                 return Err(Malformed::Unexpected("another object of the same round"));
             }
         }
-        self.ready.push_back(Happened::Offered(header));
+        self.ready.push_back(TransferEvent::Offered(header));
         Ok(())
     }
 }

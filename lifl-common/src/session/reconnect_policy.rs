@@ -4,8 +4,8 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-use super::exchange::{Exchange, SILENCE};
 use super::message::MAX_CHUNK_BYTES;
+use super::transfers::{SILENCE, Transfers};
 use super::wire::Wire;
 
 /// Chunks are not made shorter than this.
@@ -17,14 +17,14 @@ const SHORTEST_CHUNK_BYTES: usize = 1 << 10;
 /// not, however many there are. One that broke when its first chunks were under way may have met a broker that finds them
 /// too long, and brokers need not say so: the next session's are half as long.
 #[derive(Debug)]
-pub struct Patience {
+pub struct ReconnectPolicy {
     /// When the session that is open began, and what had got across by then.
     open: Option<(Instant, u64)>,
     since: Instant,
     chunk_bytes: usize,
 }
 
-impl Patience {
+impl ReconnectPolicy {
     /// From now on.
     pub fn new() -> Self {
         Self {
@@ -35,20 +35,20 @@ impl Patience {
     }
 
     /// A session has begun.
-    pub fn opened(&mut self, exchange: &Exchange, wire: &mut Wire) {
-        self.open = Some((Instant::now(), exchange.moved()));
+    pub fn opened(&mut self, transfers: &Transfers, wire: &mut Wire) {
+        self.open = Some((Instant::now(), transfers.moved()));
         wire.limit_chunks(self.chunk_bytes);
         self.chunk_bytes = self.chunk_bytes.min(wire.limits.chunk_bytes);
     }
 
     /// It has broken, or could not begin; says whether it had been of use.
-    pub fn broken(&mut self, exchange: &Exchange) -> bool {
+    pub fn broken(&mut self, transfers: &Transfers) -> bool {
         let Some((opened, before)) = self.open.take() else {
             return false;
         };
         let now = Instant::now();
-        let moved = exchange.moved() != before;
-        if !moved && exchange.is_stuck() {
+        let moved = transfers.moved() != before;
+        if !moved && transfers.is_stuck() {
             self.chunk_bytes = (self.chunk_bytes / 2).max(SHORTEST_CHUNK_BYTES);
         }
         let of_use = moved || now >= opened + SILENCE;
@@ -64,7 +64,7 @@ impl Patience {
     }
 }
 
-impl Default for Patience {
+impl Default for ReconnectPolicy {
     fn default() -> Self {
         Self::new()
     }
@@ -77,18 +77,18 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn what_never_works_comes_to_an_end_and_what_works_does_not() {
         let grace = Duration::from_secs(60);
-        let (exchange, mut patience) = (Exchange::default(), Patience::new());
+        let (transfers, mut reconnect_policy) = (Transfers::default(), ReconnectPolicy::new());
         let begun = Instant::now();
-        while Instant::now() < patience.ends(grace) {
-            assert!(!patience.broken(&exchange), "no session was open");
-            patience.open = Some((Instant::now(), exchange.moved()));
+        while Instant::now() < reconnect_policy.ends(grace) {
+            assert!(!reconnect_policy.broken(&transfers), "no session was open");
+            reconnect_policy.open = Some((Instant::now(), transfers.moved()));
             tokio::time::advance(Duration::from_secs(1)).await;
-            assert!(!patience.broken(&exchange), "it broke at once");
+            assert!(!reconnect_policy.broken(&transfers), "it broke at once");
         }
         assert_eq!(begun.elapsed(), grace);
-        patience.open = Some((Instant::now(), exchange.moved()));
+        reconnect_policy.open = Some((Instant::now(), transfers.moved()));
         tokio::time::advance(grace).await;
-        assert!(patience.broken(&exchange), "it was open for long");
-        assert_eq!(patience.ends(grace), Instant::now() + grace);
+        assert!(reconnect_policy.broken(&transfers), "it was open for long");
+        assert_eq!(reconnect_policy.ends(grace), Instant::now() + grace);
     }
 }
