@@ -4,10 +4,10 @@
 
 use super::document::Document;
 use super::draft;
+use super::flame_support;
 use super::problem::{Findings, Place, ProblemKind, list, shorten};
 use super::raw::Channel;
 use super::spec::{Brokers, Transport};
-use super::support;
 
 /// Flame's own port of its gRPC endpoint.
 const P2P_PORT: u16 = 10104;
@@ -107,7 +107,7 @@ fn host(channel: &Channel) -> Option<&str> {
 fn in_list(document: &Document, transport: Transport) -> Vec<Given<'_>> {
     let brokers = document.raw.brokers.iter().flatten().enumerate();
     brokers
-        .filter(|(_, broker)| broker.sort.as_deref().and_then(support::transport) == Some(transport))
+        .filter(|(_, broker)| broker.sort.as_deref().and_then(flame_support::transport) == Some(transport))
         .filter_map(|(i, broker)| {
             Some(Given {
                 host: broker.host.as_deref()?,
@@ -199,7 +199,7 @@ fn note_unused(documents: &[&Document], findings: &mut Findings) {
         .iter()
         .flat_map(|document| document.raw.brokers.iter().flatten())
     {
-        let Some(transport) = broker.sort.as_deref().and_then(support::transport) else {
+        let Some(transport) = broker.sort.as_deref().and_then(flame_support::transport) else {
             continue;
         };
         let needed = transport != Transport::Shm && used.contains(&transport);

@@ -14,7 +14,7 @@ use std::path::Path;
 use super::draft::{DEFAULT_GROUP, Rounds, WorkerDraft};
 use super::problem::{Findings, Place, ProblemKind, list, shorten};
 use super::raw::Role;
-use super::raw_parts::{Dataset, RoleData};
+use super::raw_control_plane::{Dataset, RoleData};
 
 /// A worker of a role that gets data.
 #[derive(Debug, Clone)]

@@ -8,7 +8,7 @@ use super::datasets::Assigned;
 use super::files::Parsed;
 use super::problem::{Findings, Place, ProblemKind, shorten};
 use super::raw::FlameFile;
-use super::{draft, walk};
+use super::{draft, validate};
 
 /// What a file describes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -53,7 +53,7 @@ impl Document {
             FileKind::Job
         };
         let neither = kind == FileKind::Job && !has("roles") && value.is_object();
-        walk::walk(schema, schema, &mut value, &place, findings);
+        validate::validate(schema, schema, &mut value, &place, findings);
         if neither {
             findings
                 .add(ProblemKind::Missing, &place.key("roles"), "missing")

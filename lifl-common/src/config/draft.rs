@@ -2,14 +2,14 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use super::algorithms;
+use super::control_plane;
 use super::datasets;
 use super::document::{Document, FileKind};
-use super::parts;
+use super::flame_support;
 use super::problem::{Findings, Place, ProblemKind, shorten};
 use super::raw::{Channel, FlameFile, Job};
-use super::sorts;
 use super::spec::Transport;
-use super::support;
 
 /// Group of a worker that is given none.
 pub(super) const DEFAULT_GROUP: &str = "default";
@@ -63,7 +63,7 @@ impl Rounds {
     fn new(raw: &FlameFile) -> Self {
         Self {
             agg_goal: raw.hyperparameters.as_ref().and_then(|given| given.agg_goal),
-            select: sorts::select(raw.selector.as_ref()),
+            select: algorithms::select(raw.selector.as_ref()),
         }
     }
 }
@@ -101,7 +101,7 @@ pub(super) fn transport(channel: &Channel, place: &Place, document: &Document) -
         (None, Some(files)) => (files, document.at("backend")),
         (None, None) => return (Transport::default(), place.clone()),
     };
-    (support::transport(&name).unwrap_or_default(), place)
+    (flame_support::transport(&name).unwrap_or_default(), place)
 }
 
 /// The draft of a job file.
@@ -122,7 +122,10 @@ pub(super) fn from_job_file(document: &Document, findings: &mut Findings) -> Dra
         }
         let count = role.replica.unwrap_or(1);
         let association = at.key("groupAssociation");
-        let workers = match (parts::assigned(document, &role.name), &role.group_association) {
+        let workers = match (
+            control_plane::assigned(document, &role.name),
+            &role.group_association,
+        ) {
             (Some(assigned), _) if !assigned.is_empty() => {
                 if role.replica.is_some_and(|replica| replica != 1) {
                     findings.note(format!(

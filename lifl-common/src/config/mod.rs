@@ -1,9 +1,9 @@
 //! Job files: Flame's terms in, a job that cannot be wrong out.
 //!
 //! ```text
-//! paths ─files─▶ values ─walk─▶ documents ─draft─▶ roles, channels ─links, tree─▶ workers ┐
-//!        json      (against the   (raw types)                                             ├─▶ JobSpec
-//!                   schema)           └────────────────── settings ──────────────────────┘
+//! paths ─files─▶ values ─validate─▶ documents ─draft─▶ roles, channels ─channels, tree─▶ workers ┐
+//!        json     (against the      (raw types)                                                  ├─▶ JobSpec
+//!                  schema)               └────────────────── settings ───────────────────────────┘
 //! ```
 //!
 //! [`load`] takes a *job file* (Flame's schema, job and model in one: it has `roles`), or the *worker files* of one
@@ -14,28 +14,28 @@
 //! Every step reports all that it finds wrong and goes on with the rest, as far as what follows could not be a mere
 //! consequence.
 
+mod algorithms;
 mod brokers;
+mod channels;
+mod control_plane;
+mod control_plane_files;
 mod data;
 mod dataset;
 mod datasets;
 mod document;
 mod draft;
 mod files;
+mod flame_support;
 mod json;
-mod links;
-mod part_files;
-mod parts;
 mod problem;
 mod raw;
-mod raw_parts;
+mod raw_control_plane;
 mod settings;
-mod sorts;
 mod spec;
-mod support;
 mod topology;
 mod tree;
+mod validate;
 mod variants;
-mod walk;
 
 #[cfg(test)]
 mod tests;
@@ -109,11 +109,11 @@ pub fn load(paths: &[PathBuf], overrides: &Overrides) -> Result<Loaded, ConfigEr
 /// which a `dataSpec.json` is a list) and `Dataset`.
 pub fn schema() -> serde_json::Value {
     let mut generator = schemars::generate::SchemaSettings::default().into_generator();
-    generator.subschema_for::<raw_parts::DesignSchema>();
-    generator.subschema_for::<raw_parts::DesignJob>();
-    generator.subschema_for::<raw_parts::DesignModel>();
-    generator.subschema_for::<raw_parts::RoleData>();
-    generator.subschema_for::<raw_parts::Dataset>();
+    generator.subschema_for::<raw_control_plane::DesignSchema>();
+    generator.subschema_for::<raw_control_plane::DesignJob>();
+    generator.subschema_for::<raw_control_plane::DesignModel>();
+    generator.subschema_for::<raw_control_plane::RoleData>();
+    generator.subschema_for::<raw_control_plane::Dataset>();
     generator.root_schema_for::<raw::FlameFile>().to_value()
 }
 
@@ -124,8 +124,10 @@ fn understand(paths: &[PathBuf], overrides: &Overrides, findings: &mut Findings)
     // Generated from the types, so it is the same for all files that this process reads.
     static SCHEMA: LazyLock<serde_json::Value> = LazyLock::new(schema);
     let schema = &*SCHEMA;
-    let documents: Vec<Document> = if part_files::recognise(&parsed) {
-        parts::assemble(parsed, schema, findings).into_iter().collect()
+    let documents: Vec<Document> = if control_plane_files::recognise(&parsed) {
+        control_plane::assemble(parsed, schema, findings)
+            .into_iter()
+            .collect()
     } else {
         let documents = parsed.into_iter();
         documents
@@ -136,7 +138,7 @@ fn understand(paths: &[PathBuf], overrides: &Overrides, findings: &mut Findings)
         return None;
     }
     for document in &documents {
-        support::check(document, findings);
+        flame_support::check(document, findings);
     }
     let documents = variants::choose(&documents, overrides.prefer, findings)?;
     let first = documents.first().copied()?;
@@ -158,7 +160,7 @@ fn understand(paths: &[PathBuf], overrides: &Overrides, findings: &mut Findings)
         Some(job_file) => draft::from_job_file(job_file, findings),
         None => draft::from_worker_files(&documents, first, all_read, findings),
     };
-    let links = links::understand(&draft, findings);
+    let links = channels::understand(&draft, findings);
     let tree = if links.sound {
         Tree::new(&draft, &links, findings)
     } else {

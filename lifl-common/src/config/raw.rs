@@ -1,8 +1,8 @@
 //! Flame's files as they are written: field for field, before anything is understood.
 //!
-//! These types are also the JSON Schema that `lifl schema` prints and that [`walk`](super::walk) checks a file
+//! These types are also the JSON Schema that `lifl schema` prints and that [`validate`](super::validate) checks a file
 //! against, so a range stands here, once. What only Flame knows is a plain string here and judged in
-//! [`support`](super::support). Top-level fields are all optional to serde: whatever the walk found wrong is taken
+//! [`flame_support`](super::flame_support). Top-level fields are all optional to serde: whatever validation found wrong is taken
 //! out, and the rest is still read, so that one try shows all problems.
 
 use std::collections::BTreeMap;
@@ -139,7 +139,7 @@ impl Channel {
 pub(super) struct GroupBy {
     /// How groups are told apart.
     #[serde(rename = "type")]
-    #[expect(dead_code, reason = "there is one only, and the walk has seen to it")]
+    #[expect(dead_code, reason = "there is one only, and validation has seen to it")]
     kind: Option<GroupKind>,
     /// Their names; any when not given.
     pub(super) value: Option<Vec<String>>,

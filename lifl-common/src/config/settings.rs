@@ -16,10 +16,10 @@
 
 use std::path::PathBuf;
 
+use super::algorithms;
 use super::document::Document;
 use super::problem::{Findings, Place, ProblemKind};
 use super::raw::{self, FlameFile, Hyperparameters, Lifl, Model, ModelName, ModelSize};
-use super::sorts;
 use super::spec::{DataSource, ModelSpec, Optimizer, Partition, Timing, TrainingSpec, UpdateKind};
 use super::{Overrides, data};
 use crate::update::DType;
@@ -204,7 +204,7 @@ fn training(sources: &Sources<'_>, findings: &mut Findings) -> TrainingSpec {
 
 /// The top's optimizer. FedProx is no optimizer of the top's.
 fn optimizer(sources: &Sources<'_>, findings: &mut Findings) -> Optimizer {
-    let of = |document: &Document| sorts::optimizer(document.raw.optimizer.as_ref());
+    let of = |document: &Document| algorithms::optimizer(document.raw.optimizer.as_ref());
     let optimizer = of(sources.top);
     let mut others = sources.all.iter();
     if others.any(|document| document.raw.optimizer.is_some() && of(document) != optimizer) {
@@ -220,7 +220,7 @@ fn optimizer(sources: &Sources<'_>, findings: &mut Findings) -> Optimizer {
 fn proximal_mu(sources: &Sources<'_>, findings: &mut Findings) -> f64 {
     let given = |document: &Document| {
         let optimizer = document.raw.optimizer.as_ref()?;
-        Some((sorts::proximal_mu(Some(optimizer)), document.at("optimizer")))
+        Some((algorithms::proximal_mu(Some(optimizer)), document.at("optimizer")))
     };
     let of_trainers = sources.trainers.iter().filter_map(|document| given(document));
     let mu = agree(of_trainers, findings).map_or(0.0, |(mu, _)| mu);

@@ -8,9 +8,9 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use super::channels::{Link, Links};
 use super::dataset::Dataset;
 use super::draft::{DEFAULT_GROUP, Draft, RoleDraft, WorkerDraft};
-use super::links::{Link, Links};
 use super::problem::{Findings, Place, ProblemKind, list, shorten};
 use super::spec::{Group, Kind, WorkerSpec};
 use super::{MAX_LEVELS, MAX_WORKERS};

@@ -12,9 +12,9 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use super::document::{Document, FileKind};
 use super::draft;
+use super::flame_support;
 use super::problem::{Findings, ProblemKind, shorten};
 use super::spec::Transport;
-use super::support;
 
 /// Channels for models, each with its transport.
 type Transports<'d> = BTreeMap<&'d str, Transport>;
@@ -224,7 +224,7 @@ fn without_transport(document: &Document) -> (String, bool) {
         .split_inclusive(|c: char| !c.is_ascii_alphanumeric())
         .map(|word| {
             let bare = word.trim_end_matches(|c: char| !c.is_ascii_alphanumeric());
-            if support::transport(&bare.to_ascii_lowercase()).is_some() {
+            if flame_support::transport(&bare.to_ascii_lowercase()).is_some() {
                 named = true;
                 &word[bare.len()..]
             } else {

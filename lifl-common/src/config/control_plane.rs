@@ -15,14 +15,14 @@ use std::collections::BTreeMap;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 
+use super::control_plane_files::{Part, Parts};
 use super::datasets::{self, Assigned};
 use super::document::{Document, FileKind};
 use super::files::Parsed;
-use super::part_files::{Part, Parts};
 use super::problem::{Findings, Place, ProblemKind, shorten};
 use super::raw::{FlameFile, Job};
-use super::raw_parts::{Dataset, DesignJob, DesignModel, DesignSchema, RoleData};
-use super::walk;
+use super::raw_control_plane::{Dataset, DesignJob, DesignModel, DesignSchema, RoleData};
+use super::validate;
 
 /// Puts the files together. `None` if too little of them can be read to say more about the job.
 pub(super) fn assemble(files: Vec<Parsed>, schema: &Value, findings: &mut Findings) -> Option<Document> {
@@ -169,9 +169,9 @@ fn read<T: DeserializeOwned>(
 ) -> Option<(T, Place)> {
     let Parsed { file, mut value } = file;
     let place = Place::file(&file);
-    walk::walk(
+    validate::validate(
         schema,
-        walk::definition(schema, name),
+        validate::definition(schema, name),
         &mut value,
         &place,
         findings,
@@ -183,7 +183,7 @@ fn deserialize<T: DeserializeOwned>(value: Value, place: &Place, findings: &mut 
     match serde_path_to_error::deserialize(value) {
         Ok(part) => Some(part),
         Err(error) => {
-            // Of what the walk has taken out, it has told.
+            // Of what validation has taken out, it has told.
             if !findings.any_at(place) {
                 findings.add(ProblemKind::Invalid, place, shorten(&error.inner().to_string()));
             }
@@ -250,11 +250,11 @@ fn read_role_data(
     schema: &Value,
     findings: &mut Findings,
 ) -> Vec<(RoleData, Place)> {
-    let definition = walk::definition(schema, "RoleData");
+    let definition = validate::definition(schema, "RoleData");
     entries
         .into_iter()
         .filter_map(|(mut value, place)| {
-            walk::walk(schema, definition, &mut value, &place, findings);
+            validate::validate(schema, definition, &mut value, &place, findings);
             deserialize(value, &place, findings).map(|role| (role, place))
         })
         .collect()

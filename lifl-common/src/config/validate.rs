@@ -1,6 +1,6 @@
 //! Holds a parsed file against the JSON Schema that the [raw types](super::raw) generate.
 //!
-//! serde stops at the first thing that it cannot read. The walk goes through all of a file, reports each problem
+//! serde stops at the first thing that it cannot read. The validator goes through all of a file, reports each problem
 //! with its path, and takes what is wrong out of the value, so that serde can read the rest:
 //!
 //! * a member that is not known, or wrong and not required, is taken out of its object;
@@ -25,18 +25,19 @@ const FLAMES_TAGS: [&str; 5] = [
 
 /// Reports all that is wrong with `value` and takes it out. Afterwards it is an object that fits `schema`, a part of
 /// `root`, but for required members that are missing.
-pub(super) fn walk(root: &Value, schema: &Value, value: &mut Value, at: &Place, findings: &mut Findings) {
-    let mut walk = Walk {
+pub(super) fn validate(root: &Value, schema: &Value, value: &mut Value, at: &Place, findings: &mut Findings) {
+    let mut validator = Validator {
         root,
         at: at.clone(),
         findings,
     };
     match value {
         Value::Object(members) => {
-            walk.object(schema, members);
+            validator.object(schema, members);
         }
         other => {
-            walk.report(ProblemKind::Invalid, describe(other))
+            validator
+                .report(ProblemKind::Invalid, describe(other))
                 .expected("an object");
             *other = Value::Object(Map::new());
         }
@@ -50,13 +51,13 @@ pub(super) fn definition<'w>(root: &'w Value, name: &str) -> &'w Value {
         .unwrap_or(root)
 }
 
-struct Walk<'w> {
+struct Validator<'w> {
     root: &'w Value,
     at: Place,
     findings: &'w mut Findings,
 }
 
-impl<'w> Walk<'w> {
+impl<'w> Validator<'w> {
     /// Whether the value, with what was taken out of it, fits the schema.
     fn value(&mut self, schema: &'w Value, value: &mut Value) -> bool {
         let schema = self.resolve(schema);
@@ -110,7 +111,10 @@ impl<'w> Walk<'w> {
         }
         if let Some(item) = schema.get("items") {
             for (i, element) in elements.iter_mut().enumerate() {
-                fits &= self.within(|path| push_index(path, i), |walk| walk.value(item, element));
+                fits &= self.within(
+                    |path| push_index(path, i),
+                    |validator| validator.value(item, element),
+                );
             }
         }
         fits
@@ -131,14 +135,17 @@ impl<'w> Walk<'w> {
                     let known = known.into_iter().flatten().map(|(name, _)| name.as_str());
                     self.within(
                         |path| push_key(path, key),
-                        |walk| {
+                        |validator| {
                             let found = format!("unknown field, of value {}", describe_all(member));
-                            walk.report(ProblemKind::Unknown, found).one_of(key, known);
+                            validator.report(ProblemKind::Unknown, found).one_of(key, known);
                         },
                     );
                     return false;
                 }
-                Some(schema) => self.within(|path| push_key(path, key), |walk| walk.value(schema, member)),
+                Some(schema) => self.within(
+                    |path| push_key(path, key),
+                    |validator| validator.value(schema, member),
+                ),
                 None => true,
             };
             fits &= kept || (member_schema.is_some() && !required(key));
@@ -151,7 +158,8 @@ impl<'w> Walk<'w> {
                 // If it is here and wrong, that has been said.
                 let place = self.at.key(name);
                 if self.findings.full() || !self.findings.any_at(&place) {
-                    let expected = member.map(|member| self.lazily(|walk| walk.expectation(member)));
+                    let expected =
+                        member.map(|member| self.lazily(|validator| validator.expectation(member)));
                     self.findings
                         .add(ProblemKind::Missing, &place, "missing")
                         .expected(expected.unwrap_or_default());
@@ -203,7 +211,10 @@ impl<'w> Walk<'w> {
                             .expected(list(&names));
                         return false;
                     };
-                    if !self.within(|path| push_key(path, tag), |walk| walk.name(&names, name)) {
+                    if !self.within(
+                        |path| push_key(path, tag),
+                        |validator| validator.name(&names, name),
+                    ) {
                         return false;
                     }
                     let meant = names.iter().position(|known| name.as_str() == Some(known));
@@ -236,8 +247,9 @@ impl<'w> Walk<'w> {
                     let key = key.clone();
                     self.within(
                         |path| push_key(path, &key),
-                        |walk| {
-                            walk.report(ProblemKind::Unknown, "unknown field")
+                        |validator| {
+                            validator
+                                .report(ProblemKind::Unknown, "unknown field")
                                 .one_of(&key, known);
                         },
                     );
@@ -253,7 +265,7 @@ impl<'w> Walk<'w> {
         {
             return self.value(form, value);
         }
-        let expected = self.lazily(|walk| walk.expectations(alternatives));
+        let expected = self.lazily(|validator| validator.expectations(alternatives));
         self.report(ProblemKind::Invalid, describe(value))
             .expected(expected);
         false
@@ -369,7 +381,7 @@ impl<'w> Walk<'w> {
 
     /// A value that is not what the schema demands.
     fn misfit(&mut self, schema: &'w Value, found: String) {
-        let expected = self.lazily(|walk| walk.expectation(schema));
+        let expected = self.lazily(|validator| validator.expectation(schema));
         self.report(ProblemKind::Invalid, found).expected(expected);
     }
 

@@ -1,9 +1,9 @@
 //! What Flame has and this has not: refused by name, or, where it means nothing here, noted once.
 
+use super::algorithms;
 use super::document::Document;
 use super::problem::{Findings, Place, ProblemKind, list, shorten};
 use super::raw::FlameFile;
-use super::sorts;
 use super::spec::Transport;
 
 /// What a field may name.
@@ -65,7 +65,7 @@ pub(super) fn transport(name: &str) -> Option<Transport> {
 /// Refuses what of a file is not supported, and notes what means nothing here.
 pub(super) fn check(document: &Document, findings: &mut Findings) {
     let raw = &document.raw;
-    sorts::check(document, findings);
+    algorithms::check(document, findings);
     if let Some(sort) = raw
         .registry
         .as_ref()

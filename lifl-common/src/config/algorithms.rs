@@ -3,11 +3,11 @@
 use serde_json::{Map, Value};
 
 use super::document::Document;
+use super::flame_support::Choice;
 use super::json;
 use super::problem::{Findings, Place, ProblemKind, shorten};
 use super::raw::Sorted;
 use super::spec::{Adaptive, Optimizer};
-use super::support::Choice;
 
 const OPTIMIZER: Choice = Choice {
     what: "optimizer",
