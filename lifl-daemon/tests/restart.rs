@@ -522,10 +522,10 @@ async fn a_daemon_that_does_not_come_back_is_waited_for_and_no_longer() {
         return;
     };
     let (mut top, _) = machine.job().await;
-    top.client.set_patience(Duration::from_millis(500));
+    top.client.set_reconnect_time(Duration::from_millis(500));
     machine.kill();
     let error = within(top.client.event()).await.expect_err("nobody is there");
-    assert!(matches!(error, ClientError::NotBack { .. }), "{error}");
+    assert!(matches!(error, ClientError::NotReconnected { .. }), "{error}");
     assert!(
         error
             .to_string()

@@ -13,7 +13,9 @@ use std::time::Duration;
 use tokio::time::Instant;
 
 use super::FrameSocket;
-use super::comeback::{ANSWER, Back, ComingBack, Identity, PATIENCE, greet, greet_over, listener_of, within};
+use super::reconnect::{
+    ANSWER, Identity, RECONNECT_TIME, Reattached, Reconnect, greet, greet_over, listener_of, within,
+};
 use crate::arena::{ArenaError, Layout, OwnedArena, PeerArena, memfd};
 use crate::control::packet::{PacketError, PacketSocket};
 use crate::control::{
@@ -77,12 +79,12 @@ pub enum ClientError {
         reason: &'static str,
     },
     /// No other daemon came.
-    #[error("the daemon is gone, and none came back to {path} in {} s", patience.as_secs())]
-    NotBack {
+    #[error("the daemon is gone, and none came back to {path} in {} s", reconnect_time.as_secs())]
+    NotReconnected {
         /// The socket.
         path: PathBuf,
         /// How long it was waited for.
-        patience: Duration,
+        reconnect_time: Duration,
         /// What the last attempt met.
         #[source]
         source: Box<ClientError>,
@@ -173,29 +175,29 @@ const ANSWER_TO_WORKER: Duration = Duration::from_secs(300);
 #[derive(Debug)]
 pub struct Client {
     path: PathBuf,
-    line: Line,
+    link: Link,
     events: VecDeque<Event>,
     welcome: Welcome,
-    patience: Duration,
+    reconnect_time: Duration,
     /// Whether requests wait for the next daemon.
     waits: bool,
     job_name: Option<String>,
     identity: Option<Arc<Identity>>,
     /// Whether this process may come back to a daemon that is started next.
-    returns: bool,
+    reconnects: bool,
     /// Whether this process is a worker, of a job under way.
     is_worker: bool,
     /// Requests that the daemon has and has not answered. It answers in their order: all but the last of these answers come too
     /// late for whoever asked.
-    owed: u32,
+    unanswered: u32,
     /// Why nothing of this process outlives the daemon.
-    mortal: &'static str,
+    no_reconnect: &'static str,
 }
 
 #[derive(Debug)]
-enum Line {
-    Up(PacketSocket),
-    ComingBack(ComingBack),
+enum Link {
+    Connected(PacketSocket),
+    Reconnecting(Reconnect),
     Lost,
 }
 
@@ -252,36 +254,36 @@ impl Client {
     pub async fn over(socket: PacketSocket) -> Result<Self, ClientError> {
         let (socket, welcome) = greet_over(socket).await?;
         let mut client = Self::welcomed(PathBuf::new(), socket, welcome);
-        client.returns = false;
-        client.mortal = "it is of the daemon's own process";
+        client.reconnects = false;
+        client.no_reconnect = "it is of the daemon's own process";
         Ok(client)
     }
 
     fn welcomed(path: PathBuf, socket: PacketSocket, welcome: Welcome) -> Self {
-        let mortal = match (welcome.plane, welcome.pinned) {
+        let no_reconnect = match (welcome.plane, welcome.pinned) {
             (PlaneKind::Relay, _) => "frames on the relay plane lie in the daemon's memory",
             (_, false) => "its maps are not pinned",
             (_, true) => "this process is not a worker yet",
         };
         Self {
             path,
-            line: Line::Up(socket),
+            link: Link::Connected(socket),
             events: VecDeque::new(),
             welcome,
-            patience: PATIENCE,
+            reconnect_time: RECONNECT_TIME,
             waits: true,
             job_name: None,
             identity: None,
-            returns: true,
+            reconnects: true,
             is_worker: false,
-            owed: 0,
-            mortal,
+            unanswered: 0,
+            no_reconnect,
         }
     }
 
     /// How long to wait for the next daemon when this one is gone: a minute, unless this says otherwise.
-    pub fn set_patience(&mut self, patience: Duration) {
-        self.patience = patience;
+    pub fn set_reconnect_time(&mut self, reconnect_time: Duration) {
+        self.reconnect_time = reconnect_time;
     }
 
     /// What the daemon said first.
@@ -321,7 +323,7 @@ impl Client {
         let fds = [to_daemon.as_raw_fd()];
         let (worker, owner) =
             expect_reply!(self, request, &fds, (Reply::Registered { worker, owner }, _) => (worker, owner));
-        if self.welcome.pinned && self.returns {
+        if self.welcome.pinned && self.reconnects {
             self.identity = Some(Arc::new(Identity {
                 worker,
                 role: role.to_owned(),
@@ -347,7 +349,7 @@ impl Client {
         loop {
             match self.try_create_arena(layout).await {
                 // Nobody knows it yet: the next daemon makes another.
-                Err(ClientError::Closed) if self.may_come_back() => self.line_up().await?,
+                Err(ClientError::Closed) if self.may_reconnect() => self.connected().await?,
                 created => return created,
             }
         }
@@ -470,7 +472,7 @@ impl Client {
         let (token, p2p) =
             expect_reply!(self, request, &[], (Reply::GatewayOpened { token, p2p }, _) => (token, p2p));
         self.identity = None;
-        self.mortal = "its remote workers come through the daemon's gateway";
+        self.no_reconnect = "its remote workers come through the daemon's gateway";
         let token = JobToken::from_hex(&token).ok_or(ClientError::Unexpected {
             request: "open_gateway",
         })?;
@@ -552,7 +554,7 @@ impl Client {
         &mut self,
         ask: impl AsyncFnOnce(&mut Self) -> Result<T, ClientError>,
     ) -> Result<Option<T>, ClientError> {
-        if matches!(self.line, Line::ComingBack(_)) || self.owed > 0 {
+        if matches!(self.link, Link::Reconnecting(_)) || self.unanswered > 0 {
             // What is late is taken by whoever waits for events.
             return Ok(None);
         }
@@ -561,7 +563,7 @@ impl Client {
         self.waits = true;
         match answer {
             Ok(answer) => Ok(Some(answer)),
-            Err(ClientError::Closed) if self.may_come_back() => Ok(None),
+            Err(ClientError::Closed) if self.may_reconnect() => Ok(None),
             // It is stopped, or very slow; the job goes on meanwhile.
             Err(ClientError::Silent { .. }) => Ok(None),
             Err(error) => Err(error),
@@ -596,7 +598,7 @@ impl Client {
     /// # Errors
     /// If it made none; or if the daemon is gone: the job ends with this process then.
     pub async fn end_job(&mut self, reason: &str) -> Result<(), ClientError> {
-        if !matches!(self.line, Line::Up(_)) {
+        if !matches!(self.link, Link::Connected(_)) {
             return Err(ClientError::Closed);
         }
         let request = Request::EndJob {
@@ -615,19 +617,19 @@ impl Client {
             if let Some(event) = self.events.pop_front() {
                 return Ok(event);
             }
-            let received = match &self.line {
-                Line::Up(socket) => socket.recv::<Message>().await,
+            let received = match &self.link {
+                Link::Connected(socket) => socket.recv::<Message>().await,
                 _ => {
-                    self.line_up().await?;
+                    self.connected().await?;
                     continue;
                 }
             };
             match received.map_err(ClientError::from) {
                 Ok(Some((Message::Event(event), _))) => return Ok(event),
-                Ok(Some((Message::Reply(_), _))) if self.owed > 0 => self.owed -= 1,
+                Ok(Some((Message::Reply(_), _))) if self.unanswered > 0 => self.unanswered -= 1,
                 Ok(Some((Message::Reply(_), _))) => return Err(ClientError::Unexpected { request: "none" }),
-                Ok(None) => self.line_down()?,
-                Err(error) if error.is_disconnect() => self.line_down()?,
+                Ok(None) => self.disconnected()?,
+                Err(error) if error.is_disconnect() => self.disconnected()?,
                 Err(error) => return Err(error),
             }
         }
@@ -643,9 +645,9 @@ impl Client {
             request,
             Request::OpenArena { .. } | Request::Status { .. } | Request::Traffic {} | Request::Flame { .. }
         );
-        let given_up = Instant::now() + self.patience;
+        let given_up = Instant::now() + self.reconnect_time;
         loop {
-            self.line_up().await?;
+            self.connected().await?;
             match self
                 .exchange_within(self.answer_within(request), request, fds)
                 .await
@@ -655,7 +657,7 @@ impl Client {
                     ..
                 }) if repeatable && Instant::now() < given_up => tokio::time::sleep(NOT_YET).await,
                 Err(error) if error.is_disconnect() => {
-                    self.line_down()?;
+                    self.disconnected()?;
                     if !repeatable || !self.waits {
                         return Err(ClientError::Closed);
                     }
@@ -669,7 +671,7 @@ impl Client {
     fn answer_within(&self, request: &Request) -> Duration {
         match request {
             // The daemon itself, in whose process this is.
-            _ if !self.returns => Duration::MAX,
+            _ if !self.reconnects => Duration::MAX,
             Request::EndJob { .. } => ANSWER,
             // Whoever asks does something else instead.
             _ if !self.waits => ANSWER_NOW,
@@ -688,8 +690,8 @@ impl Client {
         if let Some(answer) = within(limit, self.exchange(request, fds)).await {
             return answer;
         }
-        let listener = match &self.line {
-            Line::Up(socket) => listener_of(socket),
+        let listener = match &self.link {
+            Link::Connected(socket) => listener_of(socket),
             _ => None,
         };
         Err(ClientError::silent(&self.path, limit, listener))
@@ -700,19 +702,19 @@ impl Client {
         request: &Request,
         fds: &[RawFd],
     ) -> Result<(Reply, Vec<OwnedFd>), ClientError> {
-        let Line::Up(socket) = &self.line else {
+        let Link::Connected(socket) = &self.link else {
             return Err(ClientError::Closed);
         };
         socket.send(request, fds).await?;
-        self.owed += 1;
+        self.unanswered += 1;
         loop {
             let (message, fds) = socket.recv::<Message>().await?.ok_or(ClientError::Closed)?;
             if let Message::Reply(_) = message {
-                self.owed = self.owed.saturating_sub(1);
+                self.unanswered = self.unanswered.saturating_sub(1);
             }
             match message {
                 Message::Event(event) => self.events.push_back(event),
-                Message::Reply(_) if self.owed > 0 => {}
+                Message::Reply(_) if self.unanswered > 0 => {}
                 Message::Reply(Reply::Error { code, message }) => {
                     return Err(ClientError::Refused { code, message });
                 }
@@ -721,36 +723,36 @@ impl Client {
         }
     }
 
-    fn may_come_back(&self) -> bool {
-        self.identity.is_some() && !matches!(self.line, Line::Lost)
+    fn may_reconnect(&self) -> bool {
+        self.identity.is_some() && !matches!(self.link, Link::Lost)
     }
 
     /// The daemon is gone.
-    fn line_down(&mut self) -> Result<(), ClientError> {
+    fn disconnected(&mut self) -> Result<(), ClientError> {
         let Some(identity) = &self.identity else {
-            self.line = Line::Lost;
+            self.link = Link::Lost;
             return Err(self.gone());
         };
-        let coming = ComingBack::start(self.path.clone(), Arc::clone(identity), self.patience);
-        self.line = Line::ComingBack(coming);
+        let reconnect = Reconnect::start(self.path.clone(), Arc::clone(identity), self.reconnect_time);
+        self.link = Link::Reconnecting(reconnect);
         Ok(())
     }
 
     /// Waits until there is a daemon. Cancel-safe.
-    async fn line_up(&mut self) -> Result<(), ClientError> {
-        let back = match &mut self.line {
-            Line::Up(_) => return Ok(()),
-            Line::Lost => return Err(self.gone()),
-            Line::ComingBack(coming) => coming.wait().await,
+    async fn connected(&mut self) -> Result<(), ClientError> {
+        let reattached = match &mut self.link {
+            Link::Connected(_) => return Ok(()),
+            Link::Lost => return Err(self.gone()),
+            Link::Reconnecting(reconnect) => reconnect.wait().await,
         };
-        self.line = Line::Lost;
-        let Back {
+        self.link = Link::Lost;
+        let Reattached {
             socket,
             welcome,
             events,
-        } = back?;
-        self.line = Line::Up(socket);
-        self.owed = 0;
+        } = reattached?;
+        self.link = Link::Connected(socket);
+        self.unanswered = 0;
         self.welcome = welcome;
         self.events.extend(events);
         Ok(())
@@ -759,7 +761,9 @@ impl Client {
     fn gone(&self) -> ClientError {
         match &self.identity {
             Some(_) => ClientError::Closed,
-            None => ClientError::Gone { reason: self.mortal },
+            None => ClientError::Gone {
+                reason: self.no_reconnect,
+            },
         }
     }
 }

@@ -1,7 +1,7 @@
 //! The worker's side: a connection to the daemon, a socket for frames, arenas.
 
-mod comeback;
 mod connection;
+mod reconnect;
 mod socket;
 #[cfg(test)]
 mod tests;

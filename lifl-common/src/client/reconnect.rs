@@ -2,10 +2,10 @@
 //!
 //! ```text
 //!                 the daemon is gone                    connected, reattached
-//!   connected ───────────────────────▶ coming back ───────────────────────────▶ connected
+//!   connected ───────────────────────▶ reconnecting ──────────────────────────▶ connected
 //!                                        │  ▲
 //!                              nobody    ▼  │ 50 ms … 1 s
-//!                              there    waits ── patience is over, or refused ──▶ lost
+//!                              there    waits ── the time is over, or refused ──▶ lost
 //! ```
 //!
 //! A task of its own does that, so that the worker reads and sends frames meanwhile: its socket and the kernel's maps do
@@ -28,7 +28,7 @@ use crate::control::{Event, HeldArena, Message, PROTOCOL, Reply, Request, Welcom
 use crate::id::WorkerId;
 
 /// How long a worker waits for the next daemon unless it is told otherwise.
-pub(super) const PATIENCE: Duration = Duration::from_secs(60);
+pub(super) const RECONNECT_TIME: Duration = Duration::from_secs(60);
 
 /// How long a daemon has to let a process in and to answer its greeting.
 pub(super) const ANSWER: Duration = Duration::from_secs(10);
@@ -73,50 +73,54 @@ impl Identity {
 
 /// A connection to the next daemon, which knows this worker.
 #[derive(Debug)]
-pub(super) struct Back {
+pub(super) struct Reattached {
     pub(super) socket: PacketSocket,
     pub(super) welcome: Welcome,
     pub(super) events: Vec<Event>,
 }
 
-/// A worker on its way back. Dropping it gives up.
+/// An attempt to reconnect to the next daemon. Dropping it gives up.
 #[derive(Debug)]
-pub(super) struct ComingBack(JoinHandle<Result<Back, ClientError>>);
+pub(super) struct Reconnect(JoinHandle<Result<Reattached, ClientError>>);
 
-impl ComingBack {
-    pub(super) fn start(path: PathBuf, identity: Arc<Identity>, patience: Duration) -> Self {
-        Self(tokio::spawn(come_back(path, identity, patience)))
+impl Reconnect {
+    pub(super) fn start(path: PathBuf, identity: Arc<Identity>, reconnect_time: Duration) -> Self {
+        Self(tokio::spawn(reconnect(path, identity, reconnect_time)))
     }
 
     /// Waits for the end of it. Cancel-safe; not to be called again once it has answered.
-    pub(super) async fn wait(&mut self) -> Result<Back, ClientError> {
+    pub(super) async fn wait(&mut self) -> Result<Reattached, ClientError> {
         match (&mut self.0).await {
-            Ok(back) => back,
+            Ok(reattached) => reattached,
             Err(error) => Err(ClientError::Packet(PacketError::Io(io::Error::other(error)))),
         }
     }
 }
 
-impl Drop for ComingBack {
+impl Drop for Reconnect {
     fn drop(&mut self) {
         self.0.abort();
     }
 }
 
-async fn come_back(path: PathBuf, identity: Arc<Identity>, patience: Duration) -> Result<Back, ClientError> {
-    let given_up = Instant::now() + patience;
+async fn reconnect(
+    path: PathBuf,
+    identity: Arc<Identity>,
+    reconnect_time: Duration,
+) -> Result<Reattached, ClientError> {
+    let given_up = Instant::now() + reconnect_time;
     let mut wait = SHORTEST_WAIT;
     loop {
         let error = match within(ANSWER, attempt(&path, &identity)).await {
-            Some(Ok(back)) => return Ok(back),
+            Some(Ok(reattached)) => return Ok(reattached),
             Some(Err(error)) if error.is_passing() => error,
             Some(Err(error)) => return Err(error),
             None => ClientError::silent(&path, ANSWER, None),
         };
         if Instant::now() + wait > given_up {
-            return Err(ClientError::NotBack {
+            return Err(ClientError::NotReconnected {
                 path,
-                patience,
+                reconnect_time,
                 source: Box::new(error),
             });
         }
@@ -125,7 +129,7 @@ async fn come_back(path: PathBuf, identity: Arc<Identity>, patience: Duration) -
     }
 }
 
-async fn attempt(path: &Path, identity: &Identity) -> Result<Back, ClientError> {
+async fn attempt(path: &Path, identity: &Identity) -> Result<Reattached, ClientError> {
     let (socket, welcome) = greet(path).await?;
     let request = Request::Reattach {
         role: identity.role.clone(),
@@ -141,7 +145,7 @@ async fn attempt(path: &Path, identity: &Identity) -> Result<Back, ClientError> 
         match socket.recv::<Message>().await?.ok_or(ClientError::Closed)?.0 {
             Message::Event(event) => events.push(event),
             Message::Reply(Reply::Reattached { worker, .. }) if worker == identity.worker => {
-                return Ok(Back {
+                return Ok(Reattached {
                     socket,
                     welcome,
                     events,
