@@ -15,11 +15,11 @@ use lifl_worker::coordinator::{
     WorkerEvent,
 };
 
-use super::awake::Awake;
 use super::daemon::Node;
 use super::memory_peak::Peak;
 use super::models::Models;
 use super::report::{Event, Reporter, human_bytes};
+use super::running_clock::RunningClock;
 use super::workers::Workers;
 use super::{Run, levels};
 use crate::clock::monotonic_ns;
@@ -41,7 +41,7 @@ pub(super) struct Driver<'r, 'j> {
     reporter: &'r mut Reporter,
     coordinator: Coordinator,
     models: Models,
-    awake: Awake,
+    clock: RunningClock,
     round_begun: Instant,
     round_begun_ns: u64,
     moved_before: JobTraffic,
@@ -67,7 +67,7 @@ impl<'r, 'j> Driver<'r, 'j> {
             node,
             workers,
             reporter,
-            awake: Awake::default(),
+            clock: RunningClock::default(),
             round_begun: Instant::now(),
             round_begun_ns: monotonic_ns(),
             moved_before: JobTraffic::default(),
@@ -101,7 +101,7 @@ impl<'r, 'j> Driver<'r, 'j> {
     /// Waits for whatever comes next. What a worker has sent is passed on before its loss is.
     async fn next_input(&mut self) -> Outcome<Input> {
         let until = self.coordinator.timeout();
-        let until = until.map(|when| when.saturating_sub(self.awake.time()));
+        let until = until.map(|when| when.saturating_sub(self.clock.time()));
         let pause = until.unwrap_or(PAUSE).clamp(Duration::from_millis(1), PAUSE);
         let input = tokio::select! {
             frame = self.run.frames.recv() => match frame {
@@ -141,10 +141,10 @@ impl<'r, 'j> Driver<'r, 'j> {
     fn handle(&mut self, input: Input) {
         let grace = Duration::from_secs_f64(self.run.job.grace_time_s);
         let pause = PAUSE.max(PAUSE_A_WORKER * self.run.job.workers.len() as u32);
-        if self.awake.tick((pause * 3 / 2).max(grace / 4)) {
-            self.coordinator.handle(self.awake.time(), Input::Suspended);
+        if self.clock.tick((pause * 3 / 2).max(grace / 4)) {
+            self.coordinator.handle(self.clock.time(), Input::Suspended);
         }
-        self.coordinator.handle(self.awake.time(), input);
+        self.coordinator.handle(self.clock.time(), input);
     }
 
     /// Does what the coordinator wants done. Gives whether the job is done.

@@ -6,7 +6,6 @@
 //!     ─▶ drive the coordinator to its end ─▶ end the job ─▶ workers leave ─▶ own daemon stops
 //! ```
 
-mod awake;
 pub mod daemon;
 mod driver;
 mod folder;
@@ -15,6 +14,7 @@ mod memory_peak;
 mod models;
 pub mod report;
 mod resume;
+mod running_clock;
 mod workers;
 
 use std::num::NonZeroU32;

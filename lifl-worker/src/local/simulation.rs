@@ -40,24 +40,25 @@ const PARAMETERS: usize = 5;
 const PROCESS: Duration = Duration::from_millis(20);
 
 /// The coordinator, and what it has asked for beside frames.
-struct Desk {
+struct CoordinatorShell {
     coordinator: Coordinator,
     /// What it is told beside frames, and not told yet.
     inputs: VecDeque<Input>,
-    orders: VecDeque<Output>,
+    outputs: VecDeque<Output>,
     done: bool,
 }
 
 #[derive(Clone)]
-struct LocalCoordinator(Rc<RefCell<Desk>>);
+struct LocalCoordinator(Rc<RefCell<CoordinatorShell>>);
 
 impl Worker for LocalCoordinator {
     fn handle(&mut self, now: Duration, event: Event, requests: &mut Requests) -> Result<(), WorkerError> {
-        let mut desk = self.0.borrow_mut();
+        let mut shell = self.0.borrow_mut();
         match event {
-            Event::Frame(frame) => desk.inputs.push_back(Input::Frame(frame)),
+            Event::Frame(frame) => shell.inputs.push_back(Input::Frame(frame)),
             Event::PeerLost(worker) => {
-                desk.inputs
+                shell
+                    .inputs
                     .push_back(Input::Daemon(DaemonEvent::PeerLost(PeerLost {
                         worker,
                         name: String::new(),
@@ -66,21 +67,21 @@ impl Worker for LocalCoordinator {
             Event::DaemonBack(workers) => {
                 let (first, last) = (WorkerId(0), WorkerId(u32::MAX));
                 let living = DaemonEvent::Living { first, last, workers };
-                desk.inputs.push_back(Input::Daemon(living));
+                shell.inputs.push_back(Input::Daemon(living));
             }
-            Event::Timeout => desk.inputs.push_back(Input::Timeout),
+            Event::Timeout => shell.inputs.push_back(Input::Timeout),
             Event::Start | Event::Undelivered(..) | Event::ArenaOpened(..) | Event::Work => {}
         }
-        while let Some(input) = desk.inputs.pop_front() {
-            desk.coordinator.handle(now, input);
-            while let Some(output) = desk.coordinator.poll_output() {
+        while let Some(input) = shell.inputs.pop_front() {
+            shell.coordinator.handle(now, input);
+            while let Some(output) = shell.coordinator.poll_output() {
                 match output {
                     Output::Send(frame) => requests.frames.push(frame),
                     Output::Done(_) => {
-                        desk.done = true;
-                        desk.orders.push_back(output);
+                        shell.done = true;
+                        shell.outputs.push_back(output);
                     }
-                    order => desk.orders.push_back(order),
+                    output => shell.outputs.push_back(output),
                 }
             }
         }
@@ -88,8 +89,8 @@ impl Worker for LocalCoordinator {
     }
 
     fn timeout(&self) -> Option<Duration> {
-        let desk = self.0.borrow();
-        desk.coordinator.timeout().filter(|_| !desk.done)
+        let shell = self.0.borrow();
+        shell.coordinator.timeout().filter(|_| !shell.done)
     }
 
     fn is_idle(&mut self) -> bool {
@@ -253,14 +254,14 @@ impl Simulation {
         let job = Arc::new(job);
         let known = job.workers.iter().map(|spec| spec.share.map_or(0, samples));
         let policy = Box::new(Synchronous::new(&job));
-        let desk = Rc::new(RefCell::new(Desk {
+        let shell = Rc::new(RefCell::new(CoordinatorShell {
             coordinator: Coordinator::new(COORDINATOR, Arc::clone(&job), policy, known.collect(), 1),
             inputs: VecDeque::new(),
-            orders: VecDeque::new(),
+            outputs: VecDeque::new(),
             done: false,
         }));
         let mut network = LocalNetwork::new(COORDINATOR, disturbance.seed, delays);
-        let coordinator = LocalCoordinator(Rc::clone(&desk));
+        let coordinator = LocalCoordinator(Rc::clone(&shell));
         network
             .start(COORDINATOR, Box::new(coordinator))
             .expect("it begins");
@@ -308,7 +309,7 @@ impl Simulation {
             let round = self.round + 1;
             assert!(steps < 20_000 * self.job.rounds, "round {round} does not end");
             self.processes_due();
-            if self.obey() {
+            if self.do_outputs() {
                 break;
             }
             self.disturb();
@@ -331,7 +332,7 @@ impl Simulation {
 
     /// Tells the coordinator.
     fn tell(&mut self, input: Input) {
-        self.desk.borrow_mut().inputs.push_back(input);
+        self.shell.borrow_mut().inputs.push_back(input);
         self.network
             .deliver(COORDINATOR, [Event::Work])
             .expect("it goes on");
@@ -366,7 +367,7 @@ impl Simulation {
         self.last_id += 1;
         let (id, job) = (WorkerId(self.last_id), Arc::clone(&self.job));
         let spec = &job.workers[index];
-        if self.desk.borrow().coordinator.round() > 0 {
+        if self.shell.borrow().coordinator.round() > 0 {
             let result = Ok(());
             self.tell(Input::Started {
                 worker: index,
@@ -456,10 +457,10 @@ impl Simulation {
     }
 
     /// Does what the coordinator asks for; says whether the job is over.
-    fn obey(&mut self) -> bool {
+    fn do_outputs(&mut self) -> bool {
         loop {
-            let order = self.desk.borrow_mut().orders.pop_front();
-            match order {
+            let output = self.shell.borrow_mut().outputs.pop_front();
+            match output {
                 None => return false,
                 Some(Output::Start(index)) => self.later(index, Process::Starts),
                 Some(Output::Kill(index)) => self.kill(index),
@@ -509,7 +510,7 @@ impl Simulation {
                     assert_eq!(self.round, self.job.rounds);
                     return true;
                 }
-                Some(order @ Output::FindHolder(_)) => panic!("{order:?}"),
+                Some(output @ Output::FindHolder(_)) => panic!("{output:?}"),
                 Some(Output::Report(_) | Output::DropProxy(_) | Output::Send(_)) => {}
             }
         }
@@ -551,7 +552,7 @@ impl Simulation {
                 .is_none_or(|&deaths| deaths < MOST_DEATHS)
         };
         let alive: Vec<usize> = self.alive.keys().copied().filter(may_die).collect();
-        let begun = self.desk.borrow().coordinator.round() > 0;
+        let begun = self.shell.borrow().coordinator.round() > 0;
         if !begun || last || self.alive.len() <= 2 {
             return;
         }

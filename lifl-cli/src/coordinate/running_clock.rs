@@ -4,12 +4,12 @@ use std::time::{Duration, Instant};
 
 /// Time as far as this process has been running: what it was suspended for, alone or with its machine, does not count.
 #[derive(Debug)]
-pub(super) struct Awake {
+pub(super) struct RunningClock {
     time: Duration,
     ticked: Instant,
 }
 
-impl Default for Awake {
+impl Default for RunningClock {
     fn default() -> Self {
         Self {
             time: Duration::ZERO,
@@ -18,7 +18,7 @@ impl Default for Awake {
     }
 }
 
-impl Awake {
+impl RunningClock {
     /// Goes on to now, by `most` at most, and says whether it is more than that since the last call.
     pub(super) fn tick(&mut self, most: Duration) -> bool {
         let now = Instant::now();
@@ -44,11 +44,11 @@ mod tests {
 
     #[test]
     fn what_this_process_was_suspended_for_does_not_count() {
-        let mut awake = Awake::default();
+        let mut clock = RunningClock::default();
         let most = Duration::from_millis(300);
         let mut step = |passed| {
-            let clipped = awake.advance(Instant::now(), Duration::from_millis(passed), most);
-            (clipped, awake.time().as_millis())
+            let clipped = clock.advance(Instant::now(), Duration::from_millis(passed), most);
+            (clipped, clock.time().as_millis())
         };
         assert_eq!(step(200), (false, 200));
         assert_eq!(step(3_600_000), (true, 500));
