@@ -37,7 +37,6 @@ pub(crate) struct Checkpoint {
     pub(crate) round: u32,
     /// SHA-256 of the `job.json` beside it, in hex.
     pub(crate) job: String,
-    /// The model.
     pub(crate) model: Part,
     /// What the optimizer remembers; `None` if it remembers nothing, or nothing yet.
     pub(crate) state: Option<Part>,
@@ -49,7 +48,6 @@ pub(crate) struct Checkpoint {
 pub(crate) struct Part {
     /// Its name, in the same folder.
     pub(crate) file: String,
-    /// Its length.
     pub(crate) bytes: u64,
     /// Its SHA-256, in hex.
     pub(crate) sha256: String,
@@ -61,9 +59,7 @@ pub(crate) enum CheckpointError {
     /// A file of it cannot be read.
     #[error("cannot read {}", path.display())]
     Read {
-        /// Which.
         path: PathBuf,
-        /// Why.
         #[source]
         source: io::Error,
     },
@@ -73,48 +69,28 @@ pub(crate) enum CheckpointError {
     /// Its description is damaged.
     #[error("{} is damaged", path.display())]
     Syntax {
-        /// The description.
         path: PathBuf,
-        /// Where.
         #[source]
         source: serde_json::Error,
     },
     /// Another program's.
     #[error("{} is of version {found}, this lifl knows {VERSION}", path.display())]
-    Version {
-        /// The description.
-        path: PathBuf,
-        /// Its version.
-        found: u32,
-    },
+    Version { path: PathBuf, found: u32 },
     /// It says something else than its name.
     #[error("{} is damaged: it names round {round} and {file:?}", path.display())]
-    Names {
-        /// The description.
-        path: PathBuf,
-        /// The round in it.
-        round: u32,
-        /// The file in it.
-        file: String,
-    },
+    Names { path: PathBuf, round: u32, file: String },
     /// A file of another length.
     #[error("{} is cut off or not the checkpoint's: {found} bytes of {expected}", path.display())]
     Length {
-        /// Which.
         path: PathBuf,
-        /// Its bytes.
         found: u64,
-        /// What it had.
         expected: u64,
     },
     /// A file of the right length, but not what was written.
     #[error("{} was changed: its SHA-256 is {found}, not {expected}", path.display())]
     Changed {
-        /// Which.
         path: PathBuf,
-        /// Its hash.
         found: String,
-        /// What was written.
         expected: String,
     },
 }

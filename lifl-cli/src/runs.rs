@@ -113,7 +113,6 @@ impl RunAt {
         Ok(Self { dir })
     }
 
-    /// Where it is.
     pub(crate) fn path(&self) -> &Path {
         self.dir.path()
     }

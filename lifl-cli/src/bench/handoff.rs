@@ -419,7 +419,6 @@ fn exchange(
     Ok([sent, echo::answered(answer)?, monotonic_ns()])
 }
 
-/// The bytes themselves.
 struct BytesWay<'a, S> {
     stream: S,
     update: &'a [u8],

@@ -121,7 +121,6 @@ pub(super) struct Used {
 pub(super) struct TreeCpu {
     /// User and system time.
     pub(super) seconds: f64,
-    /// How many processes that is.
     pub(super) processes: usize,
 }
 

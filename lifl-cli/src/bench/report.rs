@@ -44,7 +44,6 @@ impl Seconds {
     }
 }
 
-/// One result.
 #[derive(Clone, Debug, Serialize)]
 pub(super) struct Measured {
     pub(super) bench: &'static str,
@@ -128,7 +127,6 @@ impl<'a> Reporter<'a> {
         }
     }
 
-    /// A result.
     pub(super) fn result(&mut self, measured: Measured) {
         self.line(&Line::Bench(&measured));
         // The table comes last: until then this shows that it goes on.

@@ -118,7 +118,6 @@ fn measured(case: Value, job: &Job, tree: &[u32], bytes: u64, read: f64, ran: &R
     }
 }
 
-/// A job in a file.
 pub(super) struct Job {
     path: PathBuf,
     pub(super) spec: JobSpec,

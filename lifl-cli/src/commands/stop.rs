@@ -14,7 +14,6 @@ use crate::runs::{LOOK_AGAIN, RunAt};
 /// How long the kernel may take to clear a killed process away, and its lock with it.
 const CLEARED: Duration = Duration::from_secs(10);
 
-/// Stops a run.
 pub(crate) fn stop(args: &StopArgs) -> Outcome {
     let run = match &args.run {
         Some(run) => RunAt::find(Some(run))?,

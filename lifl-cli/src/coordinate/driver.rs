@@ -394,7 +394,6 @@ impl<'r, 'j> Driver<'r, 'j> {
         Ok(())
     }
 
-    /// A failure in words.
     fn failure(&mut self, failure: JobFailure) -> Failure {
         self.reporter.end();
         let cause = match &failure {

@@ -28,10 +28,8 @@ use crate::clock;
 use crate::dir::{Dir, FolderError, Trust};
 use lifl_learn::data;
 
-/// The version of `job.json`.
 const JOB_VERSION: u32 = 1;
 
-/// The job.
 pub(crate) const JOB: &str = "job.json";
 
 /// The most that it can have: the largest job that is loaded has a tenth of it.
@@ -40,7 +38,6 @@ const JOB_BYTES: u64 = 64 << 20;
 /// The last model, once the run is done.
 pub(super) const LAST_MODEL: &str = "model.safetensors";
 
-/// The file that is locked.
 pub(crate) const LOCK: &str = ".lock";
 
 /// How much of a log's end its last lines are looked for in.

@@ -34,7 +34,6 @@ impl Peak {
         }
     }
 
-    /// Looks.
     pub(super) fn sample_now(&mut self, workers: impl Iterator<Item = u32>) {
         let sum: u64 = workers.chain([std::process::id()]).map(private_bytes).sum();
         self.bytes = self.bytes.max(sum);

@@ -43,7 +43,6 @@ enum Examined {
     Written(Option<String>),
 }
 
-/// The models of a run.
 pub(super) struct Models {
     schema: Schema,
     folder: RunFolder,

@@ -30,7 +30,6 @@ const PRIVACY: Choice = Choice {
     flames: &["dp"],
 };
 
-/// An argument of a sort.
 struct Argument {
     name: &'static str,
     /// What it may be.

@@ -49,7 +49,6 @@ enum End {
     Coordinated,
 }
 
-/// Understands the channels.
 pub(super) fn understand<'d>(draft: &'d Draft, findings: &mut Findings) -> Links<'d> {
     let mut links = Links {
         sound: draft.whole,

@@ -10,7 +10,6 @@ use super::problem::{Findings, Place, ProblemKind, shorten};
 use super::raw::FlameFile;
 use super::{draft, validate};
 
-/// What a file describes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum FileKind {
     /// A whole job.

@@ -68,7 +68,6 @@ impl Rounds {
     }
 }
 
-/// A channel.
 pub(super) struct ChannelDraft {
     pub(super) channel: Channel,
     pub(super) place: Place,
@@ -104,7 +103,6 @@ pub(super) fn transport(channel: &Channel, place: &Place, document: &Document) -
     (flame_support::transport(&name).unwrap_or_default(), place)
 }
 
-/// The draft of a job file.
 pub(super) fn from_job_file(document: &Document, findings: &mut Findings) -> Draft {
     let raw = &document.raw;
     let rounds = Rounds::new(raw);
@@ -419,7 +417,6 @@ fn same_channel(first: &mut ChannelDraft, next: &ChannelDraft, findings: &mut Fi
     same
 }
 
-/// The longest name of a worker.
 const LONGEST_NAME_BYTES: usize = 64;
 
 /// Whether a worker may be called that: names go into the names of files and processes.

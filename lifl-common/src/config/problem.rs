@@ -125,7 +125,6 @@ fn display<S: Serializer>(file: &Option<PathBuf>, serializer: S) -> Result<S::Ok
         .serialize(serializer)
 }
 
-/// A place in a file.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Place {
     /// The file; `None` for an override.
@@ -143,7 +142,6 @@ impl Place {
         }
     }
 
-    /// An override.
     pub(super) fn overriding(name: &str) -> Self {
         Self {
             file: None,

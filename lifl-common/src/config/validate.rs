@@ -408,7 +408,6 @@ impl<'w> Validator<'w> {
     }
 }
 
-/// The strings of a list.
 fn strings(value: Option<&Value>) -> impl Iterator<Item = &str> {
     value
         .and_then(Value::as_array)

@@ -53,7 +53,6 @@ pub(super) struct Groups {
     pub(super) levels: Vec<Group>,
 }
 
-/// One group.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Group {
     /// Its name for people.
@@ -125,7 +124,6 @@ fn membership(line: &str) -> Option<(Hierarchy, &str)> {
     Some((hierarchy, path.strip_suffix(" (deleted)").unwrap_or(path)))
 }
 
-/// Where a hierarchy is mounted.
 #[derive(Debug)]
 struct Mount {
     /// The group that is its root.

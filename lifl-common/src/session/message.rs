@@ -19,7 +19,6 @@ pub(super) const MAX_CONTROL_BYTES: usize = 1024 + MAX_COVER_BYTES;
 /// The longest [`Cover`].
 const MAX_COVER_BYTES: usize = MAX_TRAINERS as usize / 8;
 
-/// The longest reason.
 pub(super) const MAX_REASON_BYTES: usize = 512;
 
 pub(super) const CHUNK: u8 = 6;

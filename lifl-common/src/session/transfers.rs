@@ -154,7 +154,6 @@ pub(super) struct Outgoing {
 
 /// Where a chunk's data goes.
 pub(super) enum Sink<'a> {
-    /// There.
     Into(&'a mut [u8]),
     /// Nowhere.
     Away,

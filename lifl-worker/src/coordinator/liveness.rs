@@ -28,9 +28,7 @@ pub(super) struct Liveness {
 /// What follows from a look at the counters.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(super) struct Verdicts {
-    /// Who is to be asked.
     pub(super) ask: Vec<WorkerId>,
-    /// Who hangs.
     pub(super) hang: Vec<WorkerId>,
 }
 

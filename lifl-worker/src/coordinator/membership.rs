@@ -24,7 +24,6 @@ use lifl_common::update::Cover;
 
 use super::pairing::Pair;
 
-/// A registration with the daemon.
 #[derive(Clone, Copy, Debug)]
 struct Registered {
     id: WorkerId,
@@ -48,7 +47,6 @@ impl Member {
     }
 }
 
-/// The round that runs.
 #[derive(Debug, Default)]
 struct Round {
     number: u32,
