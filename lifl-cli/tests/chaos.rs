@@ -1,9 +1,11 @@
 //! Chaos: whole jobs whose workers, and daemon, are killed, stopped and delayed at random for as long as one likes, and whose
 //! every update must be in the model exactly once, or named as left out.
 //!
-//! A few seconds of it are among the tests; `cargo xtask chaos` has more. What happens is drawn from a seed, but not when
-//! it strikes: a seed gives the same jobs and the same order of blows, and need not give the same end.
+//! A few seconds of it are among the tests, in a program of their own: what the machine has is counted, so no other test may run
+//! beside them. `cargo xtask chaos` has more. What happens is drawn from a seed, but not when it strikes: a seed gives the same
+//! jobs and the same order of blows, and need not give the same end.
 
+#[expect(dead_code, reason = "made for all the tests of whole runs")]
 mod support;
 
 use std::collections::{BTreeSet, HashMap};
@@ -43,13 +45,6 @@ const DAEMON_LIVES: Duration = Duration::from_secs(5);
 
 /// What the machine has is counted: one chaos at a time.
 static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
-
-/// Not a test: the process that the others start as their daemon, and kill.
-#[test]
-#[ignore = "started by the other tests, as a daemon of their own"]
-fn daemon_of_the_other_tests() {
-    node::be_the_daemon();
-}
 
 #[test]
 fn workers_and_daemons_die_on_the_sockmap() {

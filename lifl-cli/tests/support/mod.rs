@@ -1,7 +1,5 @@
 //! What the tests of whole runs share: job files, the program, its events, and what it may not leave behind.
 
-#![expect(dead_code, reason = "each test file uses its part")]
-
 pub(crate) mod node;
 
 use std::fs;

@@ -23,9 +23,13 @@ const ALWAYS_HUGE: &str = "LIFL_TEST_ALWAYS_HUGE";
 /// How long it waits for the workers of the daemon before it.
 pub(crate) const GRACE: Duration = Duration::from_secs(3);
 
-/// What the process that a [`Node`] starts does. A test file with nodes calls it from an ignored test of the name
-/// `daemon_of_the_other_tests`, and from nowhere else.
-pub(crate) fn be_the_daemon() {
+/// What a [`Node`] has this very program run.
+const DAEMON: &str = "support::node::daemon_of_the_other_tests";
+
+/// Not a test: the process that a [`Node`] starts.
+#[test]
+#[ignore = "started by the other tests, as a daemon of their own"]
+fn daemon_of_the_other_tests() {
     let socket = std::env::var_os(SOCKET).expect("started by another test");
     let pin = std::env::var_os(PINS).map(PathBuf::from);
     let runtime = tokio::runtime::Runtime::new().expect("a runtime");
@@ -92,7 +96,7 @@ impl Node {
     /// Starts it, without waiting for it to listen.
     pub(crate) fn again(&mut self) {
         let mut command = Command::new(std::env::current_exe().expect("this file"));
-        command.args(["--exact", "daemon_of_the_other_tests", "--ignored", "--nocapture"]);
+        command.args(["--exact", DAEMON, "--ignored", "--nocapture"]);
         command.env(SOCKET, self.socket()).env_remove(PINS);
         if self.always_huge {
             command.env(ALWAYS_HUGE, "1");

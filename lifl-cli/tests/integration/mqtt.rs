@@ -1,7 +1,5 @@
 //! Runs whose workers come through an MQTT broker, a real mosquitto.
 
-mod support;
-
 use std::net::TcpStream;
 use std::process::{Child, Command, Stdio};
 use std::time::Instant;
@@ -11,7 +9,7 @@ use rumqttc::v5::mqttbytes::QoS;
 use rumqttc::v5::mqttbytes::v5::{Filter, Packet};
 use rumqttc::v5::{Client, Event, MqttOptions};
 
-use support::{Finished, Job, PATIENCE, Place, assert_same_model, free_port, signal, transports};
+use crate::support::{Finished, Job, PATIENCE, Place, assert_same_model, free_port, signal, transports};
 
 /// A mosquitto of the test's own, on a free port.
 struct Mosquitto {

@@ -10,8 +10,8 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::{Pid, getsid};
 use serde_json::Value;
 
+use super::{long, short};
 use crate::support::{Job, PATIENCE, Place, lifl, signal, workers};
-use crate::{long, short};
 
 /// A job that does not end by itself while a test looks.
 fn endless() -> Place {

@@ -1,7 +1,5 @@
 //! `lifl bench`, with as little as it takes: what it counts must be right, whatever the clock says.
 
-mod support;
-
 use std::fs;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
@@ -9,7 +7,7 @@ use std::time::{Duration, Instant};
 use nix::sys::signal::Signal;
 use serde_json::Value;
 
-use support::{PATIENCE, can_have, lifl, signal};
+use crate::support::{PATIENCE, can_have, lifl, signal};
 
 /// Runs a bench to its end; gives its lines.
 fn bench(arguments: &[&str]) -> Vec<Value> {

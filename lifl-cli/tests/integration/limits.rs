@@ -2,18 +2,14 @@
 //!
 //! What cannot be is refused before anything starts, with exit code 3, the numbers, who sets the limit and how to raise it.
 
-#[path = "support/cgroup.rs"]
-mod cgroup;
-mod support;
-
 use std::os::unix::fs::PermissionsExt;
 use std::process::{Command, Output};
 use std::{fs, process};
 
-use cgroup::Group;
+use crate::cgroup::Group;
+use crate::support::node::Node;
+use crate::support::{Job, Place, Started, lifl};
 use serde_json::Value;
-use support::node::{Node, be_the_daemon};
-use support::{Job, Place, Started, lifl};
 
 fn digits() -> Place {
     let mut job = Job::digits(&[1, 2], "softmax");
@@ -239,12 +235,6 @@ fn huge_pages_that_the_workers_group_does_not_allow_are_found_out_before_they_ar
         node.wait_until_nothing_is_registered();
         node.end();
     }
-}
-
-#[test]
-#[ignore = "it is the daemon of the other tests"]
-fn daemon_of_the_other_tests() {
-    be_the_daemon();
 }
 
 #[test]

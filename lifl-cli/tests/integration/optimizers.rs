@@ -1,7 +1,5 @@
 //! Whole runs with other optimizers and selectors than the defaults, and with rounds that do not wait for everybody.
 
-mod support;
-
 use std::path::Path;
 
 use lifl_common::config::{JobSpec, UpdateKind};
@@ -10,7 +8,7 @@ use nix::sys::signal::Signal;
 use safetensors::SafeTensors;
 use serde_json::{Value, json};
 
-use support::{Finished, Job, Place, lifl, signal};
+use crate::support::{Finished, Job, Place, lifl, signal};
 
 /// A job that learns digits in some rounds, with that optimizer.
 fn job(optimizer: &Value, updates: &str) -> Value {

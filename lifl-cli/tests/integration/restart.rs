@@ -1,18 +1,9 @@
 //! Whole jobs whose daemon is killed and started anew under them.
 
-mod support;
-
 use nix::sys::signal::Signal;
 
-use support::node::{self, Node};
-use support::{Finished, Job, Place, can_have, free_port, signal, transports};
-
-/// Not a test: the process that the others start as their daemon, and kill.
-#[test]
-#[ignore = "started by the other tests, as a daemon of their own"]
-fn daemon_of_the_other_tests() {
-    node::be_the_daemon();
-}
+use crate::support::node::{self, Node};
+use crate::support::{Finished, Job, Place, can_have, free_port, signal, transports};
 
 /// Runs the job to its end with that daemon, which dies so many times on the way.
 fn run_through(node: &mut Node, place: &Place, deaths: u64) -> Finished {

@@ -1,13 +1,11 @@
 //! Workers and coordinators that die, hang or run too long: each has an outcome, and nothing is left.
 
-mod support;
-
 use std::time::{Duration, Instant};
 
 use nix::sys::signal::Signal;
 
-use support::node::{Node, be_the_daemon};
-use support::{Job, PATIENCE, Place, Started, can_have, signal, workers};
+use crate::support::node::Node;
+use crate::support::{self, Job, PATIENCE, Place, Started, can_have, signal, workers};
 
 /// A job that goes on until something ends it.
 fn endless(levels: &[u32]) -> Job {
@@ -477,10 +475,4 @@ fn a_workers_last_frame_is_as_old_as_it_is_in_every_time_namespace() {
         assert!(ages.iter().all(|&age| age < 300_000_000_000), "{plane}: {ages:?}");
         run.kill_everything();
     }
-}
-
-#[test]
-#[ignore = "it is the daemon of the other tests"]
-fn daemon_of_the_other_tests() {
-    be_the_daemon();
 }

@@ -1,15 +1,13 @@
 //! Root's `lifl run`: what its processes keep of root's rights, and what others can make of its files.
 
-mod support;
-
 use std::collections::BTreeSet;
 use std::fs;
 use std::os::unix::fs::{MetadataExt, PermissionsExt, chown, symlink};
 use std::path::{Path, PathBuf};
 
+use crate::support::{Job, Place, Started, lifl, resume};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::{Pid, geteuid};
-use support::{Job, Place, Started, lifl, resume};
 
 /// A user that no machine has.
 const OTHER: u32 = 4_207_001;

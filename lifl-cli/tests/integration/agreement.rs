@@ -1,13 +1,11 @@
 //! Any tree, either timing and either plane give the flat average; equal seeds give equal runs.
 
-mod support;
-
 use lifl_common::config::JobSpec;
 use lifl_common::update::{DType, Schema, Tensors, TensorsMut};
 use safetensors::SafeTensors;
 use zerocopy::FromBytes;
 
-use support::{Finished, Job, Place, can_have};
+use crate::support::{Finished, Job, Place, can_have};
 
 /// The job as the run understood it.
 fn job_of(finished: &Finished) -> JobSpec {

@@ -1,8 +1,6 @@
 //! Data sets as they come: of any image size and number of classes; from a URL, through proxies, with own certificates, with
 //! secrets that nothing keeps.
 
-mod support;
-
 use std::fs;
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::net::{TcpListener, TcpStream};
@@ -18,7 +16,7 @@ use rustls::{ServerConfig, ServerConnection, StreamOwned};
 use zip::ZipWriter;
 use zip::write::SimpleFileOptions;
 
-use support::{Finished, Job, Place, Started, resume};
+use crate::support::{self, Finished, Job, Place, Started, resume};
 
 /// An archive of so many samples of MNIST's shape, which a network can tell apart by their brightness.
 fn npz(train: usize, test: usize) -> Vec<u8> {

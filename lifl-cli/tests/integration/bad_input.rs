@@ -1,13 +1,11 @@
 //! Bad input gets an error that names the thing, its place and the remedy, and leaves nothing behind.
 
-mod support;
-
 use std::fs;
 use std::path::Path;
 
 use serde_json::{Value, json};
 
-use support::{Finished, Job, Place, lifl};
+use crate::support::{Finished, Job, Place, lifl};
 
 /// The run must fail with that code and say all of that, before it made anything.
 fn refused(place: &Place, more: &[&str], code: i32, says: &[&str]) -> Finished {

@@ -1,7 +1,5 @@
 //! Runs that are killed, at any moment, and go on from what they left; and what they leave when a disk is full.
 
-mod support;
-
 use std::collections::HashSet;
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -12,7 +10,7 @@ use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
-use support::{Finished, Job, PATIENCE, Place, Started, resume, signal};
+use crate::support::{self, Finished, Job, PATIENCE, Place, Started, resume, signal};
 
 /// A job whose equal runs are equal bit for bit, with that optimizer.
 fn job(rounds: u32, optimizer: &Value, updates: &str) -> Value {

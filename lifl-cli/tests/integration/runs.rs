@@ -1,13 +1,11 @@
 //! Whole runs: what they say, what they take, what they leave.
 
-mod support;
-
 use std::path::Path;
 
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 
-use support::{Job, Place, can_have, lifl, signal};
+use crate::support::{self, Job, Place, can_have, lifl, signal};
 
 /// Objects that frames refer to in one round of a tree with so many workers below the top: each is lent the model and
 /// lends an update, and the coordinator is lent the result.

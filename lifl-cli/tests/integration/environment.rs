@@ -2,8 +2,6 @@
 //! output that cannot be written.
 
 mod detach;
-#[path = "../support/mod.rs"]
-mod support;
 
 use std::env;
 use std::fs::{self, File};
@@ -18,7 +16,7 @@ use std::time::{Duration, Instant};
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::socket::{AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, listen, socket};
 
-use support::{Job, PATIENCE, Place, Started, lifl, signal};
+use crate::support::{Job, PATIENCE, Place, Started, lifl, signal};
 
 /// A job that is still under way when a test has done what it does, and is soon over then.
 pub(crate) fn long() -> Place {

@@ -1,8 +1,6 @@
 //! Runs whose workers come through the gateway over TCP: they give the model that shared memory gives, and neither
 //! deaths nor strangers at the door disturb them.
 
-mod support;
-
 use std::io::{Read, Write};
 use std::net::TcpStream;
 use std::time::Instant;
@@ -19,7 +17,7 @@ use nix::sys::signal::Signal;
 use serde_json::Value;
 use tokio::net::TcpListener;
 
-use support::{
+use crate::support::{
     Finished, Job, PATIENCE, Place, assert_same_model, can_have, free_port, lifl, signal, transports,
 };
 

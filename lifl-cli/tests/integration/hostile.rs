@@ -3,8 +3,6 @@
 //!
 //! In the former the test is the coordinator and the trainers; the top is the real process.
 
-mod support;
-
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::process::{Child, Command};
@@ -24,7 +22,7 @@ use lifl_daemon::pool::HugePages;
 use lifl_daemon::{Daemon, GatewayOptions, Options};
 use tokio_util::sync::CancellationToken;
 
-use support::{Job, Place, can_have};
+use crate::support::{self, Job, Place, can_have};
 
 const TRAINERS: u32 = 3;
 const PARAMETERS: usize = 1000;
