@@ -79,7 +79,6 @@ pub use reconnect_policy::ReconnectPolicy;
 pub use seal::{SealKey, SessionKeys};
 pub use secret::{JobDigest, JobToken, ParticipantId, Secret, random};
 pub use transfers::{TransferEvent, Transfers};
-pub use transfers::{TransferEvent, Transfers};
 pub use wire::{Limits, Wire};
 
 /// The version of what is said in sessions; both ends must have the same.

@@ -166,7 +166,7 @@ enum Process {
 struct Simulation {
     network: LocalNetwork,
     disturbance: Disturbance,
-    desk: Rc<RefCell<Desk>>,
+    shell: Rc<RefCell<CoordinatorShell>>,
     job: Arc<JobSpec>,
     schema: Arc<Schema>,
     /// The tensors of the optimizer's state, if it has one.
@@ -275,7 +275,7 @@ impl Simulation {
         Self {
             network,
             disturbance,
-            desk,
+            shell,
             state_schema: state_schema(&schema, &job.optimizer),
             schema,
             tops: BTreeMap::new(),
