@@ -17,7 +17,7 @@ use crate::flame::wire::{Message, Registration};
 use crate::plane::connection;
 use crate::refusals::may_log;
 
-/// How long a connection is new: see [`rules`](super::rules).
+/// How long a connection is new: see [`rules`](crate::flame::rules).
 const NEW: Duration = Duration::from_secs(2);
 
 /// How long a registration waits for its socket's connection to be accepted: it is in the kernel's queue by then.
