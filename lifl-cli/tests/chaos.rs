@@ -23,7 +23,7 @@ use rand_chacha::ChaCha8Rng;
 use safetensors::SafeTensors;
 use serde_json::Value;
 
-use support::node::{self, Node};
+use support::node::Node;
 use support::{Finished, Job, PATIENCE, Place, Started, can_have, named_workers};
 
 /// How long each plane's chaos is to last, and what it is drawn from.
@@ -39,7 +39,7 @@ const TOLERANCE: f64 = 1e-6;
 /// A worker that dies oftener in one round is given up, which would end the job if it were the top.
 const MOST_DEATHS_IN_A_ROUND: usize = 2;
 
-/// How long a daemon lives at the least. Whoever hangs when it comes has to be given up by it first ([`node::GRACE`]): daemons that
+/// How long a daemon lives at the least. Whoever hangs when it comes has to be given up by it first ([`support::node::GRACE`]): daemons that
 /// die sooner than that, one after the other, keep such a worker's place for ever.
 const DAEMON_LIVES: Duration = Duration::from_secs(5);
 
@@ -138,7 +138,7 @@ fn one_job(node: &mut Node, chance: &mut ChaCha8Rng, daemons: bool, tally: &mut 
         tally,
     };
     while run.is_running() {
-        blows.strike(&run, node);
+        blows.strike(&place, &run, node);
         std::thread::sleep(Duration::from_millis(blows.chance.random_range(5..80)));
     }
     if blows.resurrection.is_some() {
@@ -163,7 +163,7 @@ struct Blows<'a> {
 }
 
 impl Blows<'_> {
-    fn strike(&mut self, run: &Started, node: &mut Node) {
+    fn strike(&mut self, place: &Place, run: &Started, node: &mut Node) {
         if self.resurrection.is_some_and(|when| when <= Instant::now()) {
             self.resurrection = None;
             self.spared = Some(Instant::now());
@@ -178,7 +178,7 @@ impl Blows<'_> {
             self.resurrection = Some(Instant::now() + away);
             return;
         }
-        let workers = named_workers(run.folder());
+        let workers = named_workers(&place.run());
         if workers.is_empty() {
             return;
         }

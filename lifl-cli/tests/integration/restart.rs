@@ -2,7 +2,7 @@
 
 use nix::sys::signal::Signal;
 
-use crate::support::node::{self, Node};
+use crate::support::node::Node;
 use crate::support::{Finished, Job, Place, can_have, free_port, signal, transports};
 
 /// Runs the job to its end with that daemon, which dies so many times on the way.
@@ -45,6 +45,7 @@ fn a_job_through_three_deaths_of_its_daemon_makes_the_same_model() {
     }
     assert!(place.model() == undisturbed.model(), "another model");
     node.wait_until_nothing_is_registered();
+    node.wait_until_it_has_no_memory();
     node.end();
 }
 

@@ -327,11 +327,6 @@ impl Started {
         events(&self.out)
     }
 
-    /// The run's folder.
-    pub(crate) fn folder(&self) -> &Path {
-        &self.run
-    }
-
     /// Whether it has not ended yet.
     pub(crate) fn is_running(&mut self) -> bool {
         self.child.try_wait().expect("a child").is_none()

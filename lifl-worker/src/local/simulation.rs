@@ -18,7 +18,7 @@ use lifl_aggregate::{ServerOptimizer, State, Threads, state_schema};
 use lifl_common::arena::{PeerArena, WritableSlot};
 use lifl_common::config::{Adaptive, JobSpec, Kind, Optimizer, Timing, UpdateKind, WorkerSpec};
 use lifl_common::control::{Event as DaemonEvent, PeerLost};
-use lifl_common::frame::{Frame, FrameKind, Refusal};
+use lifl_common::frame::{Frame, Refusal};
 use lifl_common::id::{ArenaId, WorkerId};
 use lifl_common::kernel::Counters;
 use lifl_common::update::{Cover, DType, Metadata, Schema, TensorSpec, UpdateInfo, image};

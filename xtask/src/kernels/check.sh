@@ -9,7 +9,7 @@ lifl doctor || true
 
 say "tests of the planes"
 planes --test-threads 2 $FILTER
-say "tests of Flame's switch"
+say "tests of Flame's router"
 flame --test-threads 2 $FILTER
 
 # What lifl-daemon.service grants, and no more.
