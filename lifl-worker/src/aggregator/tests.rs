@@ -5,6 +5,7 @@ use std::fs::File;
 use std::os::fd::AsFd;
 use std::sync::{Arc, Mutex};
 
+use half::f16;
 use lifl_aggregate::{Action, Input as Addend, WeightedMean};
 use lifl_common::arena::{Layout, memfd};
 use lifl_common::config::{Optimizer, Timing, UpdateKind};
@@ -73,6 +74,7 @@ struct Setup {
     timing: Timing,
     goal: Option<u32>,
     updates: UpdateKind,
+    dtype: DType,
     /// Each element of the first model.
     model: f32,
     changed_once: bool,
@@ -85,6 +87,7 @@ impl Default for Setup {
             timing: Timing::Lazy,
             goal: None,
             updates: UpdateKind::Weights,
+            dtype: DType::F32,
             model: 0.0,
             changed_once: false,
         }
@@ -119,10 +122,11 @@ impl Bench {
             timing,
             goal,
             updates,
+            dtype,
             model,
             changed_once,
         } = setup;
-        let schema = Schema::new(vec![TensorSpec::new("w", DType::F32, [2])]);
+        let schema = Schema::new(vec![TensorSpec::new("w", dtype, [2])]);
         let schema = Arc::new(schema.expect("a schema"));
         let threads = Threads::new(1).expect("one thread");
         let calls = Arc::new(Mutex::new(Vec::new()));
@@ -200,11 +204,10 @@ impl Bench {
 
     /// Makes each element of an object that value.
     fn fill(&self, slot: &mut WritableSlot, value: f32) {
-        for place in slot.bytes_mut()[image::data_range(&self.schema)]
-            .as_chunks_mut()
-            .0
-        {
-            *place = value.to_le_bytes();
+        let data = &mut slot.bytes_mut()[image::data_range(&self.schema)];
+        match self.schema.regions()[0].dtype {
+            DType::F16 => data.as_chunks_mut().0.fill(f16::from_f32(value).to_le_bytes()),
+            _ => data.as_chunks_mut().0.fill(value.to_le_bytes()),
         }
     }
 
@@ -531,31 +534,29 @@ fn verdicts(bench: &mut Bench, mut sent: Vec<Frame>) -> Vec<(WorkerId, Option<Re
 }
 
 /// A top that adds means to a model with which this update has no sum, whose round has begun.
-fn close_to_the_largest(timing: Timing, goal: Option<u32>) -> Bench {
+fn close_to_overflow(timing: Timing, goal: Option<u32>) -> Bench {
     let mut bench = Bench::new(Setup {
         top: true,
         timing,
         goal,
         updates: UpdateKind::Deltas,
-        model: 0.45 * LARGEST,
+        dtype: DType::F16,
+        model: 32_768.0,
         ..Setup::default()
     });
     bench.frames(&announced(WorkerId::NONE));
     bench
 }
 
-/// As large as nothing may be in a model.
-const LARGEST: f32 = (1_u64 << 60) as f32;
-
-/// An update that is finite, and its sum with the model is not, if it has most of the samples.
-const OVERFLOWING: f32 = 0.9 * LARGEST;
+/// An update that is finite, and its sum with the model is not, if it has most of the samples: an `f16` is less than 65,520.
+const OVERFLOWING: f32 = 49_152.0;
 
 const BOTH: [Timing; 2] = [Timing::Lazy, Timing::Eager];
 
 #[test]
 fn with_a_goal_another_update_is_awaited_for_one_that_overflows() {
     for timing in BOTH {
-        let mut bench = close_to_the_largest(timing, Some(2));
+        let mut bench = close_to_overflow(timing, Some(2));
         let [honest, overflowing] = [bench.update(0, 1, 3.0), bench.update(1, 9, OVERFLOWING)];
         let mut sent = bench.frames(&[honest, overflowing]);
         assert!(
@@ -581,7 +582,7 @@ fn with_a_goal_another_update_is_awaited_for_one_that_overflows() {
 #[test]
 fn what_comes_beside_an_update_that_overflows_counts_in_its_place_and_is_not_late() {
     for timing in BOTH {
-        let mut bench = close_to_the_largest(timing, Some(2));
+        let mut bench = close_to_overflow(timing, Some(2));
         let (values, samples) = ([3.0, OVERFLOWING, 5.0], [1, 9, 1]);
         let updates = [0, 1, 2].map(|child| bench.update(child, samples[child], values[child]));
         let sent = bench.frames(&updates);
@@ -601,7 +602,7 @@ fn what_comes_beside_an_update_that_overflows_counts_in_its_place_and_is_not_lat
 #[test]
 fn a_round_that_is_closed_waits_for_nobody_in_the_place_of_an_update_that_overflows() {
     for timing in BOTH {
-        let mut bench = close_to_the_largest(timing, Some(2));
+        let mut bench = close_to_overflow(timing, Some(2));
         let close = Frame {
             to: OWN,
             from: COORDINATOR,
@@ -629,7 +630,7 @@ fn a_round_that_is_closed_waits_for_nobody_in_the_place_of_an_update_that_overfl
 #[test]
 fn where_every_update_overflows_the_model_stays_and_each_hears_it_once() {
     for timing in BOTH {
-        let mut bench = close_to_the_largest(timing, None);
+        let mut bench = close_to_overflow(timing, None);
         let updates = [0, 1, 2].map(|child| bench.update(child, 1, OVERFLOWING));
         let sent = bench.frames(&updates);
         let model = of_kind(&sent, FrameKind::Model);
