@@ -4,8 +4,6 @@
 //!   worker ── sends ──▶ its stream ── carried frame by frame ──▶ the receiver's inbox ── read in batches ──▶ receiver
 //!                          (a frame to nobody comes back: undelivered)
 //!   kill ─────────────────────────────────────────────────────── heard of later, by each at another time ──▶ everybody
-//!   freeze ───── what comes to the worker waits until it goes on
-//!   the daemon dies ─── frames flow, nothing else is heard ─── another comes: who is gone is heard of, arenas can be opened
 //! ```
 //!
 //! Whatever happens takes some time, drawn from the seed: so that streams overtake each other, news overtake frames, and what
@@ -15,7 +13,7 @@
 mod aggregator;
 mod trainer;
 
-use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::collections::{BTreeMap, VecDeque};
 use std::fs::File;
 use std::os::fd::AsFd;
 use std::sync::Arc;
@@ -48,8 +46,6 @@ pub(crate) enum Event {
     ArenaOpened(ArenaId, Option<Arc<PeerArena>>),
     /// The work that was [asked for](Requests::work) takes place now.
     Work,
-    /// To the coordinator: the daemon was away, another has come, and these workers live.
-    DaemonBack(Vec<WorkerId>),
     /// No other event is ready, and the worker's [timeout](Worker::timeout) has come.
     Timeout,
 }
@@ -141,25 +137,6 @@ enum Due {
     Open(WorkerId, ArenaId),
     /// A worker's timeout may have come.
     Wake(WorkerId),
-    /// Another daemon takes the place of the one that died.
-    DaemonBack,
-}
-
-impl Due {
-    /// Who does something then.
-    fn worker(&self) -> Option<WorkerId> {
-        match *self {
-            Self::Read(worker) | Self::Tell(worker, _) | Self::Open(worker, _) | Self::Wake(worker) => {
-                Some(worker)
-            }
-            Self::Carry(_) | Self::DaemonBack => None,
-        }
-    }
-
-    /// Whether the daemon has it in hand, which is lost with it.
-    fn is_news(&self) -> bool {
-        matches!(self, Self::Tell(_, Event::PeerLost(_) | Event::Undelivered(..)))
-    }
 }
 
 /// What one worker has to do with the network.
@@ -177,8 +154,6 @@ struct Mailbox {
     news_end: Duration,
     /// When it is woken next.
     wakes: Option<Duration>,
-    /// Whom it has had to do with, and has not heard to be gone.
-    known: BTreeSet<WorkerId>,
 }
 
 /// See the [module](self).
@@ -193,10 +168,6 @@ pub(crate) struct LocalNetwork {
     workers: BTreeMap<WorkerId, Box<dyn Worker>>,
     mailboxes: BTreeMap<WorkerId, Mailbox>,
     arenas: BTreeMap<ArenaId, (File, Layout)>,
-    /// Who does nothing until when.
-    frozen: BTreeMap<WorkerId, Duration>,
-    /// When there is a daemon again, if there is none.
-    daemon_back: Option<Duration>,
 }
 
 impl LocalNetwork {
@@ -212,8 +183,6 @@ impl LocalNetwork {
             workers: BTreeMap::new(),
             mailboxes: BTreeMap::new(),
             arenas: BTreeMap::new(),
-            frozen: BTreeMap::new(),
-            daemon_back: None,
         }
     }
 
@@ -281,31 +250,10 @@ impl LocalNetwork {
         let delay = self.delay(self.delays.frame);
         let mailbox = self.mailboxes.entry(frame.from).or_default();
         mailbox.stream.push_back(frame);
-        mailbox.known.insert(frame.to);
         mailbox.sent += 1;
         mailbox.stream_ends = mailbox.stream_ends.max(self.now + delay);
         let at = mailbox.stream_ends;
         self.decide(at, Due::Carry(frame.from));
-    }
-
-    /// A worker stops, and goes on after a while as if nothing had been.
-    pub(crate) fn freeze(&mut self, id: WorkerId, time: Duration) {
-        self.frozen.insert(id, self.now + time);
-    }
-
-    /// The daemon dies, and what it was about to tell with it. Another comes after a while.
-    pub(crate) fn lose_daemon(&mut self, time: Duration) {
-        if self.daemon_back.is_none() {
-            let back = self.now + time;
-            self.due.retain(|_, due| !due.is_news());
-            self.daemon_back = Some(back);
-            self.decide(back, Due::DaemonBack);
-        }
-    }
-
-    /// When there is a daemon again, if there is none.
-    pub(crate) fn daemon_back(&self) -> Option<Duration> {
-        self.daemon_back
     }
 
     /// A worker dies.
@@ -313,39 +261,15 @@ impl LocalNetwork {
         if self.workers.remove(&id).is_none() {
             return;
         }
-        self.frozen.remove(&id);
         self.arenas.retain(|arena, _| arena.owner() != id);
         let sent = self.mailboxes.get(&id).map_or(0, |mailbox| mailbox.stream.len());
         for _ in 0..self.random.random_range(0..=sent) {
             self.carry(id);
         }
         self.mailboxes.remove(&id);
-        if self.daemon_back.is_some() {
-            return;
-        }
         let others: Vec<WorkerId> = self.workers.keys().copied().collect();
         for other in others {
             self.tell(other, Event::PeerLost(id));
-        }
-    }
-
-    /// Another daemon is there: each hears who is gone of those whom it knows.
-    fn welcome_daemon(&mut self) {
-        self.daemon_back = None;
-        let living: Vec<WorkerId> = self.workers.keys().copied().collect();
-        for &worker in &living {
-            if worker == self.coordinator {
-                self.tell(worker, Event::DaemonBack(living.clone()));
-                continue;
-            }
-            let known = self.mailboxes.get(&worker).map(|mailbox| mailbox.known.clone());
-            let gone = known.unwrap_or_default().into_iter();
-            for gone in gone
-                .filter(|known| !self.workers.contains_key(known))
-                .collect::<Vec<_>>()
-            {
-                self.tell(worker, Event::PeerLost(gone));
-            }
         }
     }
 
@@ -358,24 +282,13 @@ impl LocalNetwork {
             return Ok(false);
         };
         self.now = at;
-        let frozen = due.worker().and_then(|worker| self.frozen.get(&worker));
-        let opens = self.daemon_back.filter(|_| matches!(due, Due::Open(..)));
-        let waits = frozen.copied().into_iter().chain(opens).max();
-        if let Some(until) = waits.filter(|until| *until > at) {
-            self.decide(until, due);
-            return Ok(true);
-        }
         match due {
             Due::Carry(from) => self.carry(from),
-            Due::DaemonBack => self.welcome_daemon(),
             Due::Read(to) => {
                 let events = self.read(to);
                 self.deliver(to, events)?;
             }
             Due::Tell(to, event) => {
-                if let (Event::PeerLost(gone), Some(mailbox)) = (&event, self.mailboxes.get_mut(&to)) {
-                    mailbox.known.remove(gone);
-                }
                 let mut events = if to == self.coordinator {
                     self.read(to)
                 } else {
@@ -395,12 +308,9 @@ impl LocalNetwork {
 
     /// What is in a worker's inbox.
     fn read(&mut self, to: WorkerId) -> Vec<Event> {
-        let Some(mailbox) = self.mailboxes.get_mut(&to) else {
-            return Vec::new();
-        };
-        let frames = std::mem::take(&mut mailbox.inbox);
-        mailbox.known.extend(frames.iter().map(|frame| frame.from));
-        frames.into_iter().map(Event::Frame).collect()
+        let inbox = self.mailboxes.get_mut(&to);
+        let frames = inbox.map(|mailbox| std::mem::take(&mut mailbox.inbox));
+        frames.unwrap_or_default().into_iter().map(Event::Frame).collect()
     }
 
     /// Gives a worker all of these events, then its timeout, and does what it asks for.
@@ -429,7 +339,9 @@ impl LocalNetwork {
             mailbox.wakes = Some(at);
             self.decide(at, Due::Wake(to));
         }
-        sending_order(&mut requests.frames, self.coordinator);
+        if to != self.coordinator {
+            sending_order(&mut requests.frames, self.coordinator);
+        }
         for frame in requests.frames {
             self.send(frame);
         }

@@ -31,7 +31,7 @@ enum Task {
     Uninstall(install::Removal),
     /// Kill, stop and delay the workers of jobs, and the daemon, at random: nothing may be lost, nothing left.
     Chaos(chaos::Options),
-    /// Simulate jobs, of the shipped coordinator, aggregators and trainers, in which workers die and stop and daemons die.
+    /// Simulate jobs, of the shipped coordinator, aggregators and trainers, in which workers die at any moment.
     Simulate(simulate::Options),
     /// Run what depends on the kernel under other kernels, in QEMU.
     Kernels(kernels::Options),

@@ -65,7 +65,7 @@ impl Worker for LocalAggregator {
                 arena,
                 opened: Ok(opened),
             },
-            Event::Work | Event::DaemonBack(_) => return Ok(()),
+            Event::Work => return Ok(()),
             Event::Timeout => Input::Timeout,
         };
         self.aggregator.handle(now, input)?;

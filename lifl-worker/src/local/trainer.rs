@@ -97,7 +97,7 @@ impl Worker for LocalTrainer {
                 }
             }
             Event::Work => self.train()?,
-            Event::DaemonBack(_) | Event::Timeout => {}
+            Event::Timeout => {}
         }
         while let Some(output) = self.trainer.poll_output() {
             match output {

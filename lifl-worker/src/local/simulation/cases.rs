@@ -83,7 +83,7 @@ fn any_case() -> impl Strategy<Value = Case> {
     let timing = prop_oneof![Just(Timing::Lazy), Just(Timing::Eager)];
     let timeout_ms = prop_oneof![Just(None), Just(Some(1_u32)), Just(Some(30))];
     let training = prop_oneof![Just(1_u64), Just(10), Just(100)];
-    let disturbance = (any::<u64>(), 0_u32..12, 0_u32..4, 0_u32..3, training);
+    let disturbance = (any::<u64>(), 0_u32..12, training);
     let case = (
         levels,
         timing,
@@ -95,12 +95,10 @@ fn any_case() -> impl Strategy<Value = Case> {
     );
     case.prop_map(
         |(levels, timing, server, goals, quorum, timeout_ms, disturbance)| {
-            let (seed, deaths, freezes, daemon_deaths, training) = disturbance;
+            let (seed, deaths, training) = disturbance;
             let disturbance = Disturbance {
                 seed,
                 deaths,
-                freezes,
-                daemon_deaths,
                 overflows: server == Server::Deltas { overflows: true },
                 training: Duration::from_millis(training),
             };
@@ -225,8 +223,6 @@ fn deaths(seed: u64, deaths: u32, training_ms: u64) -> Disturbance {
     Disturbance {
         seed,
         deaths,
-        freezes: 0,
-        daemon_deaths: 0,
         overflows: false,
         training: Duration::from_millis(training_ms),
     }
