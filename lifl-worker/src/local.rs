@@ -339,6 +339,7 @@ impl LocalNetwork {
             mailbox.wakes = Some(at);
             self.decide(at, Due::Wake(to));
         }
+        // The coordinator's are sent as it has ordered them: whom it tells first must know before the others act on it.
         if to != self.coordinator {
             sending_order(&mut requests.frames, self.coordinator);
         }
