@@ -178,7 +178,7 @@ impl NodeLink {
         self.outbox.push(frame);
     }
 
-    /// Sends what has been [posted](Self::post), in one call and in [order](sending_order).
+    /// Sends what has been [posted](Self::post) in one call: to the coordinator first, then to each of the others all of its own.
     ///
     /// # Errors
     /// If the frame socket fails.

@@ -18,11 +18,11 @@
 //! draining, the model before is still being examined; each is evaluated, told of, written out and given back in this order, so
 //! that a run which is killed at any moment and resumed has told of every round.
 //!
-//! The coordinator alone decides what becomes of a worker that dies or hangs ([`failures`]). A dead aggregator's place is kept for
+//! The coordinator alone decides what becomes of a worker that dies or hangs (`failures`). A dead aggregator's place is kept for
 //! its successor, which gets the references that its children still lend; a dead trainer's is empty until the next round.
 //!
 //! Any process of the job's user can register and send frames. Whose frame decides anything is looked up in the
-//! [`membership`], and what the top says of its model is held against what is known of the trainers.
+//! `membership`, and what the top says of its model is held against what is known of the trainers.
 
 mod failures;
 mod io;
