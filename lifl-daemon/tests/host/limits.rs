@@ -18,7 +18,7 @@ fn end(daemon: &mut Daemon, command: std::process::Command) -> (Option<i32>, Str
 #[test]
 fn without_a_thread_it_does_not_start_and_says_which_limit() {
     let Some(group) = Group::new("pids") else { return };
-    for most in [1, 2, 3, 8] {
+    for most in [1, 2, 3, 10] {
         let mut daemon = Daemon::new("");
         group.set("pids.max", "pids.max", most);
         let command = group.command("", &daemon.command("exec \"$@\"", &["--plane", "relay"]));
@@ -34,8 +34,8 @@ fn without_a_thread_it_does_not_start_and_says_which_limit() {
 async fn one_that_runs_lives_on_where_no_thread_can_be_had() {
     let Some(group) = Group::new("pids") else { return };
     let mut daemon = Daemon::new("");
-    // Itself, one for tasks, two for what blocks, four for a user's descriptors, and the log's.
-    group.set("pids.max", "pids.max", 9);
+    // Itself, one for tasks, two for what blocks, four for a user's descriptors, the log's, and two that add credit.
+    group.set("pids.max", "pids.max", 11);
     let command = group.command("", &daemon.command("exec \"$@\"", &["--plane", "relay"]));
     daemon.spawn(command);
     daemon.listening().await;
@@ -54,7 +54,7 @@ async fn one_that_runs_lives_on_where_no_thread_can_be_had() {
     within(connect(&socket)).await;
     assert!(within(Client::connect(&socket)).await.is_ok());
     // Again enough: whatever waited for a thread has one.
-    group.set("pids.max", "pids.max", 9);
+    group.set("pids.max", "pids.max", 11);
     within(child.create_arena(layout)).await.expect("an arena");
     assert!(!daemon.log().contains("panicked"), "{}", daemon.log());
     daemon.terminate();
