@@ -273,8 +273,8 @@ pub fn tasks() -> Option<Limit> {
 
 /// Which limit a process or a thread that cannot be started has run into, as far as can be seen, and how to raise it.
 pub fn explain_threads() -> String {
-    let near = |limit: &Limit| limit.left() < 8;
-    if let Some(limit) = tasks().filter(near) {
+    // Those that were tried for have been given back by now.
+    if let Some(limit) = tasks().filter(|limit| limit.left() < NEAR_TASKS) {
         return format!(
             "{} allows {} processes and threads, {} are there: {}",
             limit.by, limit.allowed, limit.used, limit.remedy
@@ -311,6 +311,9 @@ pub fn explain_refusal(error: &std::io::Error) -> Option<String> {
         _ => None,
     }
 }
+
+/// Fewer left than this are why threads that are asked for together cannot be had.
+const NEAR_TASKS: u64 = 32;
 
 /// Less than this left of a limit of memory is why a thread cannot have its stack.
 const NEAR_BYTES: u64 = 16 << 20;
