@@ -81,8 +81,8 @@ impl Router {
     fn hold(&mut self, sender: Address, receiver: Address, message: Message) {
         let account = accounts::owner_of(receiver.uid);
         let of_user = self.held_of.get(&account).copied().unwrap_or(0);
-        let held = self.held.entry(receiver).or_default();
-        if held.len() >= HELD_FOR_RECEIVER || of_user >= HELD_FOR_USER {
+        let of_receiver = self.held.get(&receiver).map_or(0, VecDeque::len);
+        if of_receiver >= HELD_FOR_RECEIVER || of_user >= HELD_FOR_USER {
             return log_dropped(
                 sender,
                 receiver,
@@ -95,7 +95,7 @@ impl Router {
             to = show_id(receiver.id),
             "held until its receiver registers"
         );
-        held.push_back(Held {
+        self.held.entry(receiver).or_default().push_back(Held {
             since: Instant::now(),
             account,
             sender,
@@ -156,5 +156,27 @@ pub(super) fn log_dropped(from: Address, to: Address, why: &str) {
     if let Some(dropped) = may_log(to.uid) {
         let (from, uid, to) = (show_id(from.id), to.uid, show_id(to.id));
         tracing::warn!(from, to, uid, dropped, "dropped a reference: {why}");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::{Ipv4Addr, SocketAddrV4};
+    use std::time::Duration;
+
+    use tokio::sync::mpsc;
+
+    use super::*;
+
+    #[test]
+    fn what_is_dropped_for_want_of_room_takes_none() {
+        let local = SocketAddrV4::new(Ipv4Addr::LOCALHOST, 1);
+        let mut router = Router::new(None, local, Duration::from_secs(1), 4, mpsc::channel(1).0);
+        let sender = Address { uid: 65_533, id: 1 };
+        for id in 0..2 * HELD_FOR_USER as u32 {
+            router.undelivered(sender, Message::empty(id));
+        }
+        assert_eq!(router.held.len(), HELD_FOR_USER);
+        assert_eq!(router.held_of.values().sum::<usize>(), HELD_FOR_USER);
     }
 }
