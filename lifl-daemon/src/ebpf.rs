@@ -131,8 +131,8 @@ impl Program {
     }
 }
 
-/// A loader that has been told of no map, for the next object: making one reads the types of the whole kernel, which takes longer
-/// than all else of a start.
+/// A loader that has been told of no map, for the next object: making one reads the types of the whole kernel, more than a third
+/// of a start's processor time.
 fn unused_loader() -> MutexGuard<'static, Option<EbpfLoader<'static>>> {
     static UNUSED: Mutex<Option<EbpfLoader<'static>>> = Mutex::new(None);
     UNUSED.lock().unwrap_or_else(PoisonError::into_inner)

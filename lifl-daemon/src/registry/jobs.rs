@@ -37,6 +37,26 @@ pub(super) struct Job {
     pub(super) expected: BTreeSet<Box<str>>,
 }
 
+impl Job {
+    /// One without workers.
+    pub(super) fn new(name: String, uid: u32, account: u32, maker: ConnId) -> Self {
+        Self {
+            name,
+            uid,
+            account,
+            maker,
+            ended: false,
+            arena_bytes: 0,
+            arena_peak_bytes: 0,
+            members: BTreeSet::new(),
+            names: HashSet::new(),
+            referenced: None,
+            traffic: None,
+            expected: BTreeSet::new(),
+        }
+    }
+}
+
 impl Registry {
     pub(super) fn create_job(&mut self, id: ConnId, name: String) -> Answer {
         check_name("job", &name)?;
@@ -52,21 +72,7 @@ impl Registry {
         }
         self.last_job = job.0;
         tracing::info!(%job, ?name, uid, "job created");
-        let made = Job {
-            name,
-            uid,
-            account,
-            maker: id,
-            ended: false,
-            arena_bytes: 0,
-            arena_peak_bytes: 0,
-            members: BTreeSet::new(),
-            names: HashSet::new(),
-            referenced: None,
-            traffic: None,
-            expected: BTreeSet::new(),
-        };
-        self.jobs.insert(job, made);
+        self.jobs.insert(job, Job::new(name, uid, account, id));
         self.known_mut(id)?.job = Some(job);
         Ok((Reply::JobCreated { job }, None))
     }

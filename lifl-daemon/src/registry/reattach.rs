@@ -11,7 +11,7 @@
 //! The proof of who somebody is lies in the kernel: the socket that it hands over is in the map, and its connection is
 //! that worker's. Everything else that it says of itself is for people, or is checked here.
 
-use std::collections::{BTreeMap, BTreeSet, HashSet};
+use std::collections::{BTreeMap, BTreeSet};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 use std::time::Duration;
@@ -235,19 +235,12 @@ impl Registry {
         self.pool.free(member.arena_bytes());
         self.pool.adopt(brought.saturating_add(lost_bytes));
         let orphan = self.awaited.orphans.contains(&member.job);
-        let job = self.jobs.entry(member.job).or_insert_with(|| Job {
-            name: member.job.to_string(),
-            uid: member.uid,
-            account: accounts::owner_of(member.uid),
-            maker: NOBODY,
-            ended: orphan,
-            arena_bytes: 0,
-            arena_peak_bytes: 0,
-            members: BTreeSet::new(),
-            names: HashSet::new(),
-            referenced: None,
-            traffic: None,
-            expected: BTreeSet::new(),
+        let job = self.jobs.entry(member.job).or_insert_with(|| {
+            let (name, account) = (member.job.to_string(), accounts::owner_of(member.uid));
+            Job {
+                ended: orphan,
+                ..Job::new(name, member.uid, account, NOBODY)
+            }
         });
         job.members.insert(worker);
         job.names.insert(name.clone());
